@@ -1,5 +1,5 @@
-"""The pillar of text: it knows tokenizers, never a model.
+"""The text pillar: it uses tokenizers, never a model.
 
-`segment` cuts a text into features, `baselines` say what stands where one is absent, `inputs`
-render a coalition as token ids. `tokens` and `encoding` tell how ids and characters line up.
+`segment` splits a text into features, `baselines` replace absent ones, `inputs` render coalitions
+as token ids. `tokens` and `encoding` align ids with characters.
 """

@@ -1,14 +1,14 @@
-"""Encodes texts without truncation or padding, also while other threads use the tokenizer.
+"""Encodes texts without truncation or padding, even while other threads use the tokenizer.
 
-Fast tokenizers keep in themselves whether they cut and pad texts. A thread that asks for it changes
-what others are given, between their saying that they want none of it and the encoding.
+Fast tokenizers store truncation and padding as state. A thread that requests them changes what
+other threads get, even between their own request and the encoding.
 """
 
 import time
 from typing import Any, cast
 
-# A fifth of a second in all: another thread's encoding takes far below a millisecond each time.
-# More only makes the error of a tokenizer that is never left alone come later.
+# A fifth of a second in total: another thread's encoding takes far below a millisecond. More only
+# delays the error for a tokenizer in constant use. Chosen, not measured.
 _MAX_ATTEMPTS, _RETRY_SECONDS = 200, 1e-3
 
 
@@ -16,7 +16,7 @@ def call(tokenizer: Any, text: str, **options: Any) -> Any:
     """Calls the tokenizer on a text, without truncation or padding.
 
     Raises:
-        RuntimeError: If other threads do not leave it alone for long enough.
+        RuntimeError: If other threads keep changing its state.
     """
     for _ in range(_MAX_ATTEMPTS):
         try:
@@ -36,7 +36,7 @@ def call(tokenizer: Any, text: str, **options: Any) -> Any:
 
 
 def ids(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """The token ids of a text, as the tokenizer's ``encode`` gives them."""
+    """The token ids of a text, as from the tokenizer's ``encode``."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         found = tokenizer.encode(text, add_special_tokens=add_special_tokens)
     else:

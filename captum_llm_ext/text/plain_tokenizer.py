@@ -4,16 +4,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # of private use: no text has them
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which do not occur in texts
 _PIECES = re.compile(rf"{_OPEN}[^{_CLOSE}]*{_CLOSE}| ?\w+| ?[^\w\s{_OPEN}]|\s|.", re.DOTALL)
 
 
 class PlainTokenizer:
-    """Words, signs and white space as tokens, each with the space before it.
+    """Words, punctuation and white space as tokens, each with the space before it.
 
-    It stands in for the tokenizer of a model that nobody has: what is cut out of a text is whole
-    words, and ids say nothing of the model's own tokens. The vocabulary is what it has seen. A
-    chat is its messages with a special token before each, from which `messages` gets them back.
+    Replaces an unavailable tokenizer: features are whole words, and ids are unrelated to the
+    model's tokens. The vocabulary grows with the texts encoded. A chat is rendered as its messages
+    with a special token before each, from which `messages_of` restores them.
     """
 
     chat_template = "plain"
@@ -26,18 +26,18 @@ class PlainTokenizer:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Those before messages, and the one that an empty text is."""
+        """Ids of the tokens before messages, and of the empty text."""
         return [i for i, text in enumerate(self._texts) if not text or text.startswith(_OPEN)]
 
     def token(self, text: str) -> int:
-        """The id of a text that is one token, whatever it holds."""
+        """The id of any text as a single token."""
         if text not in self._ids:
             self._ids[text] = len(self._texts)
             self._texts.append(text)
         return self._ids[text]
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        """Ids of a text and the characters of each; options change nothing."""
+        """Ids of a text and the characters of each; options have no effect."""
         found = list(_PIECES.finditer(text))
         return {
             "input_ids": [self.token(one.group()) for one in found],
@@ -45,11 +45,11 @@ class PlainTokenizer:
         }
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text: none is added."""
+        """Ids of a text; none is added."""
         return self(text)["input_ids"]
 
     def decode(self, token_ids: Any, **options: Any) -> str:
-        """The text of ids, special ones shown."""
+        """The text of ids, special ones included."""
         ids: Any = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         return "".join(self._texts[i] for i in ([ids] if isinstance(ids, int) else ids))
 
@@ -64,13 +64,13 @@ class PlainTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], tokenize: bool = True, **options: Any
     ) -> Any:
-        """A chat as text or ids, from which `messages` gets it back."""
+        """A chat as text or ids, from which `messages_of` restores it."""
         parts = [f"{_OPEN}{message['role']}{_CLOSE}{_text_of(message)}" for message in messages]
         return self("".join(parts)) if tokenize else "".join(parts)
 
 
 def messages_of(text: str) -> list[dict[str, str]]:
-    """The messages of a text that `PlainTokenizer` wrote; of any other, one of the user."""
+    """The messages of a text rendered by `PlainTokenizer`; otherwise a single user message."""
     first, *rest = text.split(_OPEN)
     found = [{"role": "user", "content": first}] if first or not rest else []
     for part in rest:
@@ -87,10 +87,10 @@ def _text_of(message: Mapping[str, Any]) -> str:
 
 
 class OpenVocabulary:
-    """A tokenizer with more tokens: texts that are one each, whatever they hold.
+    """A tokenizer with additional tokens for arbitrary texts.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     is_fast = False
@@ -104,11 +104,11 @@ class OpenVocabulary:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Those of the tokenizer."""
+        """The tokenizer's special ids."""
         return list(getattr(self.base, "all_special_ids", ()))
 
     def token(self, text: str) -> int:
-        """The id of a text that is one token."""
+        """The id of any text as a single token."""
         return self._FIRST + self._more.token(text)
 
     def encode(self, text: str, **options: Any) -> list[int]:
@@ -122,7 +122,7 @@ class OpenVocabulary:
         own = [i - self._FIRST for i in ids if i >= self._FIRST]
         base = [i for i in ids if i < self._FIRST]
         text = str(self.base.decode(base, **options)) if base else ""
-        return text + self._more.decode(own)  # what is written comes after what is read
+        return text + self._more.decode(own)  # generated tokens come after those of the prompt
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
         """The names of ids of either kind."""

@@ -1,7 +1,7 @@
-"""Alignment of token ids with characters, on any tokenizer.
+"""Alignment of token ids with characters, for any tokenizer.
 
-Fast tokenizers tell the offsets of their tokens; for others, and where those fail, tokens are
-decoded and found again in the text. Only the methods of captum's ``TokenizerLike`` are relied upon.
+Fast tokenizers return the offsets of their tokens; for others, and if those fail, tokens are
+decoded and searched in the text. Only the methods of captum's ``TokenizerLike`` are required.
 """
 
 import functools
@@ -19,20 +19,22 @@ from captum_llm_ext.text import encoding
 
 _REPLACEMENT_CHARACTER = "\ufffd"
 _BYTES = re.compile("(?:<0x[0-9A-Fa-f]{2}>)+")
-_SPACE = "\u2581"  # of SentencePiece, which some tokenizers show as it is
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever it is marked as
-# A UTF-8 character has at most four bytes; byte-level tokens may also split a mark off its base.
+_SPACE = "\u2581"  # SentencePiece's space mark, which some tokenizers leave in decoded text
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever the tokenizer marks it as
+# A UTF-8 character has at most four bytes; byte-level tokens may also split a combining mark off
+# its base.
 _LONGEST_FRAGMENT = 8
-# Tokens that are decoded at a time, to see what the last of them adds. Two are enough for
-# byte-level BPE; the others are for decoders that look at neighbours, and characters in pieces.
+# Number of tokens decoded together to see what the last of them adds. Two suffice for byte-level
+# BPE; the others are for decoders that look at neighbours, and for characters in several tokens.
 _DECODE_WINDOW = 16
-# How many characters to the left decide how a text is tokenised in place. In 400 cuts of prose,
-# code and Markdown one decided as 300 did (byte-level BPE of 49,152 tokens); the others are for
-# vocabularies with tokens of several words.
+# Number of characters to the left that decide how a text is tokenised in place. In 400 splits of
+# prose, code and Markdown one character gave the same as 300 (byte-level BPE of 49,152 tokens); the
+# others are for vocabularies with tokens of several words.
 CONTEXT = 16
-# Where decoded text and the text itself differ (a normaliser, an unknown word), they are aligned
-# again within so many characters, at so many equal ones. A guess: longer than words, and three
-# equal characters in a row are rarely chance; the work grows with the square of the first.
+# If decoded text and the text itself differ (a normaliser, an unknown word), they are realigned
+# within this many characters, at this many equal ones. Chosen, not measured: the window is longer
+# than words, and three equal characters in a row are rarely chance; the cost grows with the square
+# of the window.
 _RESYNC_WINDOW, _RESYNC_MATCH = 24, 3
 
 Offsets = list[tuple[int, int]]
@@ -44,14 +46,12 @@ class Encoding:
 
     Attributes:
         ids: Token ids, ``n_tokens`` of them.
-        anchors: Per token the character that decides whom it belongs to: its first that is not
-            white space. None for special tokens that are no part of the text: those that the
-            tokenizer adds.
-        starts: Per token its first character, the white space before it included.
-        stops: Per token the end of its last character. Tokens of one character share it.
-        special: Per token whether it is a special one, in the text or added; an unknown word is a
-            word like any other.
-        n_opening: How many characters at the beginning spell the BOS that the tokenizer would add.
+        anchors: Per token the character that decides its owner: its first one that is not white
+            space. None for special tokens added by the tokenizer.
+        starts: Per token its first character, including leading white space.
+        stops: Per token the end of its last character, which tokens of one character share.
+        special: Per token whether it is special, in the text or added; unknown words are not.
+        n_opening: Number of initial characters that spell the BOS that the tokenizer would add.
     """
 
     ids: tuple[int, ...]
@@ -82,7 +82,7 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> Enc
 
 
 def find(tokenizer: Any, text: str, ids: Sequence[int]) -> Encoding:
-    """Aligns tokens with a text that they spell, up to normalisation."""
+    """Aligns tokens with the text that they spell, up to normalisation."""
     return _encoding(tokenizer, text, ids, _find_offsets(tokenizer, text, ids))
 
 
@@ -92,12 +92,12 @@ def spell(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tup
     Args:
         tokenizer: The tokenizer.
         ids: Token ids, ``n_tokens`` of them.
-        before: Ids that precede them, so that a leading space is not taken for a beginning.
+        before: Preceding ids, so that a leading space is recognised.
     """
     texts = pieces(tokenizer, ids, before)
     stops = list(accumulate(map(len, texts)))
     offsets = [(stop - len(text), stop) for stop, text in zip(stops, texts, strict=True)]
-    # Parts of a character have all of it, each.
+    # All parts of a character get the whole character.
     for i in range(len(texts) - 2, -1, -1):
         if not texts[i]:
             offsets[i] = offsets[i + 1]
@@ -106,7 +106,7 @@ def spell(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> tup
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of special tokens; that of unknown words only where it ends texts as well."""
+    """Ids of special tokens; the unknown-word id only if it also ends texts."""
     found = frozenset(int(token) for token in getattr(tokenizer, "all_special_ids", None) or ())
     ends = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     found = (found | _added_special_ids(tokenizer)) - (
@@ -119,15 +119,15 @@ _added: "WeakKeyDictionary[Any, tuple[int, frozenset[int]]]" = WeakKeyDictionary
 
 
 def _added_special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of added tokens that are marked as special but are none of BOS, EOS and the like."""
+    """Ids of added tokens marked as special that are not BOS, EOS or similar."""
     try:
         size, known = len(tokenizer), _added.get(tokenizer)
-        if known is None or known[0] != size:  # the list itself takes long to be had
+        if known is None or known[0] != size:  # computing the list is slow
             tokens = tokenizer.added_tokens_decoder.items()
             ids = {int(i) for i, t in tokens if t.special and not _BYTE.fullmatch(t.content)}
             known = _added[tokenizer] = size, frozenset(ids)
         return known[1]
-    except Exception:  # tokenizers that have no such list, each with an error of its own
+    except Exception:  # tokenizers without such a list raise various errors
         return frozenset()
 
 
@@ -144,7 +144,7 @@ def _encoding(
             anchors.append(None)
         else:
             space = len(text[start:stop]) - len(text[start:stop].lstrip())
-            # Offsets without the white space of tokens leave nothing of some.
+            # Offsets without white space leave some tokens empty.
             first = starts[-1] if start == stop else start
             anchors.append(first if start + space == stop else start + space)
         covered = max(covered, stop)
@@ -161,8 +161,8 @@ def _encoding(
 def encode_in_place(tokenizer: Any, text: str, left: str) -> tuple[int, ...]:
     """Encodes `text` as the continuation of `left`, without the ids of `left`.
 
-    Tokenizers that mark the beginning of a text, or put a space before it, then treat `text` as
-    the continuation it is.
+    Tokenizers that mark the beginning of a text, or prepend a space, then treat `text` as a
+    continuation.
     """
     tail = left[-CONTEXT:]
     if not text:
@@ -174,7 +174,7 @@ def encode_in_place(tokenizer: Any, text: str, left: str) -> tuple[int, ...]:
         if start >= len(tail):
             return tuple(ids[position:])
         if stop > len(tail):
-            break  # one token holds characters of both: the border is cut by force
+            break  # one token has characters of both: the border is forced
     return tuple(_encode_with_offsets(tokenizer, text, False)[0])
 
 
@@ -184,15 +184,15 @@ def count_in_place(tokenizer: Any, text: str, left: str) -> int:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-    """The text of every token; joined, they are the decoded text.
+    """The text of each token; concatenated, they are the decoded text.
 
-    A token that holds only a part of a character has the empty text; the one that completes the
-    character has all of it. Ids are decoded in short windows, never encoded again.
+    A token that is only part of a character has an empty text; the one that completes it has the
+    whole character. Ids are decoded in short windows, never encoded again.
 
     Args:
         tokenizer: The tokenizer.
         ids: Token ids, ``n_tokens`` of them.
-        before: Ids that precede them, so that a leading space is not taken for a beginning.
+        before: Preceding ids, so that a leading space is recognised.
     """
     window = [*before[-1:]]
     known = decode(tokenizer, window) if window else ""
@@ -208,7 +208,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
         pending = 0
         texts.append(text[common_prefix_length(text, known) :])
         known = text
-        # Some tokenizers show parts of a character as nothing: no window begins inside one.
+        # Some tokenizers decode parts of a character to nothing: no window begins inside one.
         if len(window) > _DECODE_WINDOW and (
             texts[-1] or len(window) > _DECODE_WINDOW + _LONGEST_FRAGMENT
         ):
@@ -218,9 +218,9 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
 
 
 def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-    """One printable name per token: stripped text, visible white space, parts of characters told.
+    """One printable name per token: stripped text, visible white space, marked partial characters.
 
-    Names are for people. Two tokens may share one.
+    Names are for display and not unique.
     """
     texts = pieces(tokenizer, ids, before)
     names: list[str] = []
@@ -240,10 +240,10 @@ def labels(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of `ids`, special tokens shown, white space as it stands."""
+    """The text of `ids`, including special tokens, white space unchanged."""
     text = _decoded(tokenizer, ids)
     if (_SPACE in text or "<0x" in text) and _decodes_to_piece_names(tokenizer):
-        # Bytes that are no whole characters are shown as other tokenizers show them.
+        # Incomplete characters are shown as by other tokenizers.
         spelled = _BYTES.sub(lambda found: _text_of_byte_names(found.group()), text)
         return spelled.replace(_SPACE, " ")
     return text
@@ -260,7 +260,7 @@ def _decodes_to_piece_names(tokenizer: Any) -> bool:
     """Whether `decode` returns SentencePiece's token names, as mistral-common's does."""
     try:
         return _SPACE in _decoded(tokenizer, tokenizer.encode("a a"))
-    except Exception:  # whatever a tokenizer of a user's own cannot do
+    except Exception:  # custom tokenizers may raise anything
         return False
 
 
@@ -285,7 +285,7 @@ def token_id(tokenizer: Any, token: str) -> int:
 
 
 def start_id(tokenizer: Any) -> int | None:
-    """The id that a row begins with where nothing else is left: BOS, else EOS, else padding."""
+    """The id that a row begins with if nothing else is left: BOS, else EOS, else padding."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found = getattr(tokenizer, name, None)
         if found is not None:
@@ -294,11 +294,11 @@ def start_id(tokenizer: Any) -> int | None:
 
 
 def after_start(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
-    """Ids of a text of which every word is to have a probability: there is something before it.
+    """Prefixes ids of a text, so that its first word has a probability.
 
-    What a tokenizer puts there itself is enough. A start token that it does not begins a document
-    to few models, in a chat something else: after it alone the first words of a text are guessed
-    at random. After a line break they come to all of them.
+    A token that the tokenizer adds itself suffices. To most models, a start token that the
+    tokenizer does not add is no beginning of a document: after it alone, the first words of a text
+    are unpredictable. After a line break they are not.
     """
     start = start_id(tokenizer)
     if start is None or tuple(ids[:1]) == (start,):
@@ -309,7 +309,7 @@ def after_start(tokenizer: Any, ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def common_prefix_length(one: str, other: str) -> int:
-    """Number of characters that two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     if one.startswith(other):  # the usual case of texts decoded token by token
         return len(other)
     pairs = enumerate(zip(one, other, strict=False))
@@ -333,7 +333,7 @@ def _encode_with_offsets(
             offsets = [(int(start), int(stop)) for start, stop in enc["offset_mapping"]]
             if len(ids) == len(offsets):
                 return ids, offsets
-        except Exception:  # tokenizers that know no offsets say so each with an error of its own
+        except Exception:  # tokenizers without offsets raise various errors
             pass
     ids = encoding.ids(tokenizer, text, add_special_tokens=add_special_tokens)
     if not add_special_tokens:
@@ -348,10 +348,10 @@ def _encode_with_offsets(
 
 
 def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
-    """Offsets of a text's tokens, found by decoding each and searching for it.
+    """Offsets of a text's tokens, found by decoding and searching each.
 
-    What cannot be found (an unknown word, a special token that is not in the text) has what is left
-    between its neighbours.
+    Tokens that cannot be found (an unknown word, a special token that is not in the text) get the
+    gap between their neighbours.
     """
     texts = pieces(tokenizer, ids)
     unknown = getattr(tokenizer, "unk_token_id", None)
@@ -363,7 +363,7 @@ def _find_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> Offsets:
         token, place = wanted[i][1], given[j][1]
         start, _ = offsets[token] or (place, place)
         offsets[token] = (start, place + 1)
-    # A part of a character that is shown as nothing has what the rest of the character has.
+    # A part of a character that decodes to nothing gets the offsets of the whole character.
     for i in range(len(ids) - 2, -1, -1):
         if offsets[i] is None and not texts[i]:
             offsets[i] = offsets[i + 1]
@@ -398,7 +398,7 @@ def _with_gaps_filled(
                 stop, trail = stop + 1, trail - 1
             known = (start, stop)
         found.append(known)
-        # Unknown words side by side share what is between the known ones.
+        # Adjacent unknown words share the gap between known ones.
         if offsets[i] is not None or not text[known[0] : known[1]].strip():
             position = max(position, known[1])
     return found
@@ -417,7 +417,7 @@ def _aligned_pairs(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[i
 
 
 def _resync(one: Sequence[str], other: Sequence[str]) -> tuple[int, int]:
-    """Characters to skip in each of two texts until they agree; one each if they do not soon."""
+    """Numbers of characters to skip in two texts until they agree; one each if they do not soon."""
     for total in range(1, 2 * _RESYNC_WINDOW):
         for a in range(max(0, total - _RESYNC_WINDOW), min(total, _RESYNC_WINDOW) + 1):
             b = total - a

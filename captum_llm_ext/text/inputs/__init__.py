@@ -1,9 +1,9 @@
-"""Prompts as features: which ids belong to which feature, and what a coalition looks like.
+"""Prompts as features: which ids belong to which feature, and how coalitions are rendered.
 
 `TextSegmentInput` is the package's own input, `ChatInput` the same for the turns of a chat.
-`as_prompt` gives captum's inputs the same shape, so that the rest of the package knows one kind of
-prompt only. `GeneratedText` is the same for what the model wrote; a `Context` has both, and
-`render_text` makes the ids that a model reads for coalitions of both.
+`as_prompt` adapts captum's inputs, so that the rest of the package knows one kind of prompt.
+`GeneratedText` is the same for the generated text; a `Context` has both, and `render_text` renders
+coalitions of both as token ids.
 """
 
 from captum_llm_ext.text.inputs.captum_inputs import as_prompt

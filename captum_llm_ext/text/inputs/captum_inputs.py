@@ -47,7 +47,7 @@ def as_prompt(inp: InterpretableInput, tokenizer: Any, feature_mask: Tensor | No
         feature_mask: As in captum: shape ``(1, n_features)``, equal numbers are one feature.
 
     Raises:
-        TypeError: If `inp` is no interpretable input.
+        TypeError: If `inp` is not an interpretable input.
         ValueError: If there is no feature, or `feature_mask` has the wrong shape.
     """
     if not isinstance(inp, InterpretableInput):
@@ -108,7 +108,7 @@ class _TokenPrompt(Prompt):
 
 
 class _TemplatePrompt(Prompt):
-    """Captum's template input: absent values become other values, the text is tokenised anew."""
+    """Captum's template input: absent values are replaced, and the text is tokenised again."""
 
     unit_name = "field"
 
@@ -116,7 +116,7 @@ class _TemplatePrompt(Prompt):
         self._inp = inp
         self._tokenizer = tokenizer
         mask = list(range(inp.n_features)) if inp.mask is None else inp.formatted_mask
-        # Captum numbers groups by hash order; by first appearance they are the same every time.
+        # Captum numbers groups in hash order; numbered by first appearance they are reproducible.
         self.columns = _renumber(mask)
         self.n_features = len(set(self.columns))
         self.names = list(inp.values)
@@ -124,7 +124,7 @@ class _TemplatePrompt(Prompt):
         values = dict(zip(inp.dict_keys, inp.values, strict=True)) if inp.dict_keys else inp.values
         found = template_pieces(inp.format_fn, values)
         self.pieces = found or [Piece(name, i) for i, name in enumerate(self.names)]
-        # What may be called with a slot is a baseline of this package, and speaks of output too.
+        # A callable that takes a slot is a baseline of this package, which also covers output.
         baseline = inp.baselines if _accepts_slot(inp.baselines) else None
         self._slots = None if baseline is None else template_slots(inp)
         self.output_baseline = cast(Baseline, baseline or Deletion())
@@ -189,7 +189,7 @@ class _TemplatePrompt(Prompt):
 
 
 class _OpaquePrompt(Prompt):
-    """Any other input, asked for one coalition at a time: images, inputs of the user's own."""
+    """Any other input, called for one coalition at a time: images, custom inputs."""
 
     def __init__(self, inp: InterpretableInput, tokenizer: Any) -> None:
         self._inp = inp
@@ -205,7 +205,7 @@ class _OpaquePrompt(Prompt):
         self.text = original if isinstance(original, str) else ""
         self.output_baseline = Deletion()
         self.own_baseline = inp
-        # What such an input draws from is its own affair; captum's image input draws nothing.
+        # Such an input may draw at random; captum's image input does not.
         self.deterministic = not callable(getattr(inp, "baselines", None))
 
     def render(
@@ -231,12 +231,12 @@ class _OpaquePrompt(Prompt):
             )
         extras = dict(cast(Mapping[str, Any], model_input))
         ids = torch.as_tensor(extras.pop("input_ids"), device="cpu").reshape(-1).tolist()
-        extras.pop("attention_mask", None)  # all ones for one prompt, as captum takes it
+        extras.pop("attention_mask", None)  # all ones for a single prompt, as captum uses it
         return RenderedPrompt(tuple(ids), extras or None, key if extras else None)
 
 
 class _MergedPrompt(Prompt):
-    """A prompt whose features are tied together by captum's `feature_mask`."""
+    """A prompt whose features are merged by captum's `feature_mask`."""
 
     def __init__(self, prompt: Prompt, feature_mask: Tensor) -> None:
         mask = torch.as_tensor(feature_mask, device="cpu").reshape(-1).tolist()
@@ -302,14 +302,14 @@ class _MergedPrompt(Prompt):
 
 
 def _text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    # As captum does it: with the tokenizer's own special tokens, whatever the text holds.
+    # As in captum: with the tokenizer's own special tokens, whatever the text contains.
     return tuple(encoding.ids(tokenizer, text))
 
 
 def _accepts_slot(baselines: object) -> bool:
     """Whether a callable takes (slot, generator); captum's take no arguments."""
     if isinstance(baselines, CorpusBaselines):
-        return True  # it takes both
+        return True  # it accepts both
     if not callable(baselines) or isinstance(baselines, ProductBaselines):
         return False
     parameters = inspect.signature(baselines).parameters.values()
@@ -325,12 +325,12 @@ def _replacement_text(found: object, slot: Slot) -> str:
 
 
 def _keeps_rendering_of(inp: InterpretableInput, kind: type[InterpretableInput]) -> bool:
-    """Whether the input renders coalitions as `kind` does: no subclass has overridden it."""
+    """Whether the input renders coalitions like `kind`, without overriding it in a subclass."""
     return type(inp).to_model_input is kind.to_model_input
 
 
 def _draw_product(baselines: ProductBaselines, seed: int, draw: int) -> Any:
-    """`ProductBaselines.sample`, from explicit generators in place of the global one."""
+    """`ProductBaselines.sample` with explicit generators instead of the global one."""
     drawn = [
         choices[int(uniform(draw_generator(seed, draw, number)) * len(choices))]
         for number, choices in enumerate(baselines.baseline_values)

@@ -1,4 +1,4 @@
-"""`ChatInput`: the turns of a chat, found in what the tokenizer's own template makes of them."""
+"""`ChatInput`: the turns of a chat, located in the output of the tokenizer's template."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,35 +24,34 @@ from captum_llm_ext.text.segment.parts import Parts
 
 
 class ChatInput(TextSegmentInput):
-    """A chat whose turns, or the sentences, words or tokens in them, are switched on and off.
+    """A chat whose turns, or the sentences, words or tokens in them, are features.
 
-    What the tokenizer's chat template puts around the messages is fixed text, and so are messages
-    of other roles; special tokens in what somebody said belong to it. No BOS is added to the one
-    that the template writes. A message is found as far as the template leaves it as it is, in JSON
-    or in several places too; what it leaves out (such as thoughts of earlier turns) is told by a
-    warning.
+    Text that the tokenizer's chat template puts around messages is fixed, and so are messages of
+    other roles; special tokens within a message belong to it. No BOS is added if the template
+    writes one. Messages are located where the template renders them unchanged, also in JSON or
+    repeatedly; a warning says what it omits (such as the reasoning of earlier turns).
 
     Args:
         messages: As for ``tokenizer.apply_chat_template``: mappings with ``"role"`` and
-            ``"content"``; the content is a text, or a list of parts of which those with
-            ``"text"`` count. Reasoning (``"reasoning_content"`` and the like) and ``"tool_calls"``
-            are a part of the turn where the template writes them.
+            ``"content"``; the content is a text, or a list of parts of which those with ``"text"``
+            count. Reasoning (``"reasoning_content"`` and the like) and ``"tool_calls"`` are part of
+            the turn if the template renders them.
         tokenizer: The model's tokenizer, with a chat template. None for a model behind an API that
-            is sent messages.
+            takes messages.
         unit: ``"turn"``: every message is one feature. Otherwise a unit of `TextSegmentInput`, or a
-            tuple of them from coarse to fine, for the features inside the messages; turns are
-            then the coarsest level, whether the tuple begins with ``"turn"`` or not.
-        roles: Whose messages are switched.
-        tools: Passed to the template; what it writes of them is fixed text.
-        add_generation_prompt: Whether the template opens the model's own turn.
-        template_arguments: Other arguments of the template.
-        **arguments: `baselines`, `groups`, `fixed` as of `TextSegmentInput`.
+            tuple of them from coarse to fine, for the features inside the messages; turns are then
+            the coarsest level, even if the tuple does not begin with ``"turn"``.
+        roles: Roles whose messages are features.
+        tools: Passed to the template; its text on them is fixed.
+        add_generation_prompt: Whether the template begins the model's own turn.
+        template_arguments: Further arguments of the template.
+        **arguments: `baselines`, `groups`, `fixed` as for `TextSegmentInput`.
 
     Raises:
-        ValueError: If there is no message of these roles, none of them has a text, the template
-            fails, none of them can be found again in what it made, or a message holds pictures or
-            the like.
-        TypeError: If the tokenizer has no chat template, or a message is of the wrong kind.
+        ValueError: If there is no message of these roles, none of them has text, the template
+            fails, none of them can be located in its output, or a message contains images or other
+            media.
+        TypeError: If the tokenizer has no chat template, or a message has the wrong type.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class ChatInput(TextSegmentInput):
 
     def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
         encoding = super()._encoded(text, tokenizer, add_special_tokens)
-        # Some tokenizers read the template's own tokens as text when they come as text.
+        # Some tokenizers tokenise the template's special tokens as plain text.
         ids = self._template_ids
         return encoding if ids in (None, encoding.ids) else tokens.find(tokenizer, text, ids)
 
@@ -139,10 +138,10 @@ def _message_numbers(messages: Sequence[Message], roles: Sequence[str]) -> list[
 
 
 def _warn_of_missing(messages: Sequence[Message], found: Mapping[int, Found]) -> None:
-    """Warns of text of the chosen messages that the template leaves out.
+    """Warns of text of the selected messages that the template omits.
 
     Raises:
-        ValueError: If none of them is left.
+        ValueError: If none of the messages remains.
     """
     if not any(message.spans for message in found.values()):
         i = next(iter(found))
@@ -167,7 +166,7 @@ def _units_within_turns(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
     """The units within turns, from coarse to fine.
 
     Raises:
-        ValueError: If turns are said to be within something.
+        ValueError: If turns are given as a finer unit.
     """
     units = as_units(unit)
     inner = units[1:] if units[0] == "turn" else units
@@ -177,7 +176,7 @@ def _units_within_turns(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
 
 
 def _message_spans(messages: Sequence[int]) -> list[list[str | int]]:
-    """Spans of every message, which may stand in several places."""
+    """Spans of every message, which may occur in several places."""
     places: dict[int, list[str | int]] = {}
     for place, i in enumerate(messages):
         places.setdefault(i, []).append(place)
@@ -185,13 +184,13 @@ def _message_spans(messages: Sequence[int]) -> list[list[str | int]]:
 
 
 def _pieces_with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
-    """The same text, with whose message each piece is in; fixed text is cut where one ends."""
+    """The same text with the role of each piece; fixed text is split where a message ends."""
     marked: list[Piece] = []
     position = 0
     for piece in pieces:
         first, position = position, position + len(piece.text)
         # A feature may begin with the white space before its message, which its first token
-        # carries, and a token with the special one after it.
+        # contains, and a token may contain the special one after it.
         borders = {span.stop for span, _ in said}
         if piece.feature is None:
             borders |= {span.start for span, _ in said}

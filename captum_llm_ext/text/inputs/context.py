@@ -19,15 +19,15 @@ from captum_llm_ext.text.segment import Unit
 
 
 class Context:
-    """The prompt that a target is generated after, with the model that its baselines ask.
+    """The prompt before a target, with the model that its baselines use.
 
     Args:
         prompt: The prompt.
         tokenizer: The model's tokenizer.
-        model: The model as baselines ask it.
+        model: The model as baselines use it.
 
     Attributes:
-        prompt: The prompt, whose baselines know the model.
+        prompt: The prompt, whose baselines have the model.
         full: The prompt with every feature present.
 
     Raises:
@@ -47,11 +47,11 @@ class Context:
         warn_of_mismatch(prompt.own_baseline, prompt.matches)
 
     def condition_on_answer(self, log_probs: AnswerLogProbs) -> None:
-        """Conditions the baselines on an answer from here on, where they can be."""
+        """Conditions the baselines on an answer, if they support it."""
         self.prompt = self.prompt.with_answer(log_probs)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
-        """The target as features; None as `baselines` takes those of the prompt."""
+        """The target as features; `baselines=None` uses those of the prompt."""
         return GeneratedText(
             ids.tolist(),
             self._tokenizer,
@@ -71,9 +71,9 @@ class Context:
         """How replacements were found, per slot of prompt and output; None for fixed baselines.
 
         Warns:
-            UserWarning: If a model has no other text for any feature of the prompt.
+            UserWarning: If a model proposes no other text for any feature of the prompt.
         """
-        # The last generated feature has no token after it: nothing stands in for it.
+        # The last generated feature precedes no token: it is never replaced.
         output, prompt = generated.matches(generated.n_causes), self.prompt.matches()
         _warn_of_nothing(prompt or [])
         return {
@@ -83,7 +83,7 @@ class Context:
 
 
 def _warn_of_nothing(matches: Sequence[Match]) -> None:
-    """Warns where every feature stays what it is, since a model knows no other text for it."""
+    """Warns if every feature remains unchanged, since the model proposes no other text."""
     asked = [match for match in matches if match.level != "blank"]
     if asked and all(match.level == "model" and not match.n_candidates for match in asked):
         warnings.warn(

@@ -27,28 +27,29 @@ class GeneratedText:
     """The target tokens, grouped into features that may cause later tokens.
 
     An absent feature changes the input ids, never the target ids. Later tokens of a feature are
-    predicted with the feature present: a coalition without it has a value for its first token only.
+    predicted with the feature present: a coalition without it defines a value only for its first
+    token.
 
     Args:
         ids: Target token ids, ``n_target`` of them. They are never decoded and encoded again.
         tokenizer: The model's tokenizer.
         unit: As for `TextSegmentInput`, over the decoded text with its special tokens, which end
-            words, sentences and other units with a name and are features of their own there;
-            spans and segmenters have those within their characters. ``"token"`` makes column j
-            token j. None: the text is held fixed, there are no features.
-        baselines: What stands where a feature is absent, as for `TextSegmentInput`.
+            words, sentences and other named units and are features of their own; spans and
+            segmenters include those within their characters. ``"token"`` makes column j token j.
+            None: the text is held fixed, without features.
+        baselines: Replacements of absent features, as for `TextSegmentInput`.
         prompt_text: The text before, as context for baselines.
-        prompt_ids: Its ids, so that a leading space of the first token is seen.
-        model: For baselines that ask one.
+        prompt_ids: Its ids, to recognise a leading space of the first token.
+        model: The model, for baselines that use one.
 
     Attributes:
         n_features: Number of features, ``G``.
-        unit_name: What one feature is called; None where the text is held fixed.
-        names: Their texts.
+        unit_name: Name of the unit; None if the text is held fixed.
+        names: The features' texts.
         groups: Per target token its feature, or None for fixed text.
         labels: Per target token a printable name.
-        baseline: What stands where one is absent.
-        deterministic: Whether two renderings of one coalition are always equal.
+        baseline: Replaces absent features.
+        deterministic: Whether a coalition is always rendered the same.
         pieces: Per target token its text and its feature; special tokens have the role
             ``"template"``.
     """
@@ -113,22 +114,22 @@ class GeneratedText:
 
     @property
     def n_causes(self) -> int:
-        """Features that some target token comes after: only these can change a value."""
+        """Number of features that precede some target token: only these can change a value."""
         return max(self.n_visible)
 
     @property
     def required(self) -> list[int | None]:
-        """Per target token its own feature if that began before it, which then must stand."""
+        """Per target token its own feature if that began earlier, which must then be present."""
         return [
             group if before == group else None for before, group in pairwise([None, *self.groups])
         ]
 
     def matches(self, n: int) -> list[Match] | None:
-        """How the baseline found candidates for the first `n` features; None if it does not say."""
+        """How the baseline found candidates for the first `n` features; None if unknown."""
         return self._replacements.matches(n)
 
     def unchanging(self, n: int) -> list[int]:
-        """Those of the first `n` features that stay as they are when absent."""
+        """Those of the first `n` features that remain unchanged when absent."""
         return sorted(self._replacements.unchanging(n))
 
     def places(self) -> list[Place]:
@@ -136,16 +137,16 @@ class GeneratedText:
         return [Place(places, group) for group, places in self._runs if group is not None]
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """See `Prompt.stand_ins`; nothing for what no target token comes after."""
+        """See `Prompt.stand_ins`; none for features that precede no target token."""
         draws = self._replacements.draws(n_draws, generator, None)
         n_causes, groups = self.n_causes, [place.feature for place in self.places()]
         return [[absent(g) if g < n_causes else () for g in groups] for absent in draws]
 
     def whole(self, prompt: RenderedPrompt) -> RenderedText:
-        """The text after a prompt with every feature of it present.
+        """The text after a prompt, with every feature of the target present.
 
         Raises:
-            ValueError: As `render`.
+            ValueError: As for `render`.
         """
         ids = prompt.ids or self._beginning()
         last = len(ids) - 1
@@ -158,20 +159,19 @@ class GeneratedText:
         generator: torch.Generator,
         draws: Tensor | None = None,
     ) -> list[RenderedText]:
-        """What the model reads for each coalition of the target's features.
+        """The model's input for each coalition of the target's features.
 
         Args:
             prompts: The prompt, one per coalition.
             masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
-            generator: Source of every random choice; one number is taken from it.
-            draws: Coalitions with equal number share one draw of replacements.
+            generator: Source of all random choices; advanced by one number.
+            draws: Coalitions with equal numbers share one draw of replacements.
 
         Returns:
             One rendered text per coalition.
 
         Raises:
-            ValueError: If nothing is left before the target and the tokenizer has no token that
-                a text begins with.
+            ValueError: If no token is left before the target and the tokenizer has no start token.
         """
         replacements = self._replacements.draws(len(masks), generator, draws)
         return [
@@ -210,12 +210,12 @@ class GeneratedText:
 def _owned(
     text: str, texts: Sequence[str], encoding: tokens.Encoding, unit: Unit | None
 ) -> Ownership:
-    """The tokens' owners, counted in reading order."""
+    """The spans that own the tokens, in reading order."""
     stops = [0, *accumulate(map(len, texts))]
-    if unit == "token":  # each has a column, what is special and parts of characters too
+    if unit == "token":  # every token has a column, including special ones and parts of characters
         each = [Span(start, stop) for start, stop in pairwise(stops)]
         return Ownership(each, list(range(len(texts))), each)
-    # Nothing but white space is no word, and no reason to refuse an answer.
+    # White space alone is not a word, but no reason to refuse an answer.
     if unit is None or (isinstance(unit, str) and not text.strip()):
         return Ownership([], [None] * len(texts), [])
     return assign_tokens(text, (unit,), encoding, special_apart=isinstance(unit, str))

@@ -1,4 +1,4 @@
-"""Spans tied into one feature, however far apart they stand, and what kind of thing they are."""
+"""Spans merged into one feature, however far apart, and labels of spans."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,16 +10,17 @@ Groups = Sequence[Sequence[str | int]] | Mapping[str, Sequence[str | int]]
 def tie(names: Sequence[str], groups: Groups | None) -> tuple[list[int], list[str]]:
     """The feature of every span, and every feature's name.
 
-    A group stands where its first span does; what is in no group is a feature by itself.
+    A group is placed at its first span; a span in no group is a feature by itself.
 
     Args:
         names: One per span, in reading order.
-        groups: Lists of names (white space at their ends does not matter) or numbers of spans; or
-            a mapping from the feature's name to such a list.
+        groups: Lists of names (ignoring white space at their ends) or indices of spans; or a
+            mapping from the feature's name to such a list.
 
     Raises:
-        ValueError: If a group is empty, names no span or several, or one span is tied twice.
-        TypeError: If a member is neither a name nor a number.
+        ValueError: If a group is empty, a name matches no span or several, or a span is in two
+            groups.
+        TypeError: If a member is neither a name nor an integer.
     """
     titled = groups.items() if isinstance(groups, Mapping) else ((None, g) for g in groups or ())
     tied: dict[int, int] = {}
@@ -55,11 +56,11 @@ def label_spans(
 
     Args:
         names: One per span, in reading order.
-        labels: One per span; or a mapping from names or numbers of spans. None: no labels.
+        labels: One per span; or a mapping from names or indices of spans. None: no labels.
 
     Raises:
-        ValueError: If there are more or fewer labels than spans, or a key is no span.
-        TypeError: If a key is neither a name nor a number, or a label no text.
+        ValueError: If the numbers of labels and spans differ, or a key matches no span.
+        TypeError: If a key is neither a name nor an integer, or a label is not a text.
     """
     found: list[str | None] = [None] * len(names)
     if isinstance(labels, Mapping):

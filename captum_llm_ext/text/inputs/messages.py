@@ -12,13 +12,13 @@ from captum_llm_ext.text.segment import Span, shorten
 from captum_llm_ext.text.tokens import common_prefix_length
 
 Message = Mapping[str, Any]
-# Plain letters and digits: no template has a reason to treat it otherwise than other text.
+# Plain letters and digits, which no template treats differently from other text.
 _PLACEHOLDER = "captumllmextmark7351"
-# What templates look for in a message: tags and control tokens.
+# What templates search for in a message: tags and control tokens.
 _TAG = re.compile(r"<[^<>\s]{1,40}>|\[/?[A-Za-z_]{1,40}\]")
-# Other texts of a message that templates write besides its content.
+# Other texts of a message that templates render besides its content.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-# As templates write a text: as it is, in JSON (two ways), in HTML (two ways).
+# Ways in which templates render a text: unchanged, in JSON (two variants), in HTML (two).
 _ESCAPES: tuple[Callable[[str], str], ...] = (
     str,
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
@@ -33,8 +33,8 @@ class Found:
     """Spans of a message in the rendered chat.
 
     Attributes:
-        spans: Its places, in reading order; none if it is not there.
-        missing: What the template leaves out or changes of it, empty if nothing.
+        spans: Its spans, in reading order; empty if it does not occur.
+        missing: Parts that the template omits or changes.
     """
 
     spans: list[Span]
@@ -46,7 +46,7 @@ class Template:
 
     Args:
         tokenizer: The model's tokenizer.
-        arguments: Of ``apply_chat_template``.
+        arguments: Arguments of ``apply_chat_template``.
 
     Raises:
         TypeError: If the tokenizer has no ``apply_chat_template``.
@@ -65,12 +65,12 @@ class Template:
         """The chat as text.
 
         Raises:
-            ValueError: If the template refuses the messages.
+            ValueError: If the template rejects the messages.
         """
         return cast(str, self._apply(messages, tokenize=False))
 
     def ids(self, messages: Sequence[Message]) -> tuple[int, ...] | None:
-        """The chat as token ids; None for tokenizers that render text alone."""
+        """The chat as token ids; None for tokenizers that only render text."""
         try:
             found = self._apply(messages, tokenize=True, return_dict=True)
             return tuple(int(token) for token in found["input_ids"])
@@ -82,7 +82,7 @@ class Template:
             return self._tokenizer.apply_chat_template(
                 [deepcopy(dict(message)) for message in messages], **how, **self._arguments
             )
-        except Exception as error:  # jinja2's own errors, and whatever a template raises
+        except Exception as error:  # jinja2's own errors, and anything a template raises
             raise ValueError(
                 f"the tokenizer's chat template cannot render these messages: {error}"
             ) from error
@@ -90,9 +90,9 @@ class Template:
     def locate(self, messages: Sequence[Message], text: str, i: int) -> Found:
         """Spans of message `i` in the rendered text.
 
-        A text is found by rendering the chat once more with a mark in its place: what is left and
-        right of the mark is left and right of the text, whatever it says. What has no text of its
-        own to mark (tool calls, content that is an object) is what the chat lacks without it.
+        A text is located by rendering the chat again with a placeholder: its surroundings are those
+        of the text, whatever its content. Parts without text (tool calls, content that is an
+        object) are located as what the chat lacks without them.
         """
         spans: list[Span] = []
         missing: list[str] = []
@@ -113,7 +113,7 @@ class Template:
     ) -> Found:
         marked = self._marked(messages, i, path, _PLACEHOLDER)
         if marked == text:
-            return Found([], [content])  # it is nowhere, whatever it says
+            return Found([], [content])  # it does not occur, whatever its text
         pieces = marked.split(_PLACEHOLDER)
         if len(pieces) == 2:
             before, after = pieces
@@ -131,7 +131,7 @@ class Template:
     def _find_rest(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", content: str
     ) -> Found | None:
-        """For templates that shorten a message: what differs where it is left out."""
+        """For templates that shorten a message: the difference when it is left out."""
         span = self._find_by_difference(messages, text, i, _with_text(messages, i, path, "")[i])
         if span is None or text[slice(*span)].strip() not in content:
             return None
@@ -140,7 +140,7 @@ class Template:
     def _find_between_tags(
         self, messages: Sequence[Message], text: str, i: int, path: "_Path", content: str
     ) -> Found | None:
-        """For templates that parse a message: places a placeholder between its tags."""
+        """For templates that parse a message: puts a placeholder between its tags."""
         stretches = _between_tags(content)
         if not stretches or stretches == [_inner(content, 0, len(content))]:
             return None
@@ -166,7 +166,7 @@ class Template:
             start = here + len(written)
         if text[start:] != rest or first is None:
             return None
-        # Tags that the message begins and ends with are its own if they stand where it says so.
+        # Tags at the ends of the message belong to it if they occur at these positions.
         head, tail = (
             content[: stretches[kept[0]].start].lstrip(),
             content[stretches[kept[-1]].stop :],
@@ -179,7 +179,7 @@ class Template:
     def _marked(self, messages: Sequence[Message], i: int, path: "_Path", content: str) -> str:
         try:
             return self.render(_with_text(messages, i, path, content))
-        except ValueError:  # a template that looks into the message may refuse others
+        except ValueError:  # a template that parses the message may reject other text
             return ""
 
     def _find_by_difference(
@@ -193,7 +193,7 @@ class Template:
             return None
         start = common_prefix_length(text, lacking)
         stop = len(text) - common_prefix_length(text[start:][::-1], lacking[start:][::-1])
-        # What stands on both sides (the "<" of two tags) is taken from the left.
+        # Characters common to both sides (the "<" of two tags) are taken from the left.
         while start > 0 and text[start - 1] == text[stop - 1] and not text[start - 1].isspace():
             start, stop = start - 1, stop - 1
         return Span(start, stop) if text[start:stop].strip() else None
@@ -206,8 +206,8 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
     """The messages as a list, checked.
 
     Raises:
-        TypeError: If they are no list of mappings with a role, or a part is none.
-        ValueError: If a message holds pictures or the like.
+        TypeError: If they are not a list of mappings with a role, or a part is not a mapping.
+        ValueError: If a message contains images or other media.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise TypeError(
@@ -242,7 +242,7 @@ def locate_messages(template: Template, messages: Sequence[Message], text: str) 
     for i in range(len(messages)):
         one = template.locate(messages, text, i)
         clash = [s for s in one.spans for t in taken if s.start < t.stop and t.start < s.stop]
-        if clash:  # found by its words, which somebody else has said
+        if clash:  # found by its text, which another message contains too
             one = Found(
                 [span for span in one.spans if span not in clash],
                 [*one.missing, *(text[slice(*span)] for span in clash)],
@@ -253,7 +253,7 @@ def locate_messages(template: Template, messages: Sequence[Message], text: str) 
 
 
 def has_text(message: Message) -> bool:
-    """Whether a message has text that may be a feature."""
+    """Whether a message has text that can be a feature."""
     return bool(_texts(message) or _reduced_messages(message))
 
 
@@ -273,7 +273,7 @@ def _texts(message: Message) -> list[tuple[_Path, str]]:
 
 
 def _reduced_messages(message: Message) -> list[tuple[str, Message]]:
-    """The message without what no mark can stand for, one thing at a time, and what that is."""
+    """Copies of the message, each without one part that has no text, and that part."""
     found: list[tuple[str, Message]] = []
     if message.get("tool_calls"):
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
@@ -295,7 +295,7 @@ def _with_text(messages: Sequence[Message], i: int, path: _Path, text: str) -> l
 
 
 def _with_missing(text: str, span: Span, content: str) -> Found:
-    """A span, with the parts of the message's text that are missing there."""
+    """A span, with the parts of the message's text that are missing in it."""
     shown, wanted = text[slice(*span)].strip(), content.strip()
     if not shown:
         return Found([], [content])
@@ -304,7 +304,7 @@ def _with_missing(text: str, span: Span, content: str) -> Found:
         return Found([span])
     start = common_prefix_length(wanted, shown)
     n_after = common_prefix_length(wanted[start:][::-1], shown[start:][::-1])
-    if shown in wanted:  # what agrees by chance at both ends is no part of what is left out
+    if shown in wanted:  # chance agreement at both ends is not part of what is left out
         start, n_after = wanted.rindex(shown), 0
         left = [wanted[:start], wanted[start + len(shown) :]]
     else:
@@ -313,13 +313,14 @@ def _with_missing(text: str, span: Span, content: str) -> Found:
 
 
 def _squeezed(text: str) -> str:
-    """What is left of a text whatever becomes of its case and of its white space."""
+    """The text independent of case and white space."""
     return " ".join(text.split()).casefold()
 
 
 def _find_literally(text: str, content: str) -> Found:
-    """Finds a message by its text, where that occurs once."""
-    for change in (str, str.lower):  # a template that writes all in capitals changes marks as well
+    """Locates a message by its text, if that occurs once."""
+    # A template that renders everything in capitals changes placeholders as well.
+    for change in (str, str.lower):
         where = change(text)
         for write in _ESCAPES:
             wanted = change(write(content.strip()))
@@ -339,7 +340,7 @@ def _find_literally(text: str, content: str) -> Found:
 
 
 def _between_tags(content: str) -> list[Span]:
-    """What stands between tags and control tokens, without white space at the ends."""
+    """The text between tags and control tokens, without white space at the ends."""
     borders = [
         0,
         *(place for match in _TAG.finditer(content) for place in match.span()),
@@ -356,7 +357,7 @@ def _inner(text: str, start: int, stop: int) -> Span:
 
 
 def _merge_adjacent(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Spans in reading order; those with nothing but white space between are one."""
+    """Spans in reading order; those separated by white space only are merged."""
     united: list[Span] = []
     for span in sorted(spans):
         if united and not text[united[-1].stop : span.start].strip():
@@ -367,6 +368,6 @@ def _merge_adjacent(text: str, spans: Sequence[Span]) -> list[Span]:
 
 
 def describe(i: int, message: Message, missing: Sequence[str]) -> str:
-    """Which message a template changed, and what of it."""
+    """Describes which message a template changed, and how."""
     what = " and ".join(repr(shorten(" ".join(part.split()))) for part in missing[:3])
     return f"message {i} ({message['role']}): {what}"

@@ -1,8 +1,8 @@
-"""Assigns tokens to spans: the one rule for prompts, chats, templates and generated text.
+"""Assigns tokens to spans: one rule for prompts, chats, templates and generated text.
 
-A token belongs to the span that holds its first character other than white space, special tokens in
-the text included. What shares a token cannot be switched apart: such spans are one, or an error
-where the user drew them.
+A token belongs to the span that contains its first character other than white space, including
+special tokens in the text. Spans that share a token cannot be switched separately: they are merged,
+or an error if the user gave them.
 """
 
 import warnings
@@ -33,8 +33,8 @@ class CoarseSpans:
 
     Attributes:
         spans: In reading order.
-        part_of: Per span of the finest unit the one it is in.
-        numbers: Per span its number among those that the unit gave; None for a special token.
+        part_of: Per span of the finest unit the index of its coarser span.
+        numbers: Per span its index among those of the unit; None for a special token.
     """
 
     spans: list[Span]
@@ -47,12 +47,12 @@ class Ownership:
     """Spans that own whole tokens.
 
     Attributes:
-        spans: In reading order, none without a token. Each is the text of its tokens, the white
-            space that its first one carries included.
-        owners: Per token the number of its span, or None for fixed text.
-        named: Per span the text that names it: what was cut, as far as its tokens go.
+        spans: In reading order, none without a token. Each covers the text of its tokens, including
+            the leading white space of the first.
+        owners: Per token the index of its span, or None for fixed text.
+        named: Per span the text that names it: the segment, as far as its tokens cover it.
         coarse: The parts of coarser units, from coarse to fine.
-        alone: Per span whether it is a special token outside all that was cut.
+        alone: Per span whether it is a special token outside all segments.
     """
 
     spans: list[Span]
@@ -63,7 +63,7 @@ class Ownership:
 
 
 class VisibleSpan(NamedTuple):
-    """The characters of a token without white space around them."""
+    """The characters of a token without surrounding white space."""
 
     start: int
     stop: int
@@ -83,17 +83,16 @@ def assign_tokens(
         text: The text.
         units: From coarse to fine; the finest makes the spans.
         encoding: Its tokens.
-        fixed: Spans or texts that are fixed: a token with a visible character of theirs has no
-            owner. Nor has a BOS at the beginning that the tokenizer would add.
-        special_apart: Whether units with a name end where a special token stands, which then is a
-            span by itself.
+        fixed: Fixed spans or texts: a token with a visible character of these has no owner. Neither
+            has an initial BOS that the tokenizer would add.
+        special_apart: Whether special tokens split named units and become spans of their own.
 
     Raises:
         ValueError: If everything is fixed, the user's spans share a token, or one of them owns
             none.
     """
     is_explicit = has_explicit_spans(units[-1])
-    # Who draws a span around BOS means it.
+    # A user's span around BOS is intended.
     fixed_spans = _fixed_spans(
         text, fixed, 0 if special_apart or is_explicit else encoding.n_opening
     )
@@ -132,15 +131,15 @@ def owned_slots(
     offset: int = 0,
     generated: bool = False,
 ) -> list[Slot]:
-    """A slot for every span, each a feature by itself.
+    """One slot per span, each a feature by itself.
 
     Args:
-        owned: Spans that own tokens.
-        ids: Those tokens.
-        context: The text they are in.
-        unit: What makes the spans, where it has a name.
-        offset: Where in `context` the text begins that was cut.
-        generated: Whether it is a part of the model's own output.
+        owned: The spans and their tokens.
+        ids: The token ids.
+        context: The whole text.
+        unit: Name of the unit, if any.
+        offset: Position in `context` at which the segmented text begins.
+        generated: Whether the spans are generated text.
     """
     own_ids: list[list[int]] = [[] for _ in owned.spans]
     for token, owner in zip(ids, owned.owners, strict=True):
@@ -211,7 +210,7 @@ def _split_at_special_tokens(
 def _fixed_spans(
     text: str, fixed: Sequence[tuple[int, int]] | Sequence[str], n_opening: int
 ) -> list[Span]:
-    """The spans that the user fixed, and the BOS that opens the text."""
+    """The spans that the user fixed, and the BOS at the beginning of the text."""
     if isinstance(fixed, str):
         raise TypeError("`fixed` is one string: give a list of texts or of (start, stop) pairs.")
     fixed_spans: list[Span] = []
@@ -225,7 +224,7 @@ def _fixed_spans(
 
 
 def _subtract(spans: Sequence[Span], fixed_spans: Sequence[Span], text: str) -> list[Span]:
-    """The spans less the fixed ones; what is white space alone is left out."""
+    """The spans minus the fixed ones, without parts that are white space alone."""
     if not fixed_spans:
         return list(spans)
     kept: list[Span] = []
@@ -249,7 +248,7 @@ def _visible(text: str, encoding: Encoding, place: int) -> VisibleSpan:
 def _overlapping(
     text: str, spans: Sequence[Span], starts: Sequence[int], token: VisibleSpan
 ) -> range:
-    """Indices of the spans that hold a visible character of the token."""
+    """Indices of the spans that contain a visible character of the token."""
     first = bisect_right(starts, token.start) - 1
     if first < 0 or token.start >= spans[first].stop:
         first += 1
@@ -297,7 +296,7 @@ def _first_and_last_spans(
 def _drop_invisible(
     text: str, spans: Sequence[Span], encoding: Encoding, firsts: Sequence[int | None]
 ) -> list[int | None]:
-    """First spans, without spans of which fixed tokens leave white space alone."""
+    """First spans, without spans that fixed tokens reduce to white space."""
     seen: set[int] = set()
     for place, first in enumerate(firsts):
         if first is not None and text[slice(*_visible(text, encoding, place))].strip():
@@ -319,7 +318,7 @@ def _span_per_token(
     owners: list[int | None] = []
     for place, (anchor, (a, b)) in enumerate(zip(encoding.anchors, borders, strict=True)):
         owner = None
-        # What lies between the coarser spans, such as a chat's template, is fixed text.
+        # Text between the coarser spans, such as a chat template's, is fixed.
         inside = anchor is not None and (within is None or _is_within(within, starts, anchor))
         if inside and not _is_fixed(
             text, fixed_spans, fixed_starts, _visible(text, encoding, place)
@@ -341,9 +340,9 @@ def _merge_sharing_tokens(
     lasts: Sequence[int | None],
     is_explicit: bool,
 ) -> tuple[list[Span], list[int | None]]:
-    """Merges spans that share a token; spans without tokens join the one before."""
+    """Merges spans that share a token; spans without tokens join the previous one."""
     owning = sorted({first for first in firsts if first is not None})
-    # Per span the last one that a token of it reaches; what lies between is one with it.
+    # Per span the last one that one of its tokens reaches; everything in between is merged.
     reach: dict[int, int] = {}
     for first, last in zip(firsts, lasts, strict=True):
         if first is not None and last is not None:
@@ -355,7 +354,7 @@ def _merge_sharing_tokens(
         else:
             joined.append((number, reach[number]))
     if joined and not is_explicit:
-        # Text that the tokenizer drops is told with what stands right before it.
+        # Text that the tokenizer drops is counted with the text before it.
         stops = [*(first for first, _ in joined[1:]), len(spans)]
         for i, ((first, last), stop) in enumerate(zip(joined, stops, strict=True)):
             while last + 1 < stop and spans[last + 1].start == spans[last].stop:
@@ -374,7 +373,7 @@ def _token_extents(
     for place, owner in enumerate(owners):
         if owner is not None:
             places[owner] = (places.get(owner, (place, place))[0], place)
-    # What is before a token is covered, what is after one begins with the next token's space.
+    # Text before a token is covered; text after it begins with the next token's space.
     covered = [0]
     for stop in encoding.stops:
         covered.append(max(covered[-1], stop))
@@ -395,10 +394,10 @@ def _token_extents(
 
 
 def _name_spans(text: str, is_explicit: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
-    """What was cut, as far as its tokens go; wider where they show more."""
+    """The segments as far as their tokens cover them; wider if tokens show more."""
     named: list[Span] = []
     for (first, last), (start, stop) in zip(is_explicit, spans, strict=True):
-        # White space alone makes no other name.
+        # White space alone does not change the name.
         start = start if text[first:start].strip() else first
         differs = text[last:stop].strip() or text[stop:last].strip()
         named.append(Span(start, stop if differs else last))
@@ -412,7 +411,7 @@ def _check_explicit_spans(
     firsts: Sequence[int | None],
     lasts: Sequence[int | None],
 ) -> None:
-    """Raises where the user's spans share a token; warns where one ends inside a token."""
+    """Raises if the user's spans share a token; warns if one ends inside a token."""
     barren = set(range(len(spans))) - set(firsts)
     if barren:
         start, stop = spans[min(barren)]
@@ -483,7 +482,7 @@ def _coarse_parts(
 
 
 def _with_special_tokens(owned: Ownership, encoding: Encoding) -> Ownership:
-    """Adds a span for every special token that has no owner, in reading order."""
+    """Adds a span for every special token without an owner, in reading order."""
     keys: list[tuple[bool, int] | None] = [
         (False, owner) if owner is not None else (True, place) if is_special else None
         for place, (owner, is_special) in enumerate(
@@ -497,7 +496,8 @@ def _with_special_tokens(owned: Ownership, encoding: Encoding) -> Ownership:
     for alone, i in order:
         if alone:
             start, stop = encoding.starts[i], encoding.stops[i]
-            # What the tokenizer adds has no characters: it stands where the text is up to.
+            # Tokens added by the tokenizer have no characters: they are placed at the current
+            # position.
             has_text = encoding.anchors[i] is not None
             special_spans[i] = Span(start, stop) if has_text else Span(position, position)
         position = special_spans[i].stop if alone else owned.spans[i].stop

@@ -1,4 +1,4 @@
-"""`Prompt`: the interface between inputs and attribution, whatever the input is made of."""
+"""`Prompt`: the interface between inputs and attribution, for all kinds of inputs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ from captum_llm_ext.text.baselines import (
 from captum_llm_ext.text.baselines.candidates import Match
 
 AnswerLogProbs = Callable[[Sequence[tuple[int, ...]]], Sequence[float]]
-"""Per prompt, given as ids, the log-probability that words of the answer's kinds come next."""
+"""Maps prompts, as ids, to the log-probability that words of the answer's kinds come next."""
 
 _NO_PLACES = (
     "this needs features that own tokens, which templates, images and inputs of other kinds do "
@@ -43,7 +43,7 @@ class RenderedPrompt:
     Attributes:
         ids: Token ids.
         extras: Other arguments of the model's forward (pixel values…), batch size 1. None for text.
-        key: Tells prompts with equal ids and different extras apart.
+        key: Distinguishes prompts with equal ids and different extras.
     """
 
     ids: tuple[int, ...]
@@ -56,10 +56,10 @@ class RenderedText:
     """The model's input for one coalition of prompt features and features of the target.
 
     Attributes:
-        prompt: Its beginning.
+        prompt: The rendered prompt.
         ids: Token ids of the prompt and of the generated text before the last target token.
-        positions: Per target token the index in `ids` whose logits predict it; -1 where the
-            coalition gives the token no value.
+        positions: Per target token the index in `ids` whose logits predict it; -1 if the coalition
+            defines no value for the token.
     """
 
     prompt: RenderedPrompt
@@ -69,13 +69,13 @@ class RenderedText:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of text.
+    """A contiguous part of the text.
 
     Attributes:
-        text: As it stands.
-        feature: The feature it shows; None for fixed text.
-        role: Whose message of a chat it is in; ``"template"`` for what no one said (what a chat
-            template puts around messages, special tokens); None for other text.
+        text: Its text.
+        feature: Its feature; None for fixed text.
+        role: Role of its chat message; ``"template"`` for text around messages and special tokens;
+            None for other text.
     """
 
     text: str
@@ -83,7 +83,7 @@ class Piece:
     role: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Its parts by name; the role only where there is one."""
+        """The fields by name; the role only if there is one."""
         told = {"text": self.text, "feature": self.feature}
         return told if self.role is None else told | {"role": self.role}
 
@@ -95,7 +95,7 @@ class Level:
     Attributes:
         name: Its unit: ``"sentence"``, ``"turn"``…
         parts: One name per part.
-        part_of: Per feature the part it is in.
+        part_of: Per feature the index of its part.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Place:
 
     Attributes:
         positions: Indices of token ids, in reading order.
-        feature: The feature they are of.
+        feature: Index of the feature.
     """
 
     positions: tuple[int, ...]
@@ -120,18 +120,17 @@ class Prompt(ABC):
     """A prompt as features that can be absent.
 
     Attributes:
-        n_features: Features that are switched; columns of `masks`.
+        n_features: Number of features: columns of `masks`.
         names: One name per column of the result.
-        columns: Per column of the result the feature whose score it shows.
-        pieces: The prompt as text, in reading order; a piece's number is a column of the result.
-        text: The prompt as one text: what generated text continues.
-        own_baseline: What stands where features of the prompt are absent: a baseline, or what
-            captum's inputs have for one. None: nothing.
-        output_baseline: What stands where generated features are absent, unless the user says
-            otherwise.
-        deterministic: Whether two renderings of one coalition are always equal.
-        levels: Coarser readings of the columns, from coarse to fine; empty for most inputs.
-        unit_name: What one feature is called: ``"word"``, ``"turn"``…
+        columns: Per column of the result the feature whose attribution it holds.
+        pieces: The prompt as text, in reading order; a piece's `feature` is a column of the result.
+        text: The prompt as one text.
+        own_baseline: Replaces absent prompt features: a baseline, or the one of captum's inputs.
+            None: deletion.
+        output_baseline: Default replacement of absent generated features.
+        deterministic: Whether a coalition is always rendered the same.
+        levels: Coarser units of the columns, from coarse to fine; empty for most inputs.
+        unit_name: Name of the unit of features: ``"word"``, ``"turn"``…
     """
 
     n_features: int
@@ -149,12 +148,12 @@ class Prompt(ABC):
     def render(
         self, masks: Tensor, generator: torch.Generator, draws: Tensor | None = None
     ) -> list[RenderedPrompt]:
-        """The prompts of several coalitions.
+        """The rendered prompts of several coalitions.
 
         Args:
             masks: Bool, shape ``(n_coalitions, n_features)``, True = present.
-            generator: Source of every random choice; one number is taken from it.
-            draws: Shape ``(n_coalitions,)``: coalitions with equal number share one draw of
+            generator: Source of all random choices; advanced by one number.
+            draws: Shape ``(n_coalitions,)``: coalitions with equal numbers share one draw of
                 replacements. By default each has its own.
 
         Returns:
@@ -165,7 +164,7 @@ class Prompt(ABC):
         """Positions of the features in the ids of the prompt with every feature present.
 
         Raises:
-            TypeError: If absent features change more than the tokens in their own places.
+            TypeError: If absent features change more than their own tokens.
         """
         raise TypeError(_NO_PLACES)
 
@@ -173,46 +172,46 @@ class Prompt(ABC):
         """Positions whose ids may change if these features, and no others, are absent.
 
         Args:
-            features: Numbers of features.
+            features: Indices of features.
 
         Returns:
-            Indices of token ids: their own, and those of places that are absent with them.
+            Indices of token ids: the features' own, and those of places that are absent with them.
 
         Raises:
-            TypeError: As `places`.
+            TypeError: As for `places`.
         """
         return frozenset(
             p for own in self.places() if own.feature in features for p in own.positions
         )
 
     def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """Replacement ids for every one of `places`; none for deletion.
+        """Replacement ids for every one of `places`; empty for deletion.
 
         Args:
             n_draws: Number of draws.
-            generator: One number is taken from it.
+            generator: Advanced by one number.
 
         Returns:
-            Per draw and place the ids, as many as the baseline gives.
+            Per draw and place the replacement ids, of any number.
 
         Raises:
-            TypeError: As `places`.
+            TypeError: As for `places`.
         """
         raise TypeError(_NO_PLACES)
 
     def feature_names(self, joiner: str = " + ") -> list[str]:
-        """One name per feature; of one that spans several columns, all of theirs."""
+        """One name per feature; a feature of several columns has their joined names."""
         columns: list[list[str]] = [[] for _ in range(self.n_features)]
         for name, feature in zip(self.names, self.columns, strict=True):
             columns[feature].append(name)
         return [joiner.join(own) for own in columns]
 
     def with_default(self, baselines: Any) -> "Prompt":
-        """A copy with these baselines, if the user gave none; otherwise the prompt itself."""
+        """A copy with these baselines if the user gave none; otherwise the prompt itself."""
         return self
 
     def with_model(self, model: LanguageModel) -> "Prompt":
-        """A copy whose baselines can ask this model; the prompt itself if none does."""
+        """A copy whose baselines can use this model; the prompt itself if none does."""
         return self
 
     def with_answer(self, log_probs: AnswerLogProbs) -> "Prompt":
@@ -220,11 +219,11 @@ class Prompt(ABC):
         return self
 
     def matches(self) -> list[Match] | None:
-        """How the baseline found candidates for each slot; None if it does not say."""
+        """How the baseline found candidates for each slot; None if unknown."""
         return None
 
     def unchanging(self) -> list[int]:
-        """Features that stay as they are when absent, as far as the baseline says."""
+        """Features that remain unchanged when absent, as far as the baseline reports."""
         return []
 
 
@@ -232,10 +231,10 @@ class Replacements:
     """Draws the ids that replace absent features.
 
     Args:
-        baseline: What stands there.
+        baseline: Provides the replacements.
         slots: All places, in reading order.
         tokenizer: Tokenises replacement texts in place.
-        by_phrase: Whether places that the baseline takes for one thing are absent together.
+        by_phrase: Whether slots of one phrase are absent together.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class Replacements:
         self._bonds: Bonds | None = None
 
     def with_model(self, model: LanguageModel) -> "Replacements":
-        """A copy whose baseline can ask this model."""
+        """A copy whose baseline can use this model."""
         return self._of(with_model(self._baseline, model), self._slots)
 
     @property
@@ -259,7 +258,7 @@ class Replacements:
         return isinstance(self._baseline, UsesAnswer)
 
     def with_answer(self, fit: AnswerFit) -> "Replacements":
-        """A copy conditioned on an answer, where the baseline can be."""
+        """A copy conditioned on an answer, if the baseline supports it."""
         found = self._baseline
         return self._of(
             found.with_answer(fit) if isinstance(found, UsesAnswer) else found, self._slots
@@ -273,9 +272,9 @@ class Replacements:
         return Replacements(baseline, slots, self._tokenizer, by_phrase=self._by_phrase)
 
     def matches(self, n: int | None = None) -> list[Match] | None:
-        """How the baseline found candidates for the first `n` slots; None if it does not say.
+        """How the baseline found candidates for the first `n` slots; None if unknown.
 
-        Of a phrase that is absent as one, every slot has those of the phrase.
+        For a phrase, every slot has the candidates of the phrase.
         """
         explain = getattr(self._baseline, "explain", None)
         if explain is None:
@@ -285,9 +284,9 @@ class Replacements:
         return [explain(joined([self._slots[i] for i in run])) for run in runs]
 
     def unchanging(self, n: int | None = None) -> set[int]:
-        """Indices of those of the first `n` slots in which nothing but their own text is drawn.
+        """Indices of those of the first `n` slots for which only their own text is drawn.
 
-        What is drawn for a slot may be another thing where its neighbours are absent too.
+        If neighbours are absent too, other text may be drawn for a slot.
         """
         bonds = self._found_bonds()
         tied = {index for run in bonds.ties for index in run}
@@ -299,13 +298,13 @@ class Replacements:
         }
 
     def units(self, absent: Collection[int]) -> Mapping[int, tuple[int, ...]]:
-        """Slots that are drawn together where some are absent.
+        """Slots that are drawn together when some are absent.
 
         Args:
             absent: Indices of slots.
 
         Returns:
-            For these, and for all that are absent with them, the slots drawn together with each, in
+            For these, and for all slots absent with them, the slots drawn together with each, in
             reading order.
         """
         if not absent:
@@ -336,8 +335,9 @@ class Replacements:
 
         Args:
             n_rows: Number of coalitions.
-            generator: One number is taken from it; all draws follow from that one.
-            draws: Shape ``(n_rows,)``: rows with equal number share a draw. None: each its own.
+            generator: Advanced by one number, from which all draws follow.
+            draws: Shape ``(n_rows,)``: rows with equal numbers share a draw. None: each has its
+                own.
         """
         seed = draw_seed(generator)
         numbers = range(n_rows) if draws is None else draws.tolist()
@@ -345,11 +345,11 @@ class Replacements:
 
         def ids(draw: int, *unit: int) -> tuple[int, ...]:
             if (draw, *unit) not in known:
-                self._found_bonds()  # asked of all places at once
+                self._found_bonds()  # computed for all slots at once
                 slot = joined([self._slots[i] for i in unit])
-                # A generator for each feature: a row draws only what it lacks, and the same as
-                # every other row of its draw. Slots of one feature share it: what they draw from
-                # lists of equal length stands at one place of them.
+                # A generator per feature: a row draws only what it lacks, and the same as every
+                # other row of its draw. Slots of one feature share it: lists of equal length are
+                # drawn at the same index.
                 known[draw, *unit] = self._ids(slot, draw_generator(seed, draw, slot.feature))
             return known[draw, *unit]
 
@@ -370,11 +370,11 @@ class Replacements:
     def in_place(self, slot: Slot, found: str) -> tuple[int, ...]:
         """Ids of a replacement text, with the white space around the text that it replaces."""
         content = found.lstrip()
-        # A part of a character has no text that other text could stand for.
+        # A part of a character has no text that could be replaced.
         if not content or not slot.text:
             return ()
         own = slot.text
-        # The white space that the feature's tokens hold at their ends is not what it says.
+        # White space at the ends of the feature's tokens is not part of its content.
         text = own[: len(own) - len(own.lstrip())] + content
         if own.strip() and content == content.rstrip():
             text += own[len(own.rstrip()) :]
@@ -387,7 +387,7 @@ class Replacements:
 def template_pieces(
     template: str | Callable[..., str], values: Sequence[str] | Mapping[str, str]
 ) -> list[Piece] | None:
-    """The text that a template makes, its values numbered; None if they cannot be found in it."""
+    """The text of a template, its values numbered; None if they cannot be located in it."""
     parts = template_parts(template, values)
     return None if parts is None else [Piece(text, number) for text, number in parts if text]
 

@@ -1,4 +1,4 @@
-"""`render_text`: the token ids that a model reads for coalitions of prompt and target features."""
+"""`render_text`: token ids of coalitions of prompt and target features."""
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ def render_text(
     generator: torch.Generator,
     draws: Tensor | None = None,
 ) -> list[RenderedText]:
-    """What a model reads for each of several coalitions.
+    """The model's input for each of several coalitions.
 
     Args:
         prompt: The prompt.
         generated: The target after it.
         masks: Bool, shape ``(n_coalitions, n_columns)``, True = present: the features of the
             prompt, then those of the target. Features without a column are present.
-        generator: Source of every random choice; two numbers are taken from it.
-        draws: Shape ``(n_coalitions,)``: coalitions with equal number share one draw of
+        generator: Source of all random choices; advanced by two numbers.
+        draws: Shape ``(n_coalitions,)``: coalitions with equal numbers share one draw of
             replacements. By default each has its own.
 
     Returns:

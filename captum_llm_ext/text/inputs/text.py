@@ -1,4 +1,4 @@
-"""`TextSegmentInput`: a text cut into features that own whole tokens."""
+"""`TextSegmentInput`: a text segmented into features that own whole tokens."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -45,56 +45,56 @@ _PARTS = ("part", "example", "passage")
 
 
 class TextSegmentInput(InterpretableInput, Prompt):
-    """A text whose words, sentences or other spans are switched on and off together.
+    """A text whose words, sentences or other spans are features.
 
-    Features own whole tokens: a token belongs to the span that holds its first character other
-    than white space, and so do special tokens in the text (``</s>`` in a passage). Words or other
-    parts that share a token are one feature, whose name says so; spans given by hand that do are an
-    error. Tokens outside all spans are fixed text, and so are BOS and what else the tokenizer adds.
-    With every feature present the rendered ids are those of the tokenizer, unchanged.
+    Features own whole tokens: a token, including special tokens in the text (``</s>`` in a
+    passage), belongs to the span that contains its first character other than white space. Words or
+    other units that share a token are merged into one feature; for spans given by the user this is
+    an error. Tokens outside all spans are fixed text, and so are BOS and other tokens that the
+    tokenizer adds. With every feature present the rendered ids are exactly those of the tokenizer.
 
     Args:
         text: The prompt.
-        tokenizer: The model's tokenizer. None for a model that nobody has the tokenizer of, behind
-            an API: then words are the least that features own.
-        unit: ``"token"``, ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"``
-            (of Markdown), a list of ``(start, stop)`` character spans, or a callable ``text ->
-            list of (start, stop)`` such as those of `captum_llm_ext.segment`. What lies between
-            spans is fixed text. A tuple of units, from coarse to fine, makes features of the
-            finest and levels of all: ``("paragraph", "sentence", "word")``.
-        baselines: What stands where a feature is absent. By default what the model itself would
-            have written there (`ModelBaselines`), where `GenerationAttribution` asks a model of
-            this process; nothing elsewhere. ``"delete"`` or None (nothing: the tokens are deleted),
-            a token id, a token of the vocabulary, a list with one text (or list of texts to draw
-            from) per span, a mapping from every span's label, number or text to such, captum's
-            `ProductBaselines`, or a callable ``(slot, generator) -> text or ids``. Text takes the
-            white space around the text it replaces and is tokenised in place.
-        groups: Spans that are one feature, however far apart: lists of their texts or their
-            numbers in reading order, or a mapping from the feature's name to such a list. A group
-            stands where its first span does. Lists of replacement texts of equal length are drawn
-            from at the same place for all spans of a group.
-        fixed: What is never switched: ``(start, stop)`` spans, or texts, found in order. A token
-            that shows a character of it is fixed as a whole.
+        tokenizer: The model's tokenizer. None for a model behind an API whose tokenizer is
+            unavailable: features are then whole words at least.
+        unit: ``"token"``, ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"`` (of
+            Markdown), a list of ``(start, stop)`` character spans, or a callable ``text -> list of
+            (start, stop)`` such as those of `captum_llm_ext.segment`. Text between spans is fixed.
+            A tuple of units, from coarse to fine, makes features of the finest and levels of all:
+            ``("paragraph", "sentence", "word")``.
+        baselines: Replacements of absent features. Default: draws from the model's own conditional
+            distribution (`ModelBaselines`) for `GenerationAttribution` with a local model; deletion
+            otherwise. ``"delete"`` or None (the tokens are deleted), a token id, a token of the
+            vocabulary, a list with one text (or list of texts to draw from) per span, a mapping
+            from every span's label, index or text to these, captum's `ProductBaselines`, or a
+            callable ``(slot, generator) -> text or ids``. Text keeps the white space around the
+            text it replaces and is tokenised in place.
+        groups: Spans that form one feature, however far apart: lists of their texts or their
+            indices in reading order, or a mapping from the feature's name to such a list. A group
+            is placed at its first span. Lists of replacement texts of equal length are drawn at the
+            same index for all spans of a group.
+        fixed: Text that is never a feature: ``(start, stop)`` spans, or texts, searched in order. A
+            token with a visible character of it is fixed as a whole.
         names: One name per span, for results. By default its text.
-        labels: What kind of thing a span is, for baselines that go by it (`CorpusBaselines(...,
+        labels: The kind of each span, for baselines that use it (`CorpusBaselines(...,
             labels={"city": [...]})`, a mapping, captum's `ProductBaselines` over a dict): one label
-            (or None) per span, or a mapping from a span's text or number to its label.
-        add_special_tokens: Whether the tokenizer adds its BOS and the like. Text that already
-            begins with BOS gets no second one.
+            (or None) per span, or a mapping from a span's text or index to its label.
+        add_special_tokens: Whether the tokenizer adds its special tokens such as BOS. Text that
+            already begins with BOS gets no second one.
         special_tokens_are_features: Whether BOS and other special tokens are features of their own;
-            those within a span given by hand remain a part of it.
+            those within a user's span remain part of it.
 
     Attributes:
         n_features: Number of features.
         names: One name per feature.
-        slots: Per span the place it leaves when absent; ``slot.feature`` is the feature it is of.
-        levels: From coarse to fine, the names of a level's parts and the part each feature is in.
+        slots: One slot per span; ``slot.feature`` is the index of its feature.
+        levels: From coarse to fine, the names of a level's parts and the part of each feature.
 
     Raises:
-        ValueError: If the text is empty, the unit unknown, spans overlap or leave the text, a span
-            of the user's owns no whole token or shares one with another, a group or label names
-            what is no span, or `baselines`, `names` or `labels` has the wrong number of entries.
-        TypeError: If an argument is of the wrong kind.
+        ValueError: If the text is empty, the unit unknown, spans overlap or exceed the text, a
+            user's span owns no whole token or shares one with another, a group or label refers to
+            no span, or `baselines`, `names` or `labels` has the wrong number of entries.
+        TypeError: If an argument has the wrong type.
     """
 
     def __init__(
@@ -168,13 +168,13 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """The same input with other baselines.
 
         Args:
-            baselines: As of `TextSegmentInput`.
+            baselines: As for `TextSegmentInput`.
 
         Returns:
             A copy; this one is unchanged.
 
         Raises:
-            ValueError, TypeError: As the constructor does.
+            ValueError, TypeError: As for the constructor.
         """
         changed = copy(self)
         changed._replace_by(baselines)
@@ -229,20 +229,20 @@ class TextSegmentInput(InterpretableInput, Prompt):
         joiner: str = "\n\n",
         **arguments: Any,
     ) -> "TextSegmentInput":
-        """A prompt put together from named parts: an instruction, examples, passages, a question.
+        """A prompt composed of named parts: an instruction, examples, passages, a question.
 
         Args:
-            parts: ``(name, text)``, or ``(name, text, fixed)`` where `fixed` says that the part is
-                never switched.
+            parts: ``(name, text)``, or ``(name, text, fixed)`` where `fixed` means that the part is
+                never a feature.
             tokenizer: The model's tokenizer.
-            unit: ``"part"``, ``"example"`` or ``"passage"``, whichever reads best: every part is
-                one feature, of its name. Otherwise the unit of the features inside the parts,
+            unit: ``"part"``, ``"example"`` or ``"passage"``, which only differ in name: every part
+                is one feature with its name. Otherwise the unit of the features inside the parts,
                 which are then the coarsest level; ``("passage", "sentence")`` names that level.
-            joiner: Stands between two parts, as fixed text.
-            **arguments: As of `TextSegmentInput`.
+            joiner: Fixed text between two parts.
+            **arguments: As for `TextSegmentInput`.
 
         Raises:
-            ValueError: If there is no part to switch, or a part is empty.
+            ValueError: If all parts are fixed, or a part is empty.
         """
         spans, text = _join_parts(parts, joiner)
         switched = [i for i, part in enumerate(parts) if not (len(part) > 2 and part[2])]
@@ -270,18 +270,18 @@ class TextSegmentInput(InterpretableInput, Prompt):
         mask: Sequence[Any] | Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> "TextSegmentInput":
-        """What captum's `TextTemplateInput` is, on token ids: other tokens never move.
+        """Like captum's `TextTemplateInput`, but on token ids: other tokens never change.
 
         Args:
             template: A format string, or a function from the values to the text.
             values: The values, in a list or by name.
             tokenizer: The model's tokenizer.
             mask: As in captum: values with equal numbers are one feature.
-            **arguments: As of `TextSegmentInput`; `baselines` as a list has one entry per value, in
-                the order in which the values stand in the text. Names of values are labels.
+            **arguments: As for `TextSegmentInput`; `baselines` as a list has one entry per value,
+                in the order of the values in the text. Names of values are labels.
 
         Raises:
-            ValueError: If the values cannot be found in the text that the template makes.
+            ValueError: If the values cannot be located in the template's text.
         """
         keys = list(values) if isinstance(values, Mapping) else list(range(len(values)))
         given = [values[key] for key in keys]  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -338,22 +338,22 @@ class TextSegmentInput(InterpretableInput, Prompt):
     def _assembled(
         self, units: Mapping[int, tuple[int, ...]], stand_in: Callable[..., tuple[int, ...]]
     ) -> tuple[int, ...]:
-        """The ids of the prompt where something else stands in some slots.
+        """The ids of the prompt with replacements in some slots.
 
         Args:
-            units: By index of a slot, the slots that are replaced as one with it.
-            stand_in: The ids for such slots.
+            units: Maps the index of a slot to the slots that are replaced together with it.
+            stand_in: Returns the ids for such slots.
         """
         ids: list[int] = []
         for slot, chunk, is_first in self._token_runs:
             if slot is None or (unit := units.get(slot.index)) is None:
                 ids += chunk
-            elif is_first and slot.index == unit[0]:  # which has what stands for all
+            elif is_first and slot.index == unit[0]:  # it has the replacement of all of them
                 ids += stand_in(*unit)
         return tuple(ids)
 
     def _with_texts(self, texts: Mapping[Slot, str]) -> tuple[int, ...]:
-        """The ids of the prompt where texts stand in slots, or in several neighbours as one."""
+        """The ids of the prompt with texts in slots, or in several neighbouring ones together."""
         units: dict[int, tuple[int, ...]] = {}
         ids: dict[tuple[int, ...], tuple[int, ...]] = {}
         for place, text in texts.items():
@@ -395,7 +395,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
 
 def as_units(unit: Unit | tuple[Unit, ...]) -> tuple[Unit, ...]:
-    """A unit, or several from coarse to fine. A tuple of pairs of numbers is one unit: spans."""
+    """One or several units, from coarse to fine. A tuple of pairs of numbers is one unit: spans."""
     if isinstance(unit, tuple) and any(isinstance(u, str) or callable(u) for u in unit):
         return cast(tuple[Unit, ...], unit)
     return (cast(Unit, unit),)
@@ -419,7 +419,7 @@ def _token_runs(
 ) -> list[tuple[Slot | None, tuple[int, ...], bool]]:
     """Runs of tokens with one owner: the slot, its ids, and whether they are its first.
 
-    A special token within a span cuts it in two; what stands for the span stands there once.
+    A special token within a span splits it in two; the replacement is inserted once.
     """
     seen: set[int | None] = set()
     chunks: list[tuple[Slot | None, tuple[int, ...], bool]] = []
@@ -437,7 +437,7 @@ def _levels(
     feature_of: Sequence[int],
     shown: Sequence[str],
 ) -> list[Level]:
-    """The coarser levels: their parts, and the part that each feature is in."""
+    """The coarser levels: their parts, and the part of each feature."""
     levels: list[Level] = []
     for unit, coarse in zip(units, owned.coarse, strict=False):
         names: dict[tuple[bool, int], str] = {}
@@ -475,7 +475,7 @@ def _span_names(
     tokenizer: Any,
     given: Sequence[str] | None,
 ) -> list[str]:
-    """The spans' texts, or what they are called; what has no text, such as BOS, by its token."""
+    """The spans' texts or given names; spans without text, such as BOS, by their token."""
     names = [text[start:stop] for start, stop in owned.named]
     if given is not None:
         drawn = [i for i, alone in enumerate(owned.alone) if not alone]
@@ -494,7 +494,7 @@ def _span_names(
 def _labels_of_explicit_spans(
     labels: Sequence[str | None] | Mapping[str | int, str] | None, owned: Ownership
 ) -> Sequence[str | None] | Mapping[str | int, str] | None:
-    """Labels as given for the spans, with None for special tokens besides."""
+    """Labels as given for the spans, with None for additional special tokens."""
     n_alone = sum(owned.alone)
     if not n_alone or labels is None or isinstance(labels, Mapping | str):
         return labels
@@ -511,7 +511,7 @@ def _pieces(
     encoding: tokens.Encoding,
     tokenizer: Any,
 ) -> list[Piece]:
-    """The text cut at the spans; special tokens, which have no text of their own, decoded."""
+    """The text split at the spans; special tokens without text of their own are decoded."""
     leading = [i for i, _ in takewhile(lambda pair: pair[1] is None, enumerate(encoding.anchors))]
     shown = tokens.decode(tokenizer, [encoding.ids[i] for i in leading]) if leading else ""
     special = {

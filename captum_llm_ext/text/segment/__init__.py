@@ -1,14 +1,12 @@
-"""Where the features of a text begin and end.
+"""Segmenters: where the features of a text begin and end.
 
-A segmenter maps a text to the spans of its features. White space always belongs to what follows
-it: a word that is removed together with its leading space leaves every other token as it was,
-one removed with its trailing space never does. White space at the very end has nothing after it
-and stays with the last span.
+A segmenter maps a text to the spans of its features. White space belongs to the text after it: a
+word removed together with its leading space leaves every other token unchanged, one removed with
+its trailing space never does. White space at the very end belongs to the last span.
 
-`words`, `sentences`, `lines`, `paragraphs` and `markdown_blocks` cut a text: their spans hold all
-of it. `pattern`, `between`, `blocks`, `strings` and `spans` choose from it: what lies between
-their spans is fixed text. None but the last two, which take what they are given, cuts through what
-a reader sees as one character.
+`words`, `sentences`, `lines`, `paragraphs` and `markdown_blocks` tile a text: their spans cover all
+of it. `pattern`, `between`, `blocks`, `strings` and `spans` select from it: text between their
+spans is fixed. Only the last two, which use what they are given, may split a grapheme cluster.
 """
 
 from captum_llm_ext.text.segment.chosen import between, blocks, pattern, spans, strings

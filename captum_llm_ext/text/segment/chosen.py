@@ -1,4 +1,4 @@
-"""Parts of a text that the user picks out. What lies between them is fixed text, no feature."""
+"""Selected parts of a text. Text between them is fixed."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,10 +12,10 @@ Delimiter = Literal["fixed", "following"]
 
 
 def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
-    r"""Each match of a regular expression, or of one group in it, is a feature.
+    r"""Each match of a regular expression, or of one of its groups, is a feature.
 
-    A match that ends inside a grapheme cluster takes all of it, so ``pattern(r"(?s).")`` gives one
-    feature per character as a reader sees it. Empty matches are passed over.
+    A match that ends inside a grapheme cluster is extended to all of it, so ``pattern(r"(?s).")``
+    gives one feature per visible character. Empty matches are ignored.
 
     Example:
         >>> text = "city=Paris year=2024"
@@ -23,7 +23,7 @@ def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
         ['Paris', '2024']
 
     Raises:
-        ValueError: At once, if `regex` is malformed or has no such group; on a text, if nothing
+        ValueError: Immediately, if `regex` is malformed or has no such group; on a text, if nothing
             matches.
     """
     compiled = _compiled(regex)
@@ -46,18 +46,18 @@ def pattern(regex: str | re.Pattern[str], group: int | str = 0) -> Segmenter:
 
 
 def between(opening: str | re.Pattern[str], closing: str | re.Pattern[str]) -> Segmenter:
-    """What stands between an opening and the next closing marker is a feature.
+    """The text between an opening and the next closing marker is a feature.
 
-    For passages in ``<doc>…</doc>`` and the like: markers, and white space before a closing one,
-    are fixed text; white space after an opening one belongs to the passage. Markers do not nest.
+    For passages in ``<doc>…</doc>`` etc.: markers, and white space before a closing one, are fixed
+    text; white space after an opening one belongs to the passage. Markers do not nest.
 
     Args:
         opening: A string taken literally, or a compiled pattern.
         closing: As `opening`; it may be the same.
 
     Raises:
-        ValueError: At once, if a marker is empty; on a text, if nothing stands between markers, or
-            an opening one is never closed.
+        ValueError: Immediately, if a marker is empty; on a text, if there is nothing between
+            markers, or an opening one is never closed.
 
     Example:
         >>> text = "Read <doc>one</doc> and <doc>two</doc>."
@@ -76,18 +76,18 @@ def between(opening: str | re.Pattern[str], closing: str | re.Pattern[str]) -> S
 
 
 def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed") -> Segmenter:
-    r"""Blocks that a delimiter separates, or begins: few-shot examples, turns of a dialogue.
+    r"""Blocks separated, or begun, by a delimiter: few-shot examples, turns of a dialogue.
 
     Args:
         delimiter: A string taken literally, or a compiled pattern.
-        delimiter_is: ``"fixed"``: the delimiter separates and is no part of any feature
+        delimiter_is: ``"fixed"``: the delimiter separates blocks and belongs to no feature
             (``blocks("###")``). ``"following"``: it begins a block and belongs to it
-            (``blocks("Q:", delimiter_is="following")``), so that the blocks tile the text.
-            Either way what stands before the first delimiter is a block too.
+            (``blocks("Q:", delimiter_is="following")``), so that the blocks tile the text. In both
+            cases the text before the first delimiter is a block too.
 
     Raises:
-        ValueError: At once, if the delimiter is empty or `delimiter_is` unknown; on a text, if the
-            delimiter is not in it, or nothing else is.
+        ValueError: Immediately, if the delimiter is empty or `delimiter_is` unknown; on a text, if
+            it does not contain the delimiter, or nothing else.
 
     Example:
         >>> text = "Q: 1+1 A: 2 Q: 2+2 A: 4"
@@ -111,12 +111,11 @@ def blocks(delimiter: str | re.Pattern[str], *, delimiter_is: Delimiter = "fixed
 
 
 def strings(texts: Iterable[str]) -> Segmenter:
-    """Each of these strings is a feature: found in order, each after the end of the one before.
+    """Each of these strings is a feature, searched in order, each after the previous one.
 
     Raises:
-        TypeError: If `texts` is one string, or holds anything but strings.
-        ValueError: At once, if there is none, or one is empty; on a text, naming the one that is
-            not found.
+        TypeError: If `texts` is one string, or contains anything but strings.
+        ValueError: Immediately, if there is none, or one is empty; on a text, if one is not found.
     """
     wanted = list(texts)
     if isinstance(texts, str) or not all(isinstance(item, str) for item in wanted):
@@ -127,10 +126,10 @@ def strings(texts: Iterable[str]) -> Segmenter:
 
 
 def spans(pairs: Iterable[tuple[int, int]]) -> Segmenter:
-    """These ``(start, stop)`` character positions, whatever the text.
+    """These ``(start, stop)`` character positions, for every text.
 
     Raises:
-        TypeError: If one of them is no pair of integers.
+        TypeError: If one of them is not a pair of integers.
     """
     fixed = [as_span(pair) for pair in pairs]
     return Named(f"spans({[tuple(span) for span in fixed]!r})", lambda _: fixed, positional=True)
@@ -197,7 +196,7 @@ def _stripped_parts(text: str, parts: Iterable[tuple[int, int]]) -> Iterator[tup
     for start, stop in parts:
         content = text[start:stop].rstrip()
         if content:
-            # At the end of the text there is nothing that the white space could belong to.
+            # At the end of the text, white space has nothing else to belong to.
             yield start, stop if stop == len(text) else start + len(content)
 
 

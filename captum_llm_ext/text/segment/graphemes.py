@@ -1,8 +1,8 @@
-"""Where a text must not be cut: inside what a reader sees as one character.
+"""Where a text must not be split: inside a grapheme cluster.
 
-These are the rules of Unicode Standard Annex #29, section 3.1 (extended grapheme clusters), over
-the tables of the Python that runs. Where those tables lack a property, positions are joined
-rather than cut: every joint of the Annex is one here, and a few more are.
+Implements Unicode Standard Annex #29, section 3.1 (extended grapheme clusters), with the tables of
+the running Python. If those lack a property, positions are joined rather than split: every joint of
+the Annex is one here, and a few more are.
 """
 
 import re
@@ -12,7 +12,7 @@ from itertools import pairwise
 _ZWJ = "\u200d"
 _MARKS = frozenset({"Mn", "Mc", "Me"})
 _CONTROLS = frozenset({"Cc", "Zl", "Zp"})
-# They extend what is before them without being marks: non-joiner, half-width voiced marks, skin
+# They extend the previous character without being marks: non-joiner, half-width voiced marks, skin
 # tones, tags (flags of regions), and the Thai and Lao AM.
 _EXTENDING = frozenset(
     [_ZWJ, "\u200c", "\uff9e", "\uff9f", "\u0e33", "\u0eb3"]
@@ -31,19 +31,19 @@ _HANGUL_TAIL = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")
 _HANGUL = re.compile("[\u1100-\u11ff\ua960-\ua97c\uac00-\ud7ff]")
 _FLAG = re.compile("[\U0001f1e6-\U0001f1ff]{2}")
 _VIRAMA = 9  # canonical combining class
-# Killers of that class end a syllable and stack nothing: Thai phinthu, Burmese asat.
+# Characters of that class that end a syllable and stack nothing: Thai phinthu, Burmese asat.
 _KILLERS = frozenset("\u0e3a\u103a")
 
 
 def joints(text: str) -> set[int]:
-    """The positions in `text` that lie inside a grapheme cluster: cut at none of them."""
+    """The positions in `text` inside a grapheme cluster, which must not be split."""
     found = {match.start() + 1 for match in re.finditer("\r\n", text)}
     if text.isascii():
         return found
     found.update(match.start() + 1 for match in _FLAG.finditer(text))
     stacking = False
     for position, (before, after) in enumerate(pairwise(text), start=1):
-        # A virama stacks the next letter under this one, whatever marks stand between (GB9c).
+        # A virama joins the next letter, whatever marks are in between (GB9c).
         if unicodedata.category(before) in _MARKS:
             stacking |= unicodedata.combining(before) == _VIRAMA and before not in _KILLERS
         elif before != _ZWJ:

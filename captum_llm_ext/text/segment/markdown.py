@@ -18,12 +18,12 @@ _CELL = re.compile(r"\s*:?-+:?\s*")
 
 
 def markdown_blocks(text: str) -> list[Span]:
-    r"""The blocks of a Markdown document, as CommonMark and GitHub's tables have them.
+    r"""The blocks of a Markdown document, as defined by CommonMark and GitHub's tables.
 
     A block is a paragraph, a heading, a fenced or indented code block with its fences, a table, a
-    quotation, a thematic break, or one list item at whatever depth without the items and fences
-    inside it, which are blocks of their own. An unclosed fence runs to the end of the text.
-    Reference: CommonMark 0.31, section 4; GFM 0.29, section 4.10.
+    quotation, a thematic break, or one list item at any depth, without the items and fences inside
+    it, which are separate blocks. An unclosed fence extends to the end of the text. Reference:
+    CommonMark 0.31, section 4; GFM 0.29, section 4.10.
 
     Example:
         >>> text = "# Title\nText\n- one\n- two"
@@ -43,13 +43,13 @@ def _beginnings(text: str) -> Iterator[int]:
 
 
 class _Scanner:
-    """Reads line by line and remembers no more of the past than the rules ask for."""
+    """Reads line by line with the minimal state that the rules need."""
 
     def __init__(self) -> None:
-        self._kind: Kind | None = None  # of the block that is open
+        self._kind: Kind | None = None  # kind of the open block
         self._after_blank = False
-        self._fence = ""  # what opened the code block that is open
-        self._margins: list[int] = []  # where the texts of the open list items begin
+        self._fence = ""  # opening fence of the open code block
+        self._margins: list[int] = []  # columns at which the texts of the open list items begin
 
     def begins(self, line: str, following: str) -> bool:
         """Whether a block begins with `line`."""
@@ -96,7 +96,7 @@ class _Scanner:
             return self._kind != "quote" or self._after_blank
         if kind != "text" or self._kind in (None, "heading", "rule", "fence", "code"):
             return True
-        # Indented text goes on with its list item, also after an empty line.
+        # Indented text continues its list item, also after an empty line.
         of_item = self._kind == "item" and indent >= self._margins[-1]
         return self._after_blank and not of_item
 
@@ -129,13 +129,13 @@ class _Scanner:
         item = _ITEM.match(content)
         if not item:
             return False
-        # "…in\n1986. It was" is no list: only 1 interrupts a paragraph, and nothing empty does.
+        # "…in\n1986. It was" is no list: only 1 interrupts a paragraph, and an empty item does not.
         starts_list = item["number"] in (None, "1") and item.end() < len(content)
         return starts_list or not (self._interrupts_text and self._kind == "text")
 
 
 def _cells(line: str, *, delimiters: bool = False) -> int | None:
-    """The number of cells of a table row, or None if it is none (or no row of delimiters)."""
+    """The number of cells of a table row, or None if it is not one (or not a row of delimiters)."""
     row = line.strip()
     if "|" not in row:
         return None

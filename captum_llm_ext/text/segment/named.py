@@ -1,4 +1,4 @@
-"""A segmenter that says how it was made."""
+"""A segmenter with a name."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Named:
     """A segmenter made by a factory.
 
     Attributes:
-        call: The call that makes it, which is also its `repr`.
-        find: Text to spans.
-        positional: Whether it speaks of one whole text (its positions, its order), so that running
-            it on a part of the text would make no sense.
+        call: The call that creates it, also its `repr`.
+        find: Maps a text to spans.
+        positional: Whether it refers to positions or order in one whole text, so that it cannot run
+            on a part of the text.
     """
 
     call: str

@@ -1,4 +1,4 @@
-"""Coarse features made of finer ones: the groups of a hierarchical estimator."""
+"""Nests finer features in coarser ones, as groups of hierarchical estimators."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from captum_llm_ext.text.segment.unit import Unit, segment, segmenter, shown_uni
 
 
 def nest(text: str, units: Sequence[Unit]) -> list[list[Span]]:
-    """The spans of each unit, coarse to fine, every one within exactly one of the level above.
+    """The spans of each unit, coarse to fine, each within exactly one of the level above.
 
-    A finer segmenter is run on the text of each coarser span by itself, so that no sentence, say,
-    reaches beyond its paragraph. Units that speak of the whole text (pairs, `spans`, `strings`)
-    are run on it once, and must nest. Every span has a finer one in it, at every level.
+    A finer segmenter runs on the text of each coarser span separately, so that e.g. no sentence
+    extends beyond its paragraph. Units that refer to the whole text (pairs, `spans`, `strings`) run
+    on it once, and must nest. Every span contains a finer one, at every level.
 
     Args:
-        text: What is cut.
+        text: The text.
         units: Coarse to fine, such as ``("paragraph", "sentence", "word")``; see `segmenter`.
 
     Returns:
@@ -24,7 +24,7 @@ def nest(text: str, units: Sequence[Unit]) -> list[list[Span]]:
 
     Raises:
         ValueError: If there is no unit, a unit finds nothing in a span of the level above, or a
-            span crosses one's border.
+            span crosses the border of one.
     """
     if isinstance(units, str) or not units:
         raise ValueError(f"`units` is {units!r}: give units from coarse to fine, at least one.")
@@ -35,14 +35,14 @@ def nest(text: str, units: Sequence[Unit]) -> list[list[Span]]:
 
 
 def parents(coarse: Sequence[Span], fine: Sequence[Span]) -> list[int]:
-    """For each fine span the index of the coarse span that holds it.
+    """For each fine span the index of the coarse span that contains it.
 
     Args:
-        coarse: Spans in reading order that share no character.
-        fine: Spans that each lie within one of them.
+        coarse: Disjoint spans in reading order.
+        fine: Spans, each within one of them.
 
     Raises:
-        ValueError: If a fine span lies in none, or in more than one.
+        ValueError: If a fine span is in none, or in more than one.
     """
     starts = [span.start for span in coarse]
     indices: list[int] = []

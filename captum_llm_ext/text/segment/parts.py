@@ -1,4 +1,4 @@
-"""Spans of one text that have names."""
+"""Named spans of one text."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ class Parts:
     Args:
         names: One per span.
         spans: In reading order.
-        title: What a part is called, as a level of results.
-        wholes: Spans with equal number are stretches of one part. By default each is one.
+        title: Name of the level in results.
+        wholes: Spans with equal numbers belong to one part. By default each is one.
     """
 
     positional = True  # see `segment.has_explicit_spans`
@@ -28,7 +28,7 @@ class Parts:
         self.wholes = list(range(len(spans)) if wholes is None else wholes)
 
     def __call__(self, text: str) -> list[Span]:
-        """The spans, whatever the text."""
+        """The spans, for every text."""
         return self._spans
 
     def __repr__(self) -> str:

@@ -10,10 +10,10 @@ from captum_llm_ext.text.segment.span import Segmenter, Span, tiles
 def words(text: str) -> list[Span]:
     """Words with the punctuation attached to them.
 
-    White space separates them, also in Korean. Where a script has none, words are shorter than a
-    reader's: one ideograph or kana each (small kana, and marks of length and repetition, stay with
-    the one before); in Thai, Lao, Khmer and Burmese one consonant with its vowels and marks, since
-    true words need a dictionary: give a callable that has one. No grapheme cluster is ever cut.
+    White space separates them, also in Korean. In scripts without spaces, "words" are shorter: one
+    ideograph or kana each (small kana, and marks of length and repetition, stay with the previous
+    one); in Thai, Lao, Khmer and Burmese one consonant with its vowels and marks, since true words
+    need a dictionary: use a callable that has one. Grapheme clusters are never split.
 
     Example:
         >>> text = "Baikal is 1,642 m deep. 東京は。"
@@ -24,11 +24,11 @@ def words(text: str) -> list[Span]:
 
 
 def sentences(text: str) -> list[Span]:
-    """Sentences by rule: abbreviations, initials and decimals end none.
+    """Sentences by rule: abbreviations, initials and decimals do not end one.
 
     An empty line and the beginning of a list item always do. The rules are for languages that end
     sentences with ``. ! ? …`` or with a mark that has no other use (``。 । ؟ ።`` …); Thai and Lao
-    have none. Abbreviations are English: for other languages see `sentences_of`.
+    have neither. Abbreviations are English: for other languages see `sentences_of`.
 
     Example:
         >>> text = "It is 1,642 m deep. Mr. Lee swam in it!"
@@ -39,20 +39,20 @@ def sentences(text: str) -> list[Span]:
 
 
 def lines(text: str) -> list[Span]:
-    """Lines that hold more than white space; the break belongs to the line after it."""
+    """Lines that contain more than white space; the break belongs to the line after it."""
     return tiles(text, (match.end() for match in LINE_BREAK.finditer(text)))
 
 
 def paragraphs(text: str) -> list[Span]:
-    """What empty lines (or Unicode's paragraph separator) separate."""
+    """Paragraphs, separated by empty lines (or Unicode's paragraph separator)."""
     return tiles(text, (match.end() for match in PARAGRAPH_END.finditer(text)))
 
 
 def sentences_of(language: str) -> Segmenter:
-    """Sentences by the rules and abbreviations of a language, from the package `sentencex`.
+    """Sentences by the rules and abbreviations of a language, using the package `sentencex`.
 
     Args:
-        language: ISO 639-1 code such as ``"de"``; `sentencex` knows some 300 and reads unknown
+        language: ISO 639-1 code such as ``"de"``; `sentencex` supports about 300 and treats unknown
             ones by the rules of a related language or of English.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where words, lines, paragraphs and sentences end, in any script."""
+"""Rules for the ends of words, lines, paragraphs and sentences, in any script."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _CLUSTERED = "\u0e01-\u0e46\u0e81-\u0ec6\u1000-\u103f\u1050-\u108f\u1780-\u17d7"
 _UNSPACED = _IDEOGRAPHS + _CLUSTERED
 UNSPACED = re.compile(f"[{_UNSPACED}]")
 _LEADING_VOWELS = "\u0e40-\u0e44\u0ec0-\u0ec4"
-# Letters that only go on with what is before them: vowels and signs of repetition, small kana.
+# Letters that only continue the previous one: vowels and signs of repetition, small kana.
 _TRAILING = (
     "\u0e2f\u0e30\u0e32\u0e33\u0e45\u0e46\u0eaf\u0eb0\u0eb2\u0eb3\u0ebd\u0ec6\u17d7"
     "\u3005\u303bぁぃぅぇぉっゃゅょゎゕゖァィゥェォッャュョヮヵヶーゝゞヽヾ\uff67-\uff70"
@@ -23,7 +23,7 @@ _OPENING = r"(\[{«‘“‹「『（【《〈〔〖〘〚［｛｟｢〝"
 WORD = re.compile(
     rf"[{_OPENING}]{{0,4}}[{_LEADING_VOWELS}]*[{_UNSPACED}]"
     rf"(?:{_FINAL_BURMESE}|[{_TRAILING}]|[^\w\s{_OPENING}])*"
-    # The bound on brackets keeps the look-ahead, and with it the whole, linear.
+    # The limit on brackets keeps the look-ahead, and so the whole pattern, linear.
     rf"|(?:(?![{_OPENING}]{{1,4}}[{_UNSPACED}])[^\s{_UNSPACED}])+"
 )
 
@@ -38,13 +38,13 @@ _ABBREVIATIONS = frozenset(
     "inc ltd co corp bros u.s u.k u.n d.c ph.d b.a m.a jan feb mar apr jun jul aug sep sept "
     "oct nov dec mon tue wed thu fri sat sun".split()
 )
-# These do end sentences as often as not: a capital after them decides.
+# Abbreviations that often end sentences: decided by a following capital.
 _MAY_END = frozenset("etc a.m p.m inc ltd co corp jr sr u.s u.k u.n d.c al ph.d b.a m.a".split())
 _CLOSING = "\"'”’»）」』\\)\\]\u200e\u200f\u202c\u2069"
 _STOP = re.compile(
-    # Full-width, Indic, Arabic, Armenian, Ethiopic, Burmese, Khmer: they end sentences only.
+    # Full-width, Indic, Arabic, Armenian, Ethiopic, Burmese, Khmer marks, which only end sentences.
     rf"(?P<sure>(?:[。！？｡؟۔।॥։።፧፨။។៕]|．(?!\d))+[{_CLOSING}]*)"
-    # Looking behind, a run of marks is tried once and not once per mark.
+    # The look-behind makes a run of marks be tried once, not once per mark.
     rf"|(?P<mark>(?<![.!?…])[.!?…]++[{_CLOSING}]*+(?=\s))"
     rf"|(?P<gap>{_EMPTY_LINE})"
     r"|(?P<item>[\n\r](?=[ \t]*(?:[-*+•]|\d{1,3}[.)])[ \t]))"
@@ -54,7 +54,7 @@ _ENUMERATOR = re.compile(r"[\n\r][\s>*#+•-]*\d{1,3}$")
 
 
 def sentence_ends(text: str) -> Iterator[int]:
-    """One past the last character of each sentence that others follow."""
+    """One past the last character of each sentence that is followed by another."""
     return (match.end() for match in _STOP.finditer(text) if _ends(match))
 
 
@@ -81,6 +81,6 @@ _LETTER = re.compile(r"\w")
 
 
 def _next_character(text: str, position: int) -> str:
-    # Bounded: in "! ! ! …" every mark would otherwise read to the end of the text.
+    # Bounded: otherwise, in "! ! ! …", every mark would search to the end of the text.
     match = _LETTER.search(text, position, position + 40)
     return match.group() if match else ""

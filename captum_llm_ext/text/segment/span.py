@@ -1,4 +1,4 @@
-"""Spans of a text, and the two ways to get good ones: cut it into tiles, or choose parts of it."""
+"""Spans of a text, and two ways to make them: tile the text, or select parts of it."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from captum_llm_ext.text.segment.graphemes import joints
 
 
 class Span(NamedTuple):
-    """Characters ``start`` up to, not including, ``stop``."""
+    """Characters from ``start`` up to, not including, ``stop``."""
 
     start: int
     stop: int
@@ -17,18 +17,18 @@ Segmenter = Callable[[str], list[Span]]
 
 
 def tiles(text: str, cuts: Iterable[int]) -> list[Span]:
-    """The pieces of `text` between `cuts`, together all of it; none is white space alone.
+    """The pieces of `text` between `cuts`, which tile it; none is white space alone.
 
-    White space before a cut goes to the piece after it. A cut inside a grapheme cluster is no cut.
+    White space before a cut goes to the piece after it. Cuts inside a grapheme cluster are ignored.
 
     Args:
-        text: What is cut.
+        text: The text.
         cuts: Positions in the text, ascending; 0 and ``len(text)`` need not be among them.
     """
     inside = joints(text)
     spans: list[Span] = []
-    # Content before the last cut ends at `end`; each cut looks no further back than the last one,
-    # so that the work is linear in text and cuts.
+    # Content before the last cut ends at `end`; each cut looks back no further than the previous
+    # one, so that the cost is linear in text and cuts.
     start = end = last = 0
     for cut in cuts:
         end = _content_end(text, last, cut, end)
@@ -44,13 +44,13 @@ def tiles(text: str, cuts: Iterable[int]) -> list[Span]:
 
 
 def whole(text: str, spans: Iterable[tuple[int, int]]) -> list[Span]:
-    """`spans`, ascending, each widened to whole grapheme clusters; those that then meet are one."""
+    """`spans`, ascending, each extended to whole grapheme clusters; overlapping ones are merged."""
     inside = joints(text)
     widened: list[Span] = []
     for start, stop in spans:
         shared = bool(widened) and start < widened[-1].stop
         if shared:
-            # Its cluster is already taken: only what lies beyond can be new.
+            # Its cluster is already taken: only the part beyond can be new.
             start, taken = widened.pop()
             stop = max(stop, taken)
         while not shared and start in inside:

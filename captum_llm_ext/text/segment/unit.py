@@ -1,4 +1,4 @@
-"""From what a user may call a unit to checked spans."""
+"""Converts what a user may give as a unit to checked spans."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,11 +18,11 @@ _SEGMENTERS: dict[str, Segmenter] = {
     "block": markdown_blocks,
 }
 NAMED_UNITS = tuple(_SEGMENTERS)
-"""Units that a name means, beside ``"token"``, which needs a tokenizer."""
+"""Named units, besides ``"token"``, which needs a tokenizer."""
 
 
 def segmenter(unit: Unit) -> Segmenter:
-    """The segmenter that a unit names.
+    """The segmenter of a unit.
 
     Args:
         unit: ``"word"``, ``"sentence"``, ``"line"``, ``"paragraph"``, ``"block"`` (of Markdown), a
@@ -31,7 +31,7 @@ def segmenter(unit: Unit) -> Segmenter:
 
     Raises:
         ValueError: If the name is unknown.
-        TypeError: If `unit` is of none of these kinds.
+        TypeError: If `unit` is none of these.
     """
     if isinstance(unit, str):
         if unit == "token":
@@ -57,7 +57,7 @@ def segmenter(unit: Unit) -> Segmenter:
 
 
 def has_explicit_spans(unit: Unit) -> bool:
-    """Whether a unit is the user's own spans of one text, which are taken as they are."""
+    """Whether a unit is the user's own spans of one text, which are used unchanged."""
     by_hand = isinstance(unit, Sequence) and not isinstance(unit, str)
     return by_hand or bool(getattr(unit, "positional", False))
 
@@ -70,17 +70,17 @@ def unit_name(unit: Unit) -> str:
 
 
 def shown_unit(unit: object) -> str:
-    """A unit as messages show it: functions by their names, other units as they are written."""
+    """A unit as shown in messages: functions by their names, other units as written."""
     return str(getattr(unit, "__name__", None) or repr(unit))
 
 
 def segment(text: str, unit: Unit) -> list[Span]:
     """The spans of `unit` in `text`, checked and in reading order.
 
-    What lies between spans belongs to no feature.
+    Text between spans belongs to no feature.
 
     Raises:
-        ValueError: If there is no span, or spans are empty, overlap or leave the text.
+        ValueError: If there is no span, or spans are empty, overlap or exceed the text.
     """
     found = sorted(as_span(pair) for pair in segmenter(unit)(text))
     if not found:
