@@ -1,4 +1,4 @@
-"""What stands where a feature is absent."""
+"""Baselines: what replaces absent features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -54,7 +54,7 @@ __all__ = [
 
 
 class Deletion:
-    """Nothing stands there: the feature's tokens are left out."""
+    """Deletes the tokens of absent features."""
 
     deterministic = True
 
@@ -67,10 +67,10 @@ class Deletion:
 
 
 class Default(Deletion):
-    """What stands there where nobody says: what the model itself would have written.
+    """The default absence if the user gives no baselines.
 
-    `GenerationAttribution` takes `ModelBaselines` for it. Where no model of this process is asked
-    for texts (gradients, an API) it is deletion.
+    `GenerationAttribution` replaces it by `ModelBaselines`; without a local model that can propose
+    texts (gradients, an API) it is deletion.
     """
 
     def __repr__(self) -> str:
@@ -78,7 +78,7 @@ class Default(Deletion):
 
 
 class TokenBaseline:
-    """One token id stands in place of each token of the feature, as in captum's `TextTokenInput`.
+    """Replaces each token of the feature by one token id, as captum's `TextTokenInput`.
 
     Args:
         token: The token id.
@@ -90,7 +90,7 @@ class TokenBaseline:
         self.token = token
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> list[int]:
-        """As many times the id as the feature has tokens."""
+        """The id, repeated for each token of the feature."""
         return [self.token] * len(slot.ids)
 
     def __repr__(self) -> str:
@@ -98,10 +98,10 @@ class TokenBaseline:
 
 
 class FixedTexts:
-    """Texts given by hand, one entry per feature.
+    """Replacement texts given by the user, one entry per feature.
 
     Args:
-        entries: Per feature a text, or several texts of which each draw takes one at random.
+        entries: Per feature a text, or several texts from which each draw takes one at random.
 
     Raises:
         ValueError: If an entry is an empty list.
@@ -113,7 +113,7 @@ class FixedTexts:
         self.deterministic = all(len(choice) == 1 for choice in self.choices)
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
-        """One of the texts of the feature."""
+        """One of the feature's texts."""
         choices = self.choices[slot.index]
         return choices[int(uniform(generator) * len(choices))]
 
@@ -122,19 +122,19 @@ class FixedTexts:
 
 
 def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseline:
-    """The baseline that a user's argument means.
+    """Converts a `baselines` argument to a baseline.
 
     Args:
         baselines: None or ``"delete"`` (deletion), a token id, a token of the vocabulary, one text
-            (or list of texts) per slot, a mapping from the label, number or text of every slot to
-            such, captum's `ProductBaselines` over a list or a dict, or a callable ``(slot,
+            (or list of texts) per slot, a mapping from the label, index or text of every slot to
+            these, captum's `ProductBaselines` over a list or a dict, or a callable ``(slot,
             generator) -> text or ids``.
-        tokenizer: Looks up tokens given as text.
-        slots: All places that the baseline is for, in reading order.
+        tokenizer: The tokenizer, for tokens given as text.
+        slots: All slots that the baseline is for, in reading order.
 
     Raises:
         ValueError: If a list has the wrong length, a mapping lacks a slot, or a token is unknown.
-        TypeError: If the argument is of none of these kinds.
+        TypeError: If the argument is none of these.
     """
     if isinstance(baselines, ProductBaselines):
         baselines = _product(baselines, slots)
@@ -163,20 +163,20 @@ def as_baseline(baselines: Any, tokenizer: Any, slots: Sequence[Slot]) -> Baseli
 
 
 def with_model(baseline: Baseline, model: LanguageModel) -> Baseline:
-    """The baseline with a model to ask, if it asks one."""
+    """The baseline with the model, if it uses one."""
     return baseline.with_model(model) if isinstance(baseline, AsksModel) else baseline
 
 
 def for_generated(baseline: Baseline) -> Baseline:
-    """What stands for absent generated text if the prompt's baseline is this one.
+    """The baseline of generated text that follows from the prompt's baseline.
 
-    Texts given by hand for the prompt say nothing about the output: there it is deletion.
+    Texts given for prompt features do not apply to the output: there it is deletion.
     """
     return Deletion() if isinstance(baseline, FixedTexts) else baseline
 
 
 def is_deterministic(baseline: Baseline) -> bool:
-    """Whether every draw of the baseline is the same, so that one is enough."""
+    """Whether all draws of the baseline are equal, so that one is enough."""
     return bool(getattr(baseline, "deterministic", False))
 
 
@@ -186,7 +186,7 @@ def _product(
     """Captum's lists, one per slot or by name.
 
     Raises:
-        ValueError: If captum's names are drawn together and are not one feature here.
+        ValueError: If captum draws names together that are not one feature here.
     """
     if not baselines.dict_keys:
         return baselines.baseline_values

@@ -1,4 +1,4 @@
-"""What may stand in the places of a feature, how often each, and how that was found."""
+"""Candidate replacements of a feature, their weights, and how they were found."""
 
 import heapq
 from bisect import bisect_right
@@ -11,33 +11,34 @@ import torch
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.draws import uniform
 
-_TOLD = 10  # candidates that a match names
+_TOLD = 10  # candidates listed in a match
 
 Texts = tuple[str, ...]
-"""One text per place of a feature; most have one place."""
+"""One text per place of a feature; most features have one place."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a corpus has for one feature in its surroundings.
+    """The candidates of a corpus for one feature in its surroundings.
 
     Attributes:
         level: How the candidates were found: in the same surroundings on ``"both"`` sides, or on
-            the ``"left"`` or ``"right"`` only; between the same ``"kinds"`` of words and marks
-            (capitalised, number, …), few if any words of the surroundings being there; by
+            the ``"left"`` or ``"right"`` only; between words and punctuation of the same
+            ``"kinds"`` (capitalised, number, …), with few or no words of the surroundings equal; by
             ``"shape"`` (same number of words, of the same kinds), by ``"length"`` (same number of
             words), ``"any"``; in one ``"document"`` with the other places of the feature; by the
             user's ``"label"``; by the ``"model"`` itself; or ``"blank"``: the feature is white
-            space, and stays.
-        surroundings: The surroundings that were asked for, ``_`` in place of the feature and a
-            kind in angle brackets where any word of that kind would do; or the label.
-        n_occurrences: Places of the corpus found, those with the original text included.
-        n_candidates: Distinct texts other than the original found there.
-        constant: Whether the slot was always found filled with the original text, which then stays.
+            space and remains.
+        surroundings: The surroundings that were searched, with ``_`` in place of the feature and a
+            kind in angle brackets if any word of that kind matches; or the label.
+        n_occurrences: Number of matching places in the corpus, including those with the original
+            text.
+        n_candidates: Number of distinct texts found other than the original.
+        constant: Whether only the original text was found in the slot, which then remains.
         examples: The most frequent candidates, at most ten.
-        candidates: What is drawn and how often, as texts with probabilities, the likeliest first,
-            at most ten; the original is one of them where it may be drawn.
-        determined: The probability that a draw is the original text: 1 where that stays.
+        candidates: The likeliest replacements with their probabilities, at most ten; including the
+            original if it may be drawn.
+        determined: The probability that a draw is the original text: 1 if that remains.
     """
 
     level: str
@@ -51,7 +52,7 @@ class Match:
 
     @property
     def is_located(self) -> bool:
-        """Whether it is from places like the feature's: in words, not in their kinds alone."""
+        """Whether the surroundings matched in words, not only in their kinds."""
         return self.level not in ("kinds", "shape", "length", "any")
 
     def __str__(self) -> str:
@@ -72,12 +73,12 @@ BLANK = Match("blank", "_", 0, 0, True, ())
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Choices of which a draw takes one.
+    """Weighted choices from which a draw takes one.
 
     Attributes:
         match: How they were found.
         choices: At least one; one text per place of the feature.
-        cumulated: The sum of the weights up to and including each choice.
+        cumulated: Cumulative weights of the choices.
     """
 
     match: Match
@@ -86,12 +87,12 @@ class Candidates:
 
     @staticmethod
     def of(match: Match, weights: Mapping[Texts, float], original: Texts = ()) -> "Candidates":
-        """Choices with weights that need not sum to one; the match is told what they are.
+        """Choices with weights that need not sum to one; the match records them.
 
         Args:
             match: How they were found.
-            weights: Of each.
-            original: The feature's own texts, if they may be a choice.
+            weights: Weight of each choice.
+            original: The feature's own texts, if they may be drawn.
         """
         total = sum(weights.values())
         likely = heapq.nlargest(_TOLD, weights, key=lambda texts: weights[texts])
@@ -110,18 +111,18 @@ class Candidates:
         exclude_original: bool = True,
         constant: bool = False,
     ) -> "Candidates":
-        """Choices as often as they were found; the original where nothing else was.
+        """Choices weighted by their counts; the original if nothing else was found.
 
         Args:
             level: See `Match`.
             surroundings: See `Match`.
-            counts: How often each was found, the original included.
+            counts: Number of occurrences of each, including the original.
             original: The feature's own texts.
-            exclude_original: Whether they are no choice.
-            constant: Whether they are the only one, whatever else was found.
+            exclude_original: Whether these may not be drawn.
+            constant: Whether these are the only choice, whatever else was found.
         """
         others = {texts: n for texts, n in counts.items() if texts != original}
-        # The most frequent first; among equals by the alphabet, not by the order of the corpus.
+        # Most frequent first; ties in alphabetical order, independent of the order of the corpus.
         ordered = dict(sorted(others.items(), key=lambda entry: (-entry[1], entry[0])))
         constant = constant or (bool(counts) and not others)
         match = Match(
@@ -149,14 +150,14 @@ class Candidates:
         return dict(zip(self.choices, steps.tolist(), strict=True))
 
     def sample(self, n: int, seed: int) -> "Candidates":
-        """At most `n` different choices, drawn by weight, each with the weight it has."""
+        """At most `n` different choices, drawn by weight, with their weights."""
         if len(self.choices) <= n:
             return self
         weights = self.weights()
         rates = torch.tensor(list(weights.values()), dtype=torch.float64, device="cpu")
         generator = torch.Generator().manual_seed(seed)
-        # The first to ring of clocks that run at the rate of the weights: a weighted sample without
-        # replacement (Efraimidis & Spirakis 2006).
+        # Exponential clocks with the weights as rates: a weighted sample without replacement
+        # (Efraimidis & Spirakis 2006).
         clocks = (
             -torch.rand(len(rates), generator=generator, dtype=torch.float64, device="cpu").log()
             / rates
@@ -167,20 +168,20 @@ class Candidates:
         )
 
     def kept(self, fits: Callable[[Texts], bool]) -> "Candidates | None":
-        """Those choices that fit; None if none does."""
+        """The choices that fit; None if none does."""
         weights = {texts: weight for texts, weight in self.weights().items() if fits(texts)}
         return self._with(weights) if weights else None
 
     def weighted(self, log_weights: Sequence[float]) -> "Candidates":
-        """The same choices, by other weights, given as logarithms."""
+        """The same choices with other weights, given as logarithms."""
         weights = torch.tensor(log_weights, dtype=torch.float64, device="cpu").softmax(0).tolist()
         return self._with(dict(zip(self.choices, weights, strict=True)))
 
     def divided(self, sizes: Sequence[Sequence[int]]) -> "Candidates":
-        """The same, each text divided among several places that stand side by side.
+        """The same choices, each text divided among adjacent places.
 
         Args:
-            sizes: Per text how many atoms the feature has in each of its places.
+            sizes: Per text the number of atoms in each of the feature's places.
         """
         weights: dict[Texts, float] = {}
         for choice, weight in self.weights().items():
@@ -198,13 +199,13 @@ class Candidates:
 
 
 def divided(text: str, sizes: Sequence[int]) -> list[str]:
-    """A text in pieces, its words in proportion to sizes; of a short text some are empty."""
+    """A text divided in proportion to sizes, by words; pieces of short texts may be empty."""
     ends = [0, *accumulate(sizes)]
     n = len(words.atoms(text))
     return [part_of(text, n * a // ends[-1], n * b // ends[-1]) for a, b in pairwise(ends)]
 
 
 def part_of(text: str, start: int, stop: int) -> str:
-    """The text from one of its atoms to before another."""
+    """The text from one atom to before another."""
     atoms = words.atoms(text)[start:stop]
     return text[atoms[0].start : atoms[-1].stop] if atoms else ""

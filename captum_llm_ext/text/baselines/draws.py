@@ -1,8 +1,8 @@
-"""Where the randomness of one feature's draw comes from, and how draws cover what may be drawn."""
+"""Random generators of features' draws, and how draws cover the candidates evenly."""
 
 import torch
 
-# Binary digits of a draw's place that its number decides; what is finer is random.
+# Number of binary digits of a draw's place that its index determines; finer ones are random.
 _LEVELS = 10
 _WORD = 2**64 - 1
 
@@ -11,25 +11,25 @@ class DrawGenerator(torch.Generator):
     """The generator of one draw of one feature, and its place among the feature's draws.
 
     Attributes:
-        numbers: Its seed, and those of the draw and of the feature.
-        place: A number in [0, 1), uniform over seeds. Places of draws with consecutive numbers are
-            spread evenly: of 2^k draws, the first of them numbered by a multiple of 2^k, each lies
-            in another one of 2^k equal parts, so that a text of weight w is drawn about w times as
-            often as there are draws. Places of different features are independent.
+        numbers: The seed, and the indices of draw and feature.
+        place: A number in [0, 1), uniform over seeds. Consecutive draws are stratified: of 2^k
+            draws whose first index is a multiple of 2^k, each lies in a different one of 2^k equal
+            intervals, so that a text of weight w is drawn about w times the number of draws. Places
+            of different features are independent.
     """
 
     place: float
     numbers: tuple[int, int, int]
 
     def part(self, number: int) -> "DrawGenerator":
-        """The generator of one of several things that are drawn for the feature."""
+        """The generator of one of several items drawn for the feature."""
         seed, draw, feature = self.numbers
         return draw_generator(_hashed(seed + number), draw, feature) if number else self
 
 
 def draw_generator(seed: int, draw: int, feature: int = 0) -> DrawGenerator:
-    """The generator of one feature's draw: the same whatever else is drawn, and when."""
-    # An odd multiplier (2^64 divided by the golden ratio) keeps neighbouring draws apart.
+    """The generator of one feature's draw, independent of other draws and their order."""
+    # An odd multiplier (2^64 divided by the golden ratio) separates neighbouring draws.
     mixed = (seed + (draw + 1) * 0x9E3779B97F4A7C15 + feature * 0xD1B54A32D192ED03) % 2**63
     generator = DrawGenerator()
     generator.manual_seed(mixed)
@@ -41,7 +41,7 @@ def draw_generator(seed: int, draw: int, feature: int = 0) -> DrawGenerator:
 
 
 def uniform(generator: torch.Generator) -> float:
-    """A number in [0, 1): of a draw its place, which is the same every time; otherwise the next."""
+    """A number in [0, 1): the fixed place of a `DrawGenerator`, otherwise a random one."""
     if isinstance(generator, DrawGenerator):
         return generator.place
     at = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
@@ -49,18 +49,19 @@ def uniform(generator: torch.Generator) -> float:
 
 
 def part_of(generator: torch.Generator, number: int) -> torch.Generator:
-    """The generator of one of several things that are drawn for one feature."""
+    """The generator of one of several items drawn for one feature."""
     return generator.part(number) if isinstance(generator, DrawGenerator) else generator
 
 
 def _spread(draw: int, key: int) -> int:
-    """A part of 2^`_LEVELS` for the draw of a feature: its number's binary digits in reverse.
+    """One of 2^`_LEVELS` intervals for the draw of a feature: its index in bit-reversed order.
 
-    Numbers are first shuffled within blocks of 2^`_LEVELS`, and what comes out is scrambled (Owen
-    1995; both: Burley, JCGT 2020): what two features draw is then paired at random.
+    Indices are first shuffled within blocks of 2^`_LEVELS`, and the result is Owen-scrambled (Owen
+    1995; both: Burley, JCGT 2020), so that the draws of two features are paired at random.
     """
     number = 0
-    for level in reversed(range(_LEVELS)):  # what a digit is turned by: those that count more
+    # Each digit is flipped depending on the more significant ones.
+    for level in reversed(range(_LEVELS)):
         above = draw >> (level + 1)
         digit = (draw >> level & 1) ^ (_hashed(~key & _WORD ^ (above << 6 | level)) & 1)
         number |= digit << level

@@ -1,4 +1,4 @@
-"""Replacements that a generator of the user's own writes."""
+"""Replacements from the user's own generator."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,16 +12,16 @@ Generator = Callable[[str, str, int], "str | Sequence[str]"]
 
 
 class Infilling:
-    """What a generator writes between the text before a feature and the text after it.
+    """Replaces a feature by what a generator writes between the texts before and after it.
 
-    Any masked or infilling model serves, or a call of the same model with an instruction. It is
-    asked once for every place; each draw takes one of the texts it gave.
+    Any masked or infilling model can be used, or the same model with an instruction. It is called
+    once per slot; each draw takes one of the returned texts.
 
     Args:
         generate: Called with the text left of the feature, the text right of it and the number of
             tokens that the feature has; returns one text or several.
-        exclude_original: Whether the feature's own text is never drawn. If the generator knows
-            nothing else, it stays.
+        exclude_original: Whether the feature's own text is never drawn. If there is no other text,
+            it remains.
 
     Raises:
         TypeError: If `generate` is not callable; on use, if it returns no texts.
@@ -41,14 +41,14 @@ class Infilling:
         self._texts: dict[Slot, list[str]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
-        """One of the texts that the generator has for this place."""
+        """One of the generator's texts for this slot."""
         if slot not in self._texts:
             self._texts[slot] = self._ask(slot)
         texts = self._texts[slot]
         return texts[int(uniform(generator) * len(texts))]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the generator gave it gives again.
+        # The cache can be recomputed.
         return {**self.__dict__, "_texts": {}}
 
     def _ask(self, slot: Slot) -> list[str]:

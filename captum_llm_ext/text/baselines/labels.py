@@ -1,4 +1,4 @@
-"""Texts that the user names for a feature: by its label, its number, or its own text."""
+"""Replacement texts given by name: by a feature's label, index or text."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,15 +9,14 @@ _PUNCTUATION = ".,;:!?\"'()[]{}…“”‘’«»"
 
 
 class Labels:
-    """Lists of texts under names.
+    """Lists of texts by name.
 
     Args:
-        texts: Under a label, the number of a feature's place in the prompt, or a feature's own
-            text: what may stand there.
+        texts: Replacement texts by label, slot index or a feature's own text.
 
     Raises:
         ValueError: If a list is empty.
-        TypeError: If the argument is no mapping to lists of texts.
+        TypeError: If the argument is not a mapping to lists of texts.
     """
 
     def __init__(self, texts: TextsByName) -> None:
@@ -32,14 +31,14 @@ class Labels:
         return len(self.texts)
 
     def named(self, slot: Slot) -> str | int | None:
-        """The name under which a slot has texts by its label, number or own text, or None."""
+        """The key under which a slot has texts (label, index or own text), or None."""
         text = slot.text.strip()
         keys: list[str | int | None] = [slot.label, None if slot.generated else slot.index]
         keys += [text, text.strip(_PUNCTUATION)]
         return next((key for key in keys if key is not None and key in self.texts), None)
 
     def containing(self, text: str) -> str | int | None:
-        """The one name whose texts include this one, or None."""
+        """The only key whose texts include this one, or None."""
         found = [key for key, texts in self.texts.items() if text in texts]
         return found[0] if len(found) == 1 else None
 

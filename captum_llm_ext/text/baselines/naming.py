@@ -1,4 +1,4 @@
-"""What a baseline is called where it is one of several, or where it matters which it is."""
+"""Names of baselines, for comparisons and messages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,12 +15,12 @@ UNSEEN = (
 
 
 def unseen(baselines: Iterable[object], made: str, what: str) -> str | None:
-    """What to say where absent features make texts that the model never saw; None elsewhere.
+    """A message if absence makes texts that the model never saw; None otherwise.
 
     Args:
-        baselines: What stands where features are absent.
-        made: What is done with these texts: "faithfulness is measured on".
-        what: What comes of it: "metrics".
+        baselines: The baselines.
+        made: The use of these texts, such as "faithfulness is measured on".
+        what: The outcome, such as "metrics".
     """
     for baseline in baselines:
         is_token = isinstance(baseline, TokenBaseline | str | int)
@@ -31,11 +31,11 @@ def unseen(baselines: Iterable[object], made: str, what: str) -> str | None:
 
 
 def baseline_name(baseline: object, nothing: str = "deleted") -> str:
-    """In a word or two.
+    """The name of a baseline in a word or two.
 
     Args:
-        baseline: A baseline, or what a user may give as one.
-        nothing: What it is called where there is no text.
+        baseline: A baseline, or a `baselines` argument.
+        nothing: The name of deletion.
     """
     match baseline:
         case None | Deletion():

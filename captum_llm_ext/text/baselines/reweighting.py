@@ -1,4 +1,4 @@
-"""Candidates weighed, or written, by the language model that is being explained."""
+"""Candidates weighted, or generated, by the explained model."""
 
 import re
 from collections import Counter
@@ -11,13 +11,13 @@ from captum_llm_ext.text.baselines.candidates import Candidates
 from captum_llm_ext.text.baselines.slot import LanguageModel, Slot
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 
-# Candidates of a slot that the model reads in place, drawn from all of them. A choice: a pass each,
-# four times what 16 coalitions a feature cost; the number does not bias a draw, it only limits how
-# many different texts there are.
+# Maximum number of candidates per slot that the model scores in place, drawn from all of them.
+# Chosen, not measured: a pass each, four times the cost of 16 coalitions per feature; the number
+# does not bias draws, it only limits the number of different texts.
 MOST_WEIGHED = 64
-_WINDOW = 2_000  # characters on each side of a feature that the model reads
-_WRITTEN = 64  # texts that are sampled in place of one generated feature
-_ENOUGH = 6  # tokens beyond the feature's own in which another ending may be found
+_WINDOW = 2_000  # characters of context on each side of a feature; chosen, not measured
+_WRITTEN = 64  # continuations sampled per generated feature; chosen, not measured
+_ENOUGH = 6  # additional tokens in which a matching end may occur; chosen, not measured
 _WORD = re.compile(r"\s*\S+")
 
 
@@ -27,17 +27,17 @@ def in_place(
     places: Sequence[Surroundings],
     model: LanguageModel,
 ) -> Candidates:
-    """Candidates by how probable the model finds the text with each of them in its places.
+    """Weights candidates by the model's probability of the text with each in place.
 
     Args:
         candidates: At most `MOST_WEIGHED`.
         slots: The places of one feature, in reading order, with a common context.
-        places: The same as atoms.
+        places: The same places as atoms.
         model: The model.
 
     Returns:
-        The same choices, weighted by ``p(text before, choice, text after)``: of all that could
-        stand there, a draw is then a sample from the model's own conditional distribution.
+        The same choices, weighted by ``p(text before, choice, text after)``: a draw is then a
+        sample from the model's own conditional distribution over the candidates.
     """
     texts: list[str] = []
     for choice in candidates.choices:
@@ -52,9 +52,9 @@ def in_place(
 
 
 def next_tokens(slot: Slot, model: LanguageModel) -> tuple[list[int], Tensor]:
-    """What the model might have said in place of one generated token: ids and probabilities.
+    """The model's alternatives to one generated token: ids and probabilities.
 
-    The token itself is none of them. Ids that together have less than a millionth are left out.
+    The token itself is excluded, as are ids that together have less than a millionth.
     """
     probabilities = model.next_token(slot.left).double().exp()
     probabilities[slot.ids[0]] = 0
@@ -65,10 +65,10 @@ def next_tokens(slot: Slot, model: LanguageModel) -> tuple[list[int], Tensor]:
 
 
 def continued(slot: Slot, place: Surroundings, model: LanguageModel, seed: int) -> Candidates:
-    """What the model might have written in place of several generated tokens.
+    """The model's alternatives to several generated tokens.
 
-    Continuations are sampled after the text before the feature, and cut: before the punctuation
-    that the feature ends with, or else to the feature's number of words.
+    Continuations are sampled after the text before the feature, and truncated before the
+    punctuation that the feature ends with, or to the feature's number of words.
     """
     n_words = len(_WORD.findall(slot.text))
     mark = place.tail.strip()[:1]

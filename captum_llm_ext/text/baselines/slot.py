@@ -1,4 +1,4 @@
-"""What a baseline is asked: one place of a text whose feature is absent."""
+"""The interface of baselines: a slot in a text whose feature is absent."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,23 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One contiguous place of a text that an absent feature leaves to be filled.
+    """One contiguous place of an absent feature, to be replaced.
 
     Attributes:
-        context: The whole text the feature stands in, the feature included.
+        context: The whole text, including the feature.
         start: First character of the feature in `context`; its leading white space belongs to it.
         stop: One past the feature's last character.
         ids: The feature's own token ids.
-        index: Number of the slot, counted in reading order within prompt or output.
-        feature: Number of the feature it belongs to: `index` itself unless slots are tied.
-        unit: ``"token"``, ``"word"``, ``"sentence"`` and the like, or None for spans of the
-            user's own.
-        generated: Whether the feature is a part of the model's own output.
-        label: What the user calls the kind of thing that stands here: ``"city"``.
-        siblings: All places of a feature that has several, in reading order, this one included (and
-            none of them with siblings); empty for a feature that stands in one place.
-        n_tokens: How many tokens a text takes after another: ``n_tokens(text, left)``; None where
-            nobody can say.
+        index: Index of the slot in reading order within prompt or output.
+        feature: Index of its feature: `index` itself unless slots are grouped.
+        unit: ``"token"``, ``"word"``, ``"sentence"`` etc., or None for the user's own spans.
+        generated: Whether the feature is generated text.
+        label: The user's label for the kind of text: ``"city"``.
+        siblings: All slots of a feature that has several, in reading order, including this one
+            (themselves without siblings); empty for a feature with one slot.
+        n_tokens: Number of tokens of a text after another: ``n_tokens(text, left)``; None if
+            unknown.
     """
 
     context: str
@@ -59,12 +58,12 @@ class Slot:
 
 @runtime_checkable
 class Baseline(Protocol):
-    """What stands where a feature is absent.
+    """Replaces absent features: a callable from a slot and a generator to text or token ids.
 
     Called once per absent feature and draw. Returns text (tokenised in place; ``""`` deletes; the
-    feature's leading white space is put before text that has none) or token ids (used as they
-    are). Random choices come from `generator` alone. A baseline whose answer never depends on
-    `generator` says so with an attribute ``deterministic = True``: one draw of it is then enough.
+    feature's leading white space is prepended to text without any) or token ids (used unchanged).
+    Random choices come from `generator` alone. A baseline that never uses `generator` declares this
+    by an attribute ``deterministic = True``: one draw is then enough.
     """
 
     def __call__(self, slot: Slot, generator: torch.Generator, /) -> str | Sequence[int]:
@@ -74,16 +73,16 @@ class Baseline(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What a model finds likely in a place of a text; log-probabilities are in nats.
+    """What a model finds likely at a position of a text; log-probabilities are in nats.
 
     Attributes:
-        log_prob: Of what stands there.
-        piece: What the first token shows of that, without white space.
-        piece_log_prob: Of that token.
-        others: The likeliest other tokens that fit, as text without white space, and the
-            log-probability of each.
-        elsewhere: The mean probability of the first token where other words of the text stand; 0
-            where nobody can say.
+        log_prob: Log-probability of the original text.
+        piece: Text of its first token, without white space.
+        piece_log_prob: Log-probability of that token.
+        others: The likeliest other tokens that fit, as text without white space, with their
+            log-probabilities.
+        elsewhere: Mean probability of the first token at the positions of other words; 0 if
+            unknown.
     """
 
     log_prob: float
@@ -95,10 +94,10 @@ class Listed:
 
 @runtime_checkable
 class Proposer(Protocol):
-    """What a baseline may ask of a model that knows what may stand in a place.
+    """A model that proposes texts for positions, as baselines use it.
 
     Attributes:
-        reads_rest: Whether what it finds `likeliest` goes by the text after a place, too.
+        reads_rest: Whether `likeliest` also depends on the text after a position.
     """
 
     reads_rest: bool
@@ -110,19 +109,17 @@ class Proposer(Protocol):
         n: int,
         fits: Callable[[int, str], bool],
     ) -> list[Listed | None]:
-        """What may stand in places of a text, all of them asked for at once.
+        """Likely texts at positions of a text, for all of them at once.
 
         Args:
             text: The text.
-            spans: Of its characters, ``(start, stop)``, in reading order; none begins with white
-                space.
-            n: At most so many tokens a place.
-            fits: Called with the number of a place and what a token shows there, without white
-                space; whether the token may stand there.
+            spans: Character spans ``(start, stop)`` in reading order; none begins with white space.
+            n: Maximum number of tokens per span.
+            fits: Called with the index of a span and a token's text without white space; returns
+                whether the token is allowed.
 
         Returns:
-            One entry per place; None where nothing is known of it: nothing comes before, or no
-            token begins there.
+            One entry per span; None if nothing precedes it, or no token begins there.
         """
         ...
 
@@ -131,7 +128,7 @@ class Proposer(Protocol):
     ) -> Tensor:
         """The log-probability of each text between its beginning and the rest, ``(n,)``.
 
-        A causal model does not see the rest.
+        A causal model ignores the rest.
         """
         ...
 
@@ -142,29 +139,30 @@ class Proposer(Protocol):
         n_words: Sequence[int],
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
-        """What most likely follows each text, token by token, all of them at once.
+        """The likeliest continuation of each text, token by token, for all texts at once.
 
         Args:
-            beginnings: The texts. Each ends with what may be a word, or the beginning of one.
-            rests: What comes after; a causal model does not see it.
-            n_words: About how many words and marks are wanted beyond the one that a text ends with.
-            is_enough: Called with the number of a text and what follows it so far; True ends it.
+            beginnings: The texts. Each ends with a word or the beginning of one.
+            rests: The texts after the continuations; a causal model ignores them.
+            n_words: Approximate number of words and punctuation marks beyond the one that a text
+                ends with.
+            is_enough: Called with the index of a text and its continuation so far; True ends it.
         """
         ...
 
 
 class LanguageModel(Proposer, Protocol):
-    """What a baseline may ask the model that is being explained.
+    """The explained model, as baselines use it.
 
     Arguments are texts first, then numbers, then callables, then a generator.
     """
 
     def log_likelihoods(self, texts: Sequence[str]) -> Tensor:
-        """The log-probability of each text as a whole, in nats, shape ``(n_texts,)``."""
+        """The log-probability of each whole text, in nats, shape ``(n_texts,)``."""
         ...
 
     def next_token(self, text: str) -> Tensor:
-        """Log-probabilities of what follows a text, ``(vocabulary,)``; special tokens have none."""
+        """Log-probabilities of the next token, ``(vocabulary,)``; special tokens are excluded."""
         ...
 
     def continuations(
@@ -177,48 +175,49 @@ class LanguageModel(Proposer, Protocol):
         """Another model as a `Proposer`.
 
         Args:
-            proposer: ``(model, tokenizer)``, or what has both; or a model with the tokenizer of
-                this one.
+            proposer: ``(model, tokenizer)``, or an object with both; or a model with the same
+                tokenizer as this one.
 
         Raises:
-            TypeError, ValueError: If it is none that can propose.
+            TypeError, ValueError: If it cannot propose texts.
         """
         ...
 
 
 @runtime_checkable
 class AsksModel(Protocol):
-    """A baseline that needs the model: it is given it once, before a run."""
+    """A baseline that uses the model, which it is given once before a run."""
 
     def with_model(self, model: LanguageModel, /) -> Baseline:
-        """The same baseline with a model to ask; the object itself stays as it is."""
+        """A copy of the baseline with the model; the object itself is unchanged."""
         ...
 
 
 @runtime_checkable
 class KnowsPhrases(Protocol):
-    """A baseline for which several places may be one thing."""
+    """A baseline that treats several slots as one phrase."""
 
     def read(self, slots: Sequence[Slot], /) -> "Bonds":
-        """Which places of one context are absent, or drawn, together.
+        """Which slots of one context are absent, or drawn, together.
 
-        It is asked once, before any of them is drawn: what has to be found out of all of them is
-        best found out here.
+        Called once before any draw, so that computations for all slots can be done here.
         """
         ...
 
 
 AnswerFit = Callable[[Sequence[Mapping[Slot, str]]], Sequence[float]]
-"""Of texts that stand in places at once, per trial the log-probability that words of the kinds that
-were written come next; NaN where nobody can say. A trial of no place is the text as it is."""
+"""Scores texts with replacements by the log-probability that words of the answer's kinds follow.
+
+One number per trial; NaN if unknown. A trial without replacements is the original text.
+"""
 
 
 @runtime_checkable
 class UsesAnswer(Protocol):
-    """A baseline that goes by what was written after the text, too."""
+    """A baseline that can also use the text generated after the prompt."""
 
     def with_answer(self, fit: AnswerFit, /) -> Baseline:
-        """The same for an answer; the object itself stays as it is."""
+        """A copy conditioned on an answer; the object itself is unchanged."""
         ...
 
 
@@ -227,9 +226,9 @@ class Bonds:
     """Neighbouring slots that belong together, as indices.
 
     Attributes:
-        phrases: Slots that are one thing: where one of them is absent, all are.
-        ties: Phrases or slots, each of them by itself, that are drawn as one text where all of
-            their slots are absent.
+        phrases: Slots of one phrase: if one of them is absent, all are.
+        ties: Phrases or slots that can be absent separately, but are drawn as one text if all of
+            them are absent.
     """
 
     phrases: Sequence[Sequence[int]] = ()
@@ -237,12 +236,12 @@ class Bonds:
 
 
 def bonds_of(baseline: Baseline, slots: Sequence[Slot]) -> Bonds:
-    """Slots of one context that belong together; none for most baselines."""
+    """Slots of one context that belong together; empty for most baselines."""
     return baseline.read(slots) if isinstance(baseline, KnowsPhrases) else Bonds()
 
 
 def joined(slots: Sequence[Slot]) -> Slot:
-    """Neighbouring slots as one; its number and feature are those of the first."""
+    """Neighbouring slots as one, with the index and feature of the first."""
     if len(slots) == 1:
         return slots[0]
     ids = tuple(token for slot in slots for token in slot.ids)

@@ -6,24 +6,24 @@ from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.slot import Slot
 from captum_llm_ext.text.baselines.words import Atom
 
-REACH = 8  # atoms of the surroundings that are looked at, on each side
-_WINDOW = 60 * REACH  # characters that hold so many
+REACH = 8  # atoms of the surroundings that are compared on each side; chosen, not measured
+_WINDOW = 60 * REACH  # characters that contain this many atoms
 
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Where a feature stands. Punctuation at its ends is taken for its surroundings.
+    """The surroundings of a feature. Punctuation at its ends counts as surroundings.
 
     Attributes:
-        core: The feature's text without white space and punctuation at its ends. For a part of a
-            word, the whole word.
+        core: The feature's text without white space and punctuation at its ends. For a word
+            fragment, the whole word.
         atoms: The atoms of `core`.
         left: Atoms before the core, the nearest first, at most `REACH`.
         right: Atoms after the core, the nearest first, at most `REACH`.
-        head: What the feature has before its core.
-        tail: What the feature has after its core.
-        part: Which part of the core's characters is the feature, ``(0.0, 1.0)`` if all.
-        is_sentence: Whether the feature is one by its unit.
+        head: The feature's text before its core.
+        tail: The feature's text after its core.
+        part: The fraction of the core's characters that is the feature, ``(0.0, 1.0)`` if all.
+        is_sentence: Whether the feature's unit is the sentence.
     """
 
     core: str
@@ -36,13 +36,13 @@ class Surroundings:
     is_sentence: bool
 
     def widened(self, n_left: int, n_right: int) -> "Surroundings":
-        """The place of the feature and so many atoms around it, as a whole."""
+        """The feature with this many atoms around it, as a whole."""
         atoms = (*self.left[:n_left][::-1], *self.atoms, *self.right[:n_right])
         left, right = self.left[n_left:], self.right[n_right:]
         return Surroundings(" ".join(atoms), atoms, left, right, "", "", (0.0, 1.0), False)
 
     def filled(self, text: str) -> str:
-        """The feature's replacement if `text` stands in place of the core."""
+        """The feature's replacement if `text` replaces the core."""
         if self.part != (0.0, 1.0):
             start = min(round(self.part[0] * len(text)), len(text) - 1)
             text = text[start : max(round(self.part[1] * len(text)), start + 1)]
@@ -78,7 +78,8 @@ def _around(slot: Slot) -> list[Atom]:
         Atom(atom.text, first + atom.start, first + atom.stop)
         for atom in words.atoms(slot.context[first : slot.stop + _WINDOW])
     ]
-    # The start of a text is a line's; where the window starts a word may be cut in two.
+    # The start of a text is the start of a line; at the start of the window a word may be cut in
+    # two.
     return found[1:] if first else [Atom(words.BREAK, 0, 0), *found]
 
 

@@ -1,4 +1,4 @@
-"""The values of a template, found in the text that it makes."""
+"""Locates the values of a template in its text."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,11 @@ from captum_llm_ext.text.baselines.slot import Slot
 def template_parts(
     template: str | Callable[..., str], values: Sequence[str] | Mapping[str, str]
 ) -> list[tuple[str, int | None]] | None:
-    """The text that a template makes, cut into values (numbered) and what is around them.
+    """The text of a template, divided into values (with their index) and the text around them.
 
     Returns:
-        Texts in reading order, each with the number of the value it is; or None if the values
-        cannot be found: a template function may do anything with them.
+        Texts in reading order, each with the index of its value; or None if the values cannot be
+        located, since a template function may transform them.
     """
     opening, closing = "\ue000", "\ue001"
     make = template.format if isinstance(template, str) else template
@@ -34,20 +34,20 @@ def template_parts(
         for part in rest:
             number, value, after = part.split(closing)
             found += [(value, int(number)), (after, None)]
-    except Exception:  # whatever a function does with values that it does not expect
+    except Exception:  # a function may raise anything for unexpected values
         return None
     if "".join(part for part, _ in found) != text(given):
         return None
     if sorted(number for _, number in found if number is not None) != list(range(len(given))):
-        return None  # a value left out, or used twice
+        return None  # a value is omitted, or used twice
     return [(part, number) for part, number in found if part or number is not None]
 
 
 def template_slots(inp: TextTemplateInput) -> list[Slot]:
-    """The place of every value of a captum `TextTemplateInput`, in the order of the values.
+    """The slot of every value of a captum `TextTemplateInput`, in the order of the values.
 
     Raises:
-        ValueError: If the values cannot be found in the text.
+        ValueError: If the values cannot be located in the text.
     """
     values = dict(zip(inp.dict_keys, inp.values, strict=True)) if inp.dict_keys else inp.values
     parts = template_parts(inp.format_fn, values)
@@ -65,7 +65,7 @@ def template_slots(inp: TextTemplateInput) -> list[Slot]:
             span_of[number] = (position, position + len(part))
         position += len(part)
     mask = range(len(inp.values)) if inp.mask is None else inp.mask
-    # Captum numbers groups by hash order; by first appearance they are the same every time.
+    # Captum numbers groups in hash order; numbered by first appearance they are reproducible.
     feature_of = {label: number for number, label in enumerate(dict.fromkeys(mask))}
     slots = [
         Slot(
@@ -81,7 +81,7 @@ def template_slots(inp: TextTemplateInput) -> list[Slot]:
 
 
 def with_siblings(slots: Sequence[Slot]) -> list[Slot]:
-    """Slots of one text; those of a feature with several know of one another."""
+    """Slots of one text, with siblings for features of several slots."""
     own: dict[int, list[Slot]] = {}
     for slot in sorted(slots, key=lambda slot: slot.start):
         own.setdefault(slot.feature, []).append(replace(slot, siblings=()))
@@ -92,10 +92,10 @@ def with_siblings(slots: Sequence[Slot]) -> list[Slot]:
 
 
 def calling_template(baselines: object) -> TextTemplateInput | None:
-    """The template input that calls its baselines at this moment, or None.
+    """The template input that is calling its baselines, or None.
 
     captum 0.9 (2026) calls the baselines of a template without arguments ("TODO: support callable
-    baselines"): who asks, and for which text, is known to the caller alone.
+    baselines"), so the text has to be found from the caller.
     """
     frame = inspect.currentframe()
     while frame is not None:

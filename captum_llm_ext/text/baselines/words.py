@@ -13,18 +13,18 @@ BREAK = "\n"
 SENTENCE_ENDS = frozenset(".!?…。！？।")
 
 CLAUSE_MARKS = SENTENCE_ENDS | frozenset(',;:、，；：؛،()[]{}"“”„«»—–')
-"""Punctuation that parts of a text are separated by; other marks (&, %, +) join."""
+"""Punctuation that separates parts of a text; other signs (&, %, +) join them."""
 
-# What a word looks like from afar; every other atom (a punctuation mark) is its own kind.
+# The form of a word; every other atom (a punctuation mark) is its own kind.
 KINDS = ("number", "upper", "capital", "lower", "letters", "symbol")
 
-# How closed a border an atom is: a stand-in crosses none that is harder than those inside the
-# text it stands for.
+# Strength of an atom as a border: a replacement contains none that is stronger than those within
+# the text it replaces.
 WORD, MARK, SENTENCE_END, LINE_BREAK = range(4)
 
-_LONG = 10_000  # characters whose atoms are not all held at once
+_LONG = 10_000  # texts longer than this are not cached as atoms; chosen, not measured
 
-# Scripts written without spaces: every character, with its marks, is a word of its own.
+# Scripts written without spaces: every character, with its combining marks, is a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
@@ -45,7 +45,7 @@ class Atom:
 
 @functools.cache
 def _pattern() -> re.Pattern[str]:
-    # `\w` leaves out combining marks and vowel signs, and would cut words of most Indic scripts.
+    # `\w` excludes combining marks and vowel signs, and would split words of most Indic scripts.
     marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
     extend = f"[{re.escape(marks)}\U000e0100-\U000e01ef{_SKIN}]"
     letters = f"[^\\W{_UNSPACED}]+(?:{extend}+[^\\W{_UNSPACED}]*)*"
@@ -69,7 +69,7 @@ def chunks(piece: str) -> Iterable[str]:
 
 
 def atoms(text: str) -> list[Atom]:
-    """The atoms of a text, with a `BREAK` wherever white space holds a line break."""
+    """The atoms of a text, with a `BREAK` wherever white space contains a line break."""
     found: list[Atom] = []
     for match in _pattern().finditer(text):
         word = match.group().lstrip()
@@ -97,8 +97,8 @@ def kind(word: str) -> str:
 
 @functools.lru_cache(2**14)
 def _script(character: str) -> str | None:
-    """The script of a letter or digit; None for what several scripts share."""
-    # Letters that modify others ("ー", "ʰ") are written in several.
+    """The script of a letter or digit; None for those shared by several scripts."""
+    # Modifier letters ("ー", "ʰ") are used in several scripts.
     has_one = unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lo", "Nd")
     # A letter's name begins with its script's: "KATAKANA LETTER A", "CJK UNIFIED IDEOGRAPH-4E00".
     return unicodedata.name(character, "").partition(" ")[0] if has_one else None
@@ -109,15 +109,15 @@ def _scripts(text: str) -> list[str]:
 
 
 def is_one_word(text: str) -> bool:
-    """Whether a text is nothing but letters and digits, their marks, hyphens and apostrophes."""
+    """Whether a text consists only of letters and digits, their marks, hyphens and apostrophes."""
     return all(c.isalnum() or c in "-'’" or unicodedata.category(c)[0] == "M" for c in text)
 
 
 def keeps_script(text: str, own: str) -> bool:
-    """Whether a text begins in the script that another one begins in, and has no letter of others.
+    """Whether a text begins in the script of another one, and has no letter of other scripts.
 
-    Kanji and kana are two, as in a text with both they do not stand for one another. Of letters
-    that several scripts share none stands alone for one that has a script.
+    Kanji and kana count as two, since they are not interchangeable within a text. A text of letters
+    shared by several scripts cannot replace one that has a script.
     """
     found, wanted = _scripts(text), _scripts(own)
     return found[:1] == wanted[:1] and {*found} <= {*wanted, "DIGIT"}
@@ -129,13 +129,13 @@ def is_mark(word: str) -> bool:
 
 
 def kind_number(word: str) -> int:
-    """The place in `KINDS` of a word's kind; punctuation, too, is a symbol."""
+    """Index in `KINDS` of a word's kind; punctuation counts as a symbol."""
     found = kind(word)
     return KINDS.index(found if found in KINDS else "symbol")
 
 
 def border(word: str) -> int:
-    """How hard a border an atom is: `WORD` is none, `LINE_BREAK` the hardest."""
+    """Strength of an atom as a border, from `WORD` (none) to `LINE_BREAK`."""
     if word == BREAK:
         return LINE_BREAK
     if word in SENTENCE_ENDS:

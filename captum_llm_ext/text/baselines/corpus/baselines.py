@@ -1,4 +1,4 @@
-"""Absent features replaced by what stands in the same surroundings elsewhere in a corpus."""
+"""Replaces absent features by corpus text from the same surroundings."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ __all__ = ["CorpusBaselines", "Match"]
 
 How = Literal["context", "length", "any", "model"]
 _HOW = ("context", "length", "any", "model")
-_MEASURED = 2_000  # candidates whose tokens are counted
+_MEASURED = 2_000  # candidates whose tokens are counted; chosen, not measured
 _SETTINGS = {
     "match": str,
     "seed": int,
@@ -42,64 +42,61 @@ _SETTINGS = {
 
 
 class HasSlots(Protocol):
-    """An input that tells the places of its features, such as `TextSegmentInput`."""
+    """An input with slots for its features, such as `TextSegmentInput`."""
 
     slots: Sequence[Slot]
 
 
 class CorpusBaselines:
-    """Text of a corpus that stands where the feature could stand, without labels.
+    """Replaces absent features by corpus text that occurs in the same surroundings, without labels.
 
-    The surroundings of a feature are compared with every place of the corpus by their *frame*
-    words, those that their neighbours lead one to expect; fillers, which carry the facts of a text,
-    count only by their kind (capitalised, number, …). So "lives in _, FL and is a lawyer" finds
-    what is lived in whatever the state and the occupation, and a replacement carries nothing over
-    from the neighbouring facts. Of all surroundings seen at least `min_occurrences` times the most
-    telling one is taken, on both sides if there is one; then on one side, then those without any
-    frame word, then by shape, length, and at last any text. A word that the rest of its phrase
+    The surroundings of a feature are compared with every position of the corpus by their *template*
+    words, which are predictable from their neighbours; fillers, which carry the facts of a text,
+    count only by their kind (capitalised, number, …). So "lives in _, FL and is a lawyer" matches
+    places of residence whatever the state and the occupation, and a replacement is independent of
+    neighbouring facts. Of all surroundings seen at least `min_occurrences` times the most
+    informative one is used, on both sides if possible; then on one side, then those without
+    template words, then by shape, length, and finally any text. A word that the rest of its phrase
     determines ("Lake" in "Salt Lake City") is replaced by its part of another phrase. A draw takes
-    one of the places found at random: frequent texts often.
+    one of the places found uniformly, so frequent texts are drawn often.
 
-    The replacement may have another number of words. It carries the white space and punctuation
-    the feature has at its ends. For a feature that is a part of a word, the same part is cut out
-    of a word that could stand there. The places of a tied feature are replaced by what stands
-    together in one document: a city with *its* state. Places side by side are one phrase.
+    The replacement may have a different number of words. It keeps the white space and punctuation
+    at the feature's ends. For a word fragment, the same part of a candidate word is used. The slots
+    of a grouped feature are replaced by texts from one document: a city with *its* state. Adjacent
+    slots are one phrase.
 
-    Captum's own `TextTemplateInput` takes it too, in captum's own `LLMAttribution` as well.
+    Captum's `TextTemplateInput` accepts it too, also in captum's own `LLMAttribution`.
 
     Args:
         corpus: Texts; the column of a Hugging Face data set; or the path of a UTF-8 text file with
             one document per line, or of a ``.jsonl`` file with the document under `field`. Line
-            breaks count as borders.
-        match: ``"context"`` as above. ``"model"``: what is found like that is weighted by how
-            probable the model under explanation finds the text with it in place, left and right,
-            so that a draw is a sample of what could have stood there; generated features are
-            replaced by what the model itself might have said instead. ``"length"``: any text with
-            as many words; ``"any"``: any text up to twice as long. The last two are plain variants
-            for comparison.
-        seed: For samples that are taken while candidates are looked for.
-        labels: Texts to draw from for features that the user names: by their label (`labels` of
-            `TextSegmentInput`; the names of a template's values), their number in the prompt, or
-            their own text. A feature that is itself in exactly one of the lists needs no label.
-            All others are looked up in the corpus.
-        exclude_original: Whether the feature's own text is never drawn, except where it is the
-            only one.
+            breaks are borders.
+        match: ``"context"`` as above. ``"model"``: candidates found like that are weighted by the
+            explained model's probability of the whole text with each in place, so that a draw is a
+            sample from the conditional distribution; generated features are replaced by samples
+            from the model. ``"length"``: any text with as many words; ``"any"``: any text up to
+            twice as long. The last two are for comparison.
+        seed: Seeds samples taken during the search.
+        labels: Texts to draw from for selected features: by their label (`labels` of
+            `TextSegmentInput`; the names of a template's values), their index in the prompt, or
+            their own text. A feature whose text is in exactly one of the lists needs no label. All
+            others are looked up in the corpus.
+        exclude_original: Whether the feature's own text is never drawn, unless it is the only one.
         same_n_tokens: Whether only texts with as many tokens as the feature are drawn, so that
             everything after it keeps its position.
-        min_occurrences: Surroundings seen less often are not trusted; by default one in 2,000
-            words, at least 10 and at most 50. Also how often a slot must have been seen always the
-            same to count as constant.
-        min_candidates: Fewer candidates for a slot that is not constant warn, once per slot. Every
-            run with features whose surroundings the corpus does not have warns, too. 0 silences
+        min_occurrences: Minimum count of surroundings; by default one in 2,000 words, at least 10
+            and at most 50. Also the minimum count for a slot to be constant.
+        min_candidates: Warn, once per slot, if a slot that is not constant has fewer candidates.
+            Every run also warns of features whose surroundings are not in the corpus. 0 disables
             both.
-        field: Where a ``.jsonl`` file has its documents.
+        field: Key of the documents in a ``.jsonl`` file.
         errors: ``"replace"`` accepts files with invalid UTF-8.
 
     Raises:
         FileNotFoundError: If `corpus` is a path that cannot be read.
-        ValueError: If the corpus holds no text, the file is not UTF-8 text, or an argument is
-            not one of those allowed.
-        TypeError: If the corpus is neither a path nor texts, or the labels are no lists of texts.
+        ValueError: If the corpus contains no text, the file is not UTF-8 text, or an argument is
+            invalid.
+        TypeError: If the corpus is neither a path nor texts, or the labels are not lists of texts.
     """
 
     deterministic = False
@@ -140,7 +137,7 @@ class CorpusBaselines:
         self._start()
 
     def _start(self, model: LanguageModel | None = None) -> None:
-        """Begins with nothing looked up."""
+        """Initialises the caches."""
         self._model = model
         how = "context" if self.match == "model" else self.match
         self._lookup = Lookup(
@@ -161,13 +158,13 @@ class CorpusBaselines:
     @overload
     def __call__(self) -> list[str] | dict[str, str]: ...
     def __call__(self, slot: Slot | None = None, generator: torch.Generator | None = None) -> Any:
-        """One replacement for the feature, its leading white space and punctuation included.
+        """One replacement for the feature, including its leading white space and punctuation.
 
-        Without arguments, as captum's own `TextTemplateInput` calls it: another text for each value
-        of that template.
+        Without arguments, as called by captum's `TextTemplateInput`: another text for each value of
+        that template.
 
         Raises:
-            TypeError: If it is called without arguments from elsewhere.
+            TypeError: If it is called without arguments by other code.
         """
         if slot is None or generator is None:
             return self._for_template()
@@ -176,7 +173,7 @@ class CorpusBaselines:
 
     @property
     def tells(self) -> bool:
-        """Whether it looks for surroundings, and warns where the corpus does not have them."""
+        """Whether it searches for surroundings, and warns if the corpus does not contain them."""
         return self.match in ("context", "model") and self.min_candidates > 0
 
     def explain(self, slot: Slot) -> Match:
@@ -189,7 +186,7 @@ class CorpusBaselines:
         return [self.explain(slot) for slot in inp.slots]
 
     def with_model(self, model: LanguageModel) -> "CorpusBaselines":
-        """The same over the same index, with a model to ask."""
+        """A copy with the same index and a model."""
         if self.match != "model":
             return self
         other = copy.copy(self)
@@ -204,19 +201,19 @@ class CorpusBaselines:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **changed: Any) -> "CorpusBaselines":
-        """What `save` wrote, mapped into memory: nothing is built again.
+        """Loads the file of `save`, memory-mapped: nothing is built again.
 
-        A file that takes the other's place changes nothing. Where the file itself is written into
-        or cut off, whatever is asked of the baselines from then on is a `ValueError`.
+        Replacing the file later has no effect. If the file itself is modified or truncated, every
+        later use of the baselines raises a `ValueError`.
 
         Args:
             path: The file.
-            **changed: Settings to have otherwise than they were: any keyword argument of the class
-                that does not concern reading the corpus.
+            **changed: Settings to change: any keyword argument of the class except those on reading
+                the corpus.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
-            ValueError: If the file is not one of these, is damaged, or of another version.
+            ValueError: If the file is not such a file, damaged, or of another version.
             TypeError: If there is no such setting.
         """
         index, extra = CorpusIndex.load(path)
@@ -225,7 +222,7 @@ class CorpusBaselines:
             if {name: type(value) for name, value in settings.items()} != _SETTINGS:
                 raise ValueError(f"its settings are {settings}")
             settings["labels"] = dict(json.loads(extra["labels"]))
-            # All arguments are checked as ever, on a corpus of one word that is then replaced.
+            # The constructor checks all arguments, on a corpus of one word that is then replaced.
             baselines = cls(["."], **settings)
         except BROKEN as error:
             raise broken(path, error) from error
@@ -242,7 +239,7 @@ class CorpusBaselines:
         return baselines
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was looked up refers to inputs and models, and is quickly found again.
+        # Caches refer to inputs and models, and are quickly recomputed.
         return {name: self.__dict__[name] for name in (*_SETTINGS, "_index", "_labels")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -274,7 +271,7 @@ class CorpusBaselines:
         return self._listed([(slot, place)]) or self._lookup.single(place)
 
     def _jointly(self, members: Sequence[tuple[Slot, Surroundings]]) -> Candidates | None:
-        """What all places of a feature may hold together; None if that is not known."""
+        """Joint candidates of all slots of a feature; None if unknown."""
         if len(members) == 1:
             return self._singly(*members[0])
         if any(self._is_labelled(slot, place) for slot, place in members):
@@ -298,7 +295,7 @@ class CorpusBaselines:
         return self._labels.containing(place.core) if name is None else name
 
     def _listed(self, members: Sequence[tuple[Slot, Surroundings]]) -> Candidates | None:
-        """The user's own texts; for several places lists of one length, drawn from in step."""
+        """The user's own texts; for several slots lists of equal length, drawn in step."""
         names = [self._label(slot, place) for slot, place in members]
         lists = [self._labels.texts[name] for name in names if name is not None]
         if len(lists) < len(members) or len({len(texts) for texts in lists}) != 1:
@@ -314,10 +311,10 @@ class CorpusBaselines:
         )
 
     def _said(self, slot: Slot, place: Surroundings) -> "_Filling | _Tokens":
-        """What the model itself might have said in place of a generated feature."""
+        """The model's alternatives to a generated feature."""
         found = self._lookup.single(place)
         if found.match.constant:
-            # Without the original only slips are left there, which say nothing of the language.
+            # Without the original, only stray matches remain, which are not representative.
             return _Filling(found, place, 0)
         model = self._asked()
         if len(slot.ids) == 1:
@@ -347,7 +344,7 @@ class CorpusBaselines:
     def _fitting(
         self, candidates: Candidates, members: Sequence[tuple[Slot, Surroundings]]
     ) -> Candidates:
-        """Those with as many tokens as the feature has, if that is wanted."""
+        """Candidates with as many tokens as the feature, if `same_n_tokens`."""
         if not self.same_n_tokens or candidates.match.constant:
             return candidates
 
@@ -372,7 +369,7 @@ class CorpusBaselines:
                 "that it is the baseline of: call it with a slot and a generator."
             )
         if not self._told:
-            # Captum knows no runs: it asks for every evaluation.
+            # Captum has no notion of a run: it calls for every evaluation.
             self._told = True
             unlike.warn_of_mismatch(
                 self, lambda: [self.explain(slot) for slot in template_slots(inp)]
@@ -427,7 +424,7 @@ class _Distinct:
 
 @dataclass(frozen=True, slots=True)
 class _Filling:
-    """Candidates for all places of a feature, and which of these places is asked for."""
+    """Candidates for all slots of a feature, and the slot to be filled."""
 
     candidates: Candidates
     place: Surroundings
@@ -443,7 +440,7 @@ class _Filling:
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Token ids that may stand in place of one."""
+    """Token ids that may replace one token."""
 
     match: Match
     ids: Sequence[int]

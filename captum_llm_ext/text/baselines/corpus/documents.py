@@ -12,18 +12,18 @@ from typing import Any, BinaryIO, cast
 def documents(
     corpus: Iterable[str] | str | os.PathLike[str], errors: str, field: str = "text"
 ) -> Iterable[str]:
-    """The texts of a corpus. Files are read as the texts are asked for, a line at a time.
+    """The texts of a corpus. Files are read lazily, line by line.
 
     Args:
         corpus: Texts, also those of an iterator; a column of a Hugging Face data set; or the path
             of a text file with one document per line, or of a ``.jsonl`` file with one object per
             line. Files may be compressed: ``.txt.gz``, ``.jsonl.gz``.
         errors: ``"strict"`` or ``"replace"``, as for `bytes.decode`.
-        field: Where the objects of a ``.jsonl`` file hold the document.
+        field: Key of the document in the objects of a ``.jsonl`` file.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is binary, not UTF-8, or not the JSON Lines wanted.
+        ValueError: If the file is binary, not UTF-8, or not such JSON Lines.
         TypeError: If the corpus is neither a path nor an iterable of texts.
     """
     if errors not in ("strict", "replace"):
@@ -41,7 +41,7 @@ def documents(
 
 
 def _check_columns(corpus: Any) -> None:
-    """Refuses tables: going through them gives rows or names, not texts."""
+    """Refuses tables: iterating over them gives rows or names, not texts."""
     names = getattr(corpus, "column_names", None)
     names = getattr(corpus, "columns", None) if names is None else names
     if names is None or callable(names):
@@ -61,7 +61,7 @@ def _opened(corpus: str | os.PathLike[str]) -> tuple[BinaryIO, Path]:
     try:
         path = Path(corpus)
         return cast(BinaryIO, (gzip.open if path.suffix == ".gz" else open)(path, "rb")), path
-    # A long text is no valid file name: OSError; one that holds a NUL: ValueError.
+    # A long text is an invalid file name (OSError), as is one with a NUL (ValueError).
     except (OSError, ValueError) as error:
         shown = str(corpus)
         shown = shown if len(shown) <= 80 else shown[:80] + "…"
@@ -82,7 +82,7 @@ def _texts(file: BinaryIO, path: Path, errors: str, field: str) -> Iterator[str]
 
 
 def _lines(file: BinaryIO, path: Path, errors: str) -> Iterator[str]:
-    """The lines of a file, split at line feeds alone."""
+    """The lines of a file, split at line feeds only."""
     offset = 0
     try:
         for raw in file:

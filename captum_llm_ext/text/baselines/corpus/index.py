@@ -1,4 +1,4 @@
-"""The corpus as numbers: where surroundings like a slot's occur, and the text that stands there."""
+"""A corpus index: finds the occurrences of surroundings, and the text within them."""
 
 import functools
 import os
@@ -23,13 +23,14 @@ from captum_llm_ext.text.baselines.words import SENTENCE_END, WORD
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_SAMPLE = 2_000_000  # atoms from which the frame words are learnt
-_LONG = 300  # atoms of a document that is not one passage
-_STRETCHES = 20  # of the corpus that make up the sample
-_STRETCH = 2  # atoms that an element of the surroundings has at most, on average
-_LOOKED = 20_000  # places looked at for one thing, where there are more
-_STEPS = 400_000  # … and places times lengths tried
-_SPELLED = 500_000  # atoms of spans found
+_SAMPLE = 2_000_000  # atoms from which template words are learnt; chosen, not measured
+_LONG = 300  # atoms of a document that is split into passages; chosen, not measured
+_STRETCHES = 20  # parts of the corpus that make up the sample; chosen, not measured
+# Maximum number of atoms per element of surroundings, on average; chosen, not measured.
+_STRETCH = 2
+_LOOKED = 20_000  # maximum number of places examined per search; chosen, not measured
+_STEPS = 400_000  # maximum number of places times lengths; chosen, not measured
+_SPELLED = 500_000  # maximum number of atoms in the spans found; chosen, not measured
 
 _N_KINDS = len(words.KINDS)
 
@@ -38,7 +39,7 @@ _N_KINDS = len(words.KINDS)
 class Spans:
     """Places of the corpus, all of shape ``(n_spans,)``: first atom and number of atoms.
 
-    `left` and `right` tell how many atoms of the surroundings asked for stand before and after.
+    `left` and `right` are the numbers of atoms of the surroundings that match before and after.
     """
 
     starts: Tensor
@@ -54,7 +55,7 @@ class Spans:
 
     @property
     def stops(self) -> Tensor:
-        """The atom after the last."""
+        """One past the last atom."""
         return self.starts + self.lengths
 
     def _parts(self) -> tuple[Tensor, ...]:
@@ -76,7 +77,7 @@ class Spans:
         return self[order[first]]
 
     def thinned(self, most: int, generator: torch.Generator) -> "Spans":
-        """All, or so many at random that they have about `most` atoms in all."""
+        """All spans, or a random sample with about `most` atoms in total."""
         total = int(self.lengths.sum())
         if total <= most:
             return self
@@ -87,7 +88,7 @@ class Spans:
 
 
 def _of_an_unchanged_file(method: Callable[P, T]) -> Callable[P, T]:
-    """Has a method of an index fail where the file that it is mapped from was changed meanwhile."""
+    """Makes a method fail if the index's mapped file was changed meanwhile."""
 
     @functools.wraps(method)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -103,21 +104,21 @@ def _of_an_unchanged_file(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class CorpusIndex:
-    """All atoms of a corpus (see `words`), each under the class that counts as context.
+    """All atoms of a corpus (see `words`), each with its context class.
 
     Takes 8 bytes per atom of the corpus and about 40 per distinct word, and reads the documents
-    once, one after the other. A search looks at a few times 20,000 places at most: where the rarest
-    of the surroundings stands more often, at a sample of them, drawn evenly from all parts of the
-    corpus.
+    once, in order. A search examines at most a few times 20,000 places: if the rarest element of
+    the surroundings is more frequent, a sample of its occurrences, drawn evenly from all parts of
+    the corpus.
 
     Args:
         documents: The texts; each line of each is surrounded by line breaks.
 
     Attributes:
-        mapped: The file whose pages it consists of; None where it is in memory.
+        mapped: The memory-mapped file; None if the index is in memory.
 
     Raises:
-        ValueError: If no document holds any text, or there are 2³¹ atoms or more.
+        ValueError: If no document contains any text, or there are 2³¹ atoms or more.
         TypeError: If a document is not a string.
     """
 
@@ -141,20 +142,20 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def __getstate__(self) -> dict[str, Any]:
-        # What was looked up is found again; what is sent is no longer in the file.
+        # Caches are recomputed; a pickled index is no longer mapped to the file.
         left = ("_classes_of_kind", "mapped")
         return {k: v for k, v in self.__dict__.items() if k not in left}
 
     def __copy__(self) -> "CorpusIndex":
-        return self  # nothing changes it
+        return self  # immutable
 
     @_of_an_unchanged_file
     def save(self, path: str | os.PathLike[str], extra: Mapping[str, str] | None = None) -> None:
         """Writes the index to one file.
 
         Args:
-            path: The file; one that is there already is replaced when all is written.
-            extra: What else to keep in it.
+            path: The file; an existing one is replaced atomically.
+            extra: Further content.
         """
         tensors = {
             "numbers": self._numbers,
@@ -167,15 +168,15 @@ class CorpusIndex:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> tuple["CorpusIndex", dict[str, str]]:
-        """An index that `save` wrote, and what else is in the file.
+        """Loads an index written by `save`, and the file's further content.
 
-        The file is read once to compare its digest, and mapped into memory: its pages are shared by
-        all processes that map it. One that takes its place leaves the index as it is; where it is
-        written into, whatever is asked of the index from then on raises a `ValueError`.
+        The file is read once to verify its digest, and memory-mapped: all processes that map it
+        share its pages. Replacing the file has no effect; if it is modified, every later use of the
+        index raises a `ValueError`.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
-            ValueError: If the file is no saved index, damaged, or of another version.
+            ValueError: If the file is not a saved index, damaged, or of another version.
         """
         tensors, extra, mapped = store.load(path)
         try:
@@ -193,7 +194,7 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def context(self, atoms: Iterable[str]) -> list[int]:
-        """The classes of atoms; words the corpus does not have count as their kind."""
+        """The context classes of atoms; unknown words count as their kind."""
         return [self._class(atom, self._unknown(atom)) for atom in atoms]
 
     def _class(self, atom: str, otherwise: int = -1) -> int:
@@ -204,20 +205,20 @@ class CorpusIndex:
         return -1 if words.border(atom) > WORD else words.kind_number(atom)
 
     def is_template_word(self, context_class: int) -> bool:
-        """Whether a class tells more than what kind of word stands there."""
+        """Whether a class is more specific than a kind of word."""
         return context_class >= _N_KINDS
 
     def is_lone_template_word(self, context_class: int) -> bool:
-        """Whether a class is that of one word or mark of the frame."""
+        """Whether a class consists of one template word or mark."""
         return self.is_template_word(context_class) and int(self._members[context_class]) == 1
 
     def bits(self, context_class: int) -> float:
-        """How surprising the class is, in bits."""
+        """The surprisal of the class in bits."""
         return float(self._bits[context_class]) if context_class >= 0 else 0.0
 
     @_of_an_unchanged_file
     def texts(self, spans: Spans) -> Counter[str]:
-        """How often each text stands in the spans, the white space before it left out."""
+        """Counts of the texts in the spans, without leading white space."""
         rows: Counter[tuple[int, ...]] = Counter()
         for _, found in self._rows(spans):
             rows.update(found)
@@ -228,7 +229,7 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def text_of(self, spans: Spans) -> list[str]:
-        """The text of each span, spelled as by `texts`."""
+        """The text of each span, as in `texts`."""
         texts = [""] * len(spans)
         for numbers, rows in self._rows(spans):
             distinct = set(rows)
@@ -239,7 +240,7 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def document_of(self, places: Tensor) -> Tensor:
-        """The document each atom is of, counted from 0 in the order they were given."""
+        """The document index of each atom, in the order given."""
         return torch.bucketize(places, self._atoms.documents, right=True) - 1
 
     @_of_an_unchanged_file
@@ -255,11 +256,11 @@ class CorpusIndex:
 
         Args:
             left: Classes before the span, the nearest first.
-            right: Classes after the span, the nearest first. One of the two may be empty: then
-                nothing is asked of that side.
-            lengths: How many atoms the span may have.
-            hardest: The hardest border inside the span.
-            generator: Draws the places looked at where there are too many.
+            right: Classes after the span, the nearest first. One of the two may be empty, which
+                then matches anything.
+            lengths: Allowed numbers of atoms of the span.
+            hardest: The strongest border allowed inside the span.
+            generator: Samples places if there are too many.
         """
         sides = {1: left, -1: right}
         found: list[Spans] = []
@@ -283,10 +284,10 @@ class CorpusIndex:
         return spans.thinned(_SPELLED, generator)
 
     def _anchors(self, sides: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, int]]:
-        """From which atoms of the surroundings to look for the others: side, and how far away.
+        """The atoms of the surroundings at which to start the search: side and distance.
 
-        The rarer of the nearest ones. If that is not rare enough to look at all of its places, rare
-        ones behind as well: the few places where all surroundings fit would else be missed.
+        The rarer of the nearest ones. If that is too frequent to examine all its places, also rare
+        ones further away: otherwise the few places where all surroundings match would be missed.
         """
         counts = {way: [*map(self._postings.count, side)] for way, side in sides.items()}
         rarer = min(counts, key=lambda way: counts[way][0])
@@ -299,7 +300,8 @@ class CorpusIndex:
                 if least <= _LOOKED or count == 0:
                     break
                 if _n_near(sides[way]) < offset and sides[way][offset - 1] < _N_KINDS:
-                    break  # a run of fillers has any length: how far away the next is, nobody knows
+                    # A run of fillers has any length, so the distance of the next atom is unknown.
+                    break
                 if count <= least / 2:
                     yield way, offset
                     least = count
@@ -323,7 +325,7 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def is_like(self, places: Tensor, wanted: str) -> Tensor:
-        """Whether the atoms there are of a kind, or that mark."""
+        """Whether the atoms at these places are of a kind, or a given mark."""
         if wanted not in words.KINDS:
             return self._class_at(places) == self._class(wanted)
         alike = self.kinds_at(places) == words.KINDS.index(wanted)
@@ -331,14 +333,14 @@ class CorpusIndex:
 
     @cached_property
     def _classes_of_kind(self) -> list[list[int]]:
-        """For each kind, itself and the classes of the frame with such a word."""
+        """For each kind, itself and the template classes that contain such a word."""
         frame = self._classes >= _N_KINDS
         classes, kinds = self._classes[frame], self._vocabulary.kinds[frame]
         return [[kind, *classes[kinds == kind].unique().tolist()] for kind in range(_N_KINDS)]
 
     @_of_an_unchanged_file
     def anywhere(self, lengths: range, hardest: int, generator: torch.Generator) -> Spans:
-        """Spans at random places, each of a random length, that begin and end with a word."""
+        """Spans at random places, of random lengths, that begin and end with a word."""
         starts = torch.randint(len(self), (_LOOKED,), generator=generator, device="cpu")
         starts = starts[self._borders_at(starts) == WORD]
         wanted = torch.randint(
@@ -364,22 +366,22 @@ class CorpusIndex:
 
     @_of_an_unchanged_file
     def kinds_at(self, places: Tensor) -> Tensor:
-        """The kind of the words there, as its place in `words.KINDS`."""
+        """The kinds of the words at these places, as indices in `words.KINDS`."""
         return self._vocabulary.kinds.index_select(0, self._words_at(places))
 
     @_of_an_unchanged_file
     def framed_at(self, places: Tensor) -> Tensor:
-        """Whether the atoms there are of the frame."""
+        """Whether the atoms at these places are template words."""
         return self._class_at(places) >= _N_KINDS
 
     @_of_an_unchanged_file
     def closed_at(self, places: Tensor) -> Tensor:
-        """Whether the atoms there are punctuation between clauses, or breaks."""
+        """Whether the atoms at these places are punctuation between clauses, or breaks."""
         return self._borders_at(places) > WORD
 
     @_of_an_unchanged_file
     def is_atom(self, places: Tensor, atom: str) -> Tensor:
-        """Whether exactly this atom stands there."""
+        """Whether exactly this atom is at these places."""
         return self._words_at(places) == self._vocabulary.number(atom)
 
     def _words_at(self, places: Tensor) -> Tensor:
@@ -392,17 +394,17 @@ class CorpusIndex:
         return self._vocabulary.borders.index_select(0, self._words_at(places))
 
     def _places(self, classes: Sequence[int], lengths: range, generator: torch.Generator) -> Tensor:
-        """Places of some classes, no more than spans of these lengths can be tried at."""
+        """Places of some classes, at most as many as spans of these lengths can be tried at."""
         most = max(min(_LOOKED, _STEPS // lengths.stop), _LOOKED // 20)
         return self._postings.holding(classes, most, generator)
 
     def _depth(self, edges: Tensor, toward: int, skipped: range, context: Sequence[int]) -> Tensor:
-        """How many atoms in a row fit a context, beyond so many atoms from an edge.
+        """How many consecutive atoms match a context, beyond skipped atoms from an edge.
 
         Args:
-            edges: The edges of spans: their first atom, or the one after the last.
-            toward: 1 to look from the edge to the right, -1 to the left.
-            skipped: How many atoms to leave out before the context.
+            edges: The edges of spans: their first atom, or one past the last.
+            toward: 1 for the right of the edge, -1 for the left.
+            skipped: Numbers of atoms to skip before the context.
             context: Classes, the nearest first.
 
         Returns:
@@ -414,7 +416,7 @@ class CorpusIndex:
         numbers = self._numbers.take(places.clamp_(0, len(self) - 1)) >> 1
         classes = self._classes.take(numbers.long()).masked_fill_(outside, -2)
         element, head = _elements(classes)
-        # Next to the span nobody knows where its slot ends: there every atom counts by itself.
+        # Next to the span it is unknown where its slot ends: every atom counts by itself.
         n_near = _n_near(context)
         fits = torch.ones_like(depth, dtype=torch.bool)
         for offset, wanted in enumerate(context):
@@ -429,7 +431,7 @@ class CorpusIndex:
         return depth
 
     def _free(self, edges: Tensor, lengths: range, hardest: int, toward: int = 1) -> Tensor:
-        """How many atoms from each edge on cross no harder border, as far as `lengths` go."""
+        """Number of atoms from each edge that cross no stronger border, within `lengths`."""
         parts = edges.split(max(_STEPS // lengths.stop, 1))
         return torch.cat([self._free_of(part, lengths, hardest, toward) for part in parts])
 
@@ -438,7 +440,7 @@ class CorpusIndex:
         inside = (places > 0) & (places < len(self) - 1)
         numbers = self._numbers.take(places.clamp_(0, len(self) - 1)) >> 1
         closed = (self._vocabulary.borders.take(numbers.long()) > hardest) | ~inside
-        # The first closed one; where there is none, one past the last.
+        # The first closed one or, if there is none, one past the last.
         closed = torch.nn.functional.pad(closed, (0, 1), value=True)
         return closed.byte().argmax(1)
 
@@ -447,7 +449,7 @@ class CorpusIndex:
         return edges[:, None] + (steps if toward > 0 else -1 - steps)
 
     def _rows(self, spans: Spans) -> Iterator[tuple[list[int], list[tuple[int, ...]]]]:
-        """Per length, which spans have it and what stands in each."""
+        """Per length, which spans have it, and their atoms."""
         for length in spans.lengths.unique().tolist():
             of = (spans.lengths == length).nonzero()[:, 0]
             starts = spans.starts[of]
@@ -470,16 +472,16 @@ class CorpusIndex:
 
 
 def _n_near(context: Sequence[int]) -> int:
-    """How many fillers a context begins with."""
+    """Number of fillers at the beginning of a context."""
     return next((n for n, number in enumerate(context) if number >= _N_KINDS), len(context))
 
 
 def _elements(classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of classes with each run of fillers taken for one element.
+    """Rows of classes with each run of fillers merged into one element.
 
     Returns:
-        The number of the element each atom is of, and the class of each element's first atom,
-        -2 where there are no more: one column wider than `classes`.
+        The element index of each atom, and the class of each element's first atom, padded with -2:
+        one column wider than `classes`.
     """
     filler = (classes >= 0) & (classes < _N_KINDS)
     goes_on = torch.zeros_like(filler)
@@ -492,7 +494,7 @@ def _elements(classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _classes(atoms: Atoms) -> Tensor:
-    """The class of each word as context, shape ``(n_words,)``, int32, numbered without gaps."""
+    """The context class of each word, shape ``(n_words,)``, int32, numbered without gaps."""
     vocabulary = atoms.vocabulary
     places = _sampled(len(atoms.numbers))
     words_there = atoms.numbers.index_select(0, places) >> 1
@@ -505,7 +507,7 @@ def _classes(atoms: Atoms) -> Tensor:
     classes[known] = context_classes(
         sample, vocabulary.kinds[known].long(), is_mark[known], passages
     ).int()
-    # Marks that the sample does not have.
+    # Marks that do not occur in the sample.
     lone = (is_mark & (classes < _N_KINDS)).nonzero()[:, 0]
     classes[lone] = (
         int(classes.max()) + 1 + torch.arange(len(lone), dtype=torch.int32, device="cpu")
@@ -516,7 +518,7 @@ def _classes(atoms: Atoms) -> Tensor:
 
 
 def _sampled(n: int) -> Tensor:
-    """The places of stretches from all parts of a corpus of `n` atoms, all if it is small."""
+    """Sampled stretches from all parts of a corpus of `n` atoms, or all of it if small."""
     if n <= _SAMPLE:
         return torch.arange(n, device="cpu")
     size = _SAMPLE // _STRETCHES

@@ -1,4 +1,4 @@
-"""The file of a corpus index: named tensors and a few strings, mapped into memory when read."""
+"""The file of a corpus index: named tensors and a few strings, memory-mapped when read."""
 
 import os
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ _KIND = tensor_file.Kind(
     advice="give a file written by `save` of this release, or have the corpus indexed anew.",
     digest_since=2,
     oldest=2,
-    # What earlier releases look at.
+    # for readers of earlier releases
     label={"format": "captum-llm-ext corpus index", "version": "2"},
     earlier={"format": "captum-llm-ext corpus index", "version": "1"},
 )
@@ -25,12 +25,12 @@ _KIND = tensor_file.Kind(
 def save(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], extra: Mapping[str, str]
 ) -> None:
-    """Writes one safetensors file; what stood at `path` stays whole until the new one is.
+    """Writes one safetensors file atomically.
 
     Args:
         path: The file.
         tensors: Tensors on the CPU.
-        extra: What else to keep.
+        extra: Further content.
 
     Raises:
         OSError: If it cannot be written.
@@ -41,9 +41,9 @@ def save(
 def load(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Tensor], dict[str, str], MappedFile]:
-    """What `save` wrote: tensors that are the file's own pages, and what tells if those change.
+    """Tensors of a saved index as the file's own pages, and a check that these are unchanged.
 
-    The file is read once, from beginning to end, to compare its digest.
+    The file is read once to verify its digest.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
@@ -57,7 +57,7 @@ def load(
 
 
 def broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error to raise where what `load` gave makes no index."""
+    """The error for a file whose content is not a valid index."""
     why = str(error) or type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged ({why}): {_KIND.advice}")
 

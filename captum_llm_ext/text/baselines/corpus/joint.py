@@ -1,4 +1,4 @@
-"""Joint replacements: what one document of a corpus has for all places of a feature."""
+"""Joint replacements: texts of one document for all slots of a feature."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Documents that are looked at; more of them add nothing to a sample of what goes together.
+# Documents that are examined; more add nothing to a sample of joint texts. Chosen, not measured.
 _MOST_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
 class Occurrences:
-    """Where a corpus has something for one place of a feature.
+    """Occurrences in a corpus for one slot of a feature.
 
     Attributes:
-        documents: The document each occurrence is in, shape ``(n_occurrences,)``.
-        positions: Where it stands in the corpus, shape ``(n_occurrences,)``.
-        texts: What stands there.
+        documents: Document index of each occurrence, shape ``(n_occurrences,)``.
+        positions: Its position in the corpus, shape ``(n_occurrences,)``.
+        texts: The texts.
     """
 
     documents: Tensor
@@ -29,14 +29,14 @@ class Occurrences:
 def joint_occurrences(
     members: Sequence[Occurrences], generator: torch.Generator
 ) -> Counter[tuple[str, ...]]:
-    """Texts for all places that stand together in one document, and how often they do.
+    """Texts for all slots that occur together in one document, and their counts.
 
-    Where a document has several for a place (it tells of several people), those nearest to one
-    another belong together.
+    If a document has several for a slot (it is about several people), those nearest to each other
+    belong together.
 
     Args:
-        members: One per place.
-        generator: Chooses the documents if there are very many.
+        members: Occurrences, one per slot.
+        generator: Samples documents if there are very many.
 
     Returns:
         Tuples with one text per member.
@@ -52,7 +52,7 @@ def joint_occurrences(
     found: Counter[tuple[str, ...]] = Counter()
     for document in shared.tolist():
         here = [places[document] for places in per_document]
-        anchor = min(here, key=len)  # each of the rarest has a counterpart; not the other way round
+        anchor = min(here, key=len)  # each of the rarest has a counterpart, but not vice versa
         for position, _ in anchor:
             nearest = [min(own, key=lambda place: abs(place[0] - position)) for own in here]
             found[tuple(text for _, text in nearest)] += 1

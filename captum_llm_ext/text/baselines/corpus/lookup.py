@@ -1,4 +1,4 @@
-"""From features to candidates: what a corpus offers for one place, or for several at once."""
+"""From features to candidates: what a corpus offers for one slot, or for several at once."""
 
 import warnings
 from collections import Counter
@@ -17,10 +17,11 @@ from captum_llm_ext.text.baselines.corpus.search import Found, Query, Search, qu
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import SENTENCE_END, border
 
-# A slot is constant if at most this share of its occurrences differs: no match is without a slip.
+# A slot is constant if at most this share of its occurrences differs, since matches contain stray
+# ones. Chosen, not measured.
 SLIPS = 0.05
-# So few other texts, of words of the frame alone and none a name or a number, are taken for other
-# wordings of the same.
+# This many other texts, all of template words without names or numbers, count as paraphrases of the
+# original. Chosen, not measured.
 WORDINGS = 2
 _LOCATED = ("both", "left", "right")
 _PLACED = (*_LOCATED, "kinds")
@@ -28,7 +29,7 @@ _PLACED = (*_LOCATED, "kinds")
 
 @dataclass(frozen=True, slots=True)
 class _Offer:
-    """What stands where a feature could stand: the places, and the texts with their counts."""
+    """Corpus places for a feature, and their texts with counts."""
 
     found: Found
     texts: Counter[str]
@@ -36,13 +37,13 @@ class _Offer:
 
 
 class Lookup:
-    """Looks features up in a corpus, each distinct question once.
+    """Looks up features in a corpus, each distinct query once.
 
     Args:
         index: The corpus.
         search: Finds places in it.
-        exclude_original: Whether a feature's own text is no candidate.
-        min_candidates: Fewer warn; 0 silences all warnings.
+        exclude_original: Whether a feature's own text is excluded.
+        min_candidates: Warn if there are fewer; 0 disables all warnings.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Lookup:
         self._known: dict[Query, Candidates] = {}
 
     def single(self, place: Surroundings) -> Candidates:
-        """What may stand in one place."""
+        """Candidates for one slot."""
         query = query_of(place, self._index)
         if query not in self._known:
             found = self._find(query)
@@ -70,10 +71,10 @@ class Lookup:
         return self._known[query]
 
     def joint(self, places: Sequence[Surroundings], seed: int) -> Candidates | None:
-        """What stands together, in one document, in the places of one feature.
+        """Joint candidates, from one document, for the slots of one feature.
 
         Returns:
-            None if no document has something for all of them; that warns.
+            None, with a warning, if no document has texts for all of them.
         """
         original = tuple(place.core for place in places)
         queries = [query_of(place, self._index) for place in places]
@@ -102,10 +103,10 @@ class Lookup:
         )
 
     def _within_phrase(self, place: Surroundings) -> Candidates | None:
-        """What may stand for a word that the rest of its own phrase determines.
+        """Candidates for a word that the rest of its own phrase determines.
 
-        "Lake" is constant before "of Pines". What is not is the phrase: of others that stand in
-        its place, the word is given the part that it is of its own.
+        "Lake" is constant before "of Pines", but the phrase is not: the word is replaced by the
+        corresponding part of other phrases in its place.
         """
         known = phrases(place, self._index)
         if not known or (len(known) > 1 and self._never_lacks(place, known)):
@@ -134,10 +135,10 @@ class Lookup:
         return all(map(self._index.is_template_word, self._index.context(atoms)))
 
     def _never_lacks(self, place: Surroundings, known: Sequence[tuple[int, int]]) -> bool:
-        """Whether all that stands in place of the longest of the phrases has the word.
+        """Whether all texts in place of the longest phrase contain the word.
 
-        Then all that stands in place of the shorter ones does: one search is enough for nearly all
-        words of the frame.
+        Then so do all texts in place of the shorter ones: one search suffices for nearly all
+        template words.
         """
         ends = (max(n for n, _ in known), max(n for _, n in known))
         offer = self._of_phrase(place, *ends)
@@ -147,13 +148,13 @@ class Lookup:
         return found is not None and found.total() <= SLIPS * offer.texts.total()
 
     def _of_phrase(self, place: Surroundings, n_left: int, n_right: int) -> _Offer | None:
-        """What stands in place of a feature and so many atoms around it."""
+        """Texts in place of a feature with this many atoms around it."""
         query = query_of(place.widened(n_left, n_right), self._index)
         offer = next(self._offers(query), None)
         return offer if offer is not None and offer.found.level in _LOCATED else None
 
     def nothing_fits(self, original: tuple[str, ...], match: Match) -> Candidates:
-        """The original, where no candidate has as many tokens; that warns."""
+        """The original, with a warning, if no candidate has as many tokens."""
         self._say(
             f"None of the {match.n_candidates} candidates for {' … '.join(original)!r} has as many "
             "tokens: its text stays. Leave `same_n_tokens` out, or give a larger corpus."
@@ -184,7 +185,7 @@ class Lookup:
         )
 
     def _offers(self, query: Query) -> Iterator[_Offer]:
-        """What the corpus has, the most alike surroundings first, as far as it is of use."""
+        """Corpus offers in order of similarity of the surroundings, as far as they are useful."""
         for found in self._search(query):
             texts = self._index.texts(found.spans)
             seen, same = texts.total(), texts[query.core]
@@ -207,6 +208,6 @@ class Lookup:
 
 
 def _is_name(text: str, begins_sentence: bool) -> bool:
-    """Whether a text has a name or a number: other wordings of the same have none."""
+    """Whether a text contains a name or a number, which paraphrases do not."""
     kinds = [words.kind(atom.text) for atom in words.atoms(text)]
     return not {*kinds[begins_sentence:]}.isdisjoint(("capital", "upper", "number"))

@@ -1,4 +1,4 @@
-"""Whether a corpus is of the kind of text that it is to stand in for."""
+"""Whether a corpus is of the kind of text that it is to replace."""
 
 import sys
 import warnings
@@ -11,26 +11,27 @@ from captum_llm_ext.text.baselines.candidates import Match
 
 @runtime_checkable
 class LooksUp(Protocol):
-    """A baseline that looks for the surroundings of features, such as `CorpusBaselines`."""
+    """A baseline that searches for the surroundings of features, such as `CorpusBaselines`."""
 
     @property
     def tells(self) -> bool:
-        """Whether it is to warn where it does not find them."""
+        """Whether to warn if they are not found."""
         ...
 
 
-_SOME = 0.25  # of the features: up to here they stand in unusual places of a usual text
-_MOST = 0.5  # … and beyond this the corpus is of another kind
+# Share of features up to which they are unusual parts of a usual text; chosen, not measured.
+_SOME = 0.25
+_MOST = 0.5  # share beyond which the corpus is of another kind; chosen, not measured
 _SHOWN = 3
 
 
 def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> None:
-    """Says, in every run, how many features have no place like theirs, if these are not a few.
+    """Warns, in every run, of features without matching places, unless they are few.
 
     Args:
-        baseline: What stands where features of a prompt are absent. Only a corpus is looked at,
-            and none that is asked for any text (``match="any"``), or to be silent.
-        matches: Tells what it found for them; None if it does not tell.
+        baseline: The prompt's baseline. Only a corpus is checked, unless it may give any text
+            (``match="any"``) or its warnings are disabled.
+        matches: Returns what it found for them; None if unknown.
     """
     asked, unlike = _unlike(baseline, matches)
     if not unlike or len(unlike) <= _SOME * len(asked):
@@ -46,7 +47,7 @@ def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | N
 
 
 def is_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> bool:
-    """Whether most features have no place like theirs in a corpus."""
+    """Whether most features have no matching place in a corpus."""
     asked, unlike = _unlike(baseline, matches)
     return len(unlike) > _MOST * len(asked)
 
@@ -54,7 +55,7 @@ def is_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None])
 def _unlike(
     baseline: object, matches: Callable[[], Sequence[Match] | None]
 ) -> tuple[list[Match], list[Match]]:
-    """The matches of what is no white space, and those of them that are not located."""
+    """The matches of features other than white space, and those of them that are not located."""
     if not isinstance(baseline, LooksUp) or not baseline.tells:
         return [], []
     asked = [match for match in matches() or () if match.level != "blank"]
@@ -62,9 +63,9 @@ def _unlike(
 
 
 def _warn(message: str) -> None:
-    """Warns where the package was called from, also if it has done so before."""
+    """Warns at the package's caller, even if the same warning was raised before."""
     frame = sys._getframe(stacklevel_of_caller() - 1)  # pyright: ignore[reportPrivateUsage]
-    # With a registry of its own: Python's shows equal warnings of one line only once.
+    # With a separate registry: Python's shows equal warnings of one line only once.
     warnings.warn_explicit(
         message, UserWarning, frame.f_code.co_filename, frame.f_lineno, registry={}
     )

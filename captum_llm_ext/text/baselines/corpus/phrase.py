@@ -1,4 +1,4 @@
-"""The phrase that a word is a part of: what stands where other texts have something else."""
+"""The phrase of a word: the part of a text that other texts replace as a whole."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,23 +10,24 @@ from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import SENTENCE_END, WORD, border
 
-_LONGEST = 4  # words of a phrase that has words of the frame inside
-# Where so many of the texts without a word go on with it elsewhere, it is of an addition.
+_LONGEST = 4  # words of a phrase that contains template words; chosen, not measured
+# If at least this share of the texts without a word also occur next to it, the word is an addition
+# to them. Chosen, not measured.
 _ADDED = 0.5
 
 
 def phrases(place: Surroundings, index: CorpusIndex) -> list[tuple[int, int]]:
-    """What may be the phrase of a feature: how many atoms before it and after, the shortest first.
+    """Possible phrases of a feature: numbers of atoms before and after it, the shortest first.
 
-    A phrase begins and ends next to a word of the frame, and may have some inside ("Gulf of
-    Oman"). It crosses no punctuation and is no whole sentence.
+    A phrase begins and ends next to a template word, and may contain some ("Gulf of Oman"). It
+    crosses no punctuation and is not a whole sentence.
     """
     lefts, rights = (list(_ends(side, index)) for side in (place.left, place.right))
     most = _LONGEST - len(place.atoms)
     found = [
         (n, m)
         for n, m in product(lefts, rights)
-        # Without words of the frame inside a phrase may be as long as it likes.
+        # Without template words inside, a phrase may have any length.
         if n + m <= most or (n, m) == (lefts[0], rights[0])
     ]
     found = [
@@ -38,7 +39,7 @@ def phrases(place: Surroundings, index: CorpusIndex) -> list[tuple[int, int]]:
 
 
 def _ends(atoms: Sequence[str], index: CorpusIndex) -> Iterator[int]:
-    """After how many of the nearest atoms on one side a phrase may end."""
+    """Numbers of the nearest atoms on one side after which a phrase may end."""
     for n, number in enumerate(index.context(atoms)):
         if index.is_template_word(number) or border(atoms[n]) > WORD:
             yield n
@@ -54,18 +55,17 @@ def _is_end(atoms: Sequence[str], n: int) -> bool:
 def parts(
     texts: Mapping[str, int], own: Sequence[str], n_left: int, n_right: int
 ) -> Counter[str] | None:
-    """What phrases have in place of a word of one of them.
+    """The parts of other phrases that correspond to a word of one phrase.
 
     Args:
-        texts: What stands in place of the phrase, and how often.
+        texts: Texts in place of the phrase, with counts.
         own: The word, as atoms.
-        n_left: How many atoms the phrase has before it.
-        n_right: How many after it.
+        n_left: Number of atoms of the phrase before it.
+        n_right: Number of atoms after it.
 
     Returns:
-        The parts of phrases that do not have the word, in proportion to their lengths, and how
-        often they stand there. None if these are what stands beside the word where it is: "KS" is
-        no other "KS with a".
+        The parts of phrases without the word, in proportion to their lengths, with counts. None if
+        these occur beside the word itself: "KS" is not an alternative to "KS with a".
     """
     n, n_all = len(own), n_left + len(own) + n_right
     beside: set[str] = set()

@@ -1,4 +1,4 @@
-"""Where things stand: for each of some keys, all places of a long sequence that hold it."""
+"""Posting lists: for each key, all positions of a long sequence that hold it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 21  # places sorted at a time
+_BLOCK = 1 << 21  # places sorted at a time; chosen, not measured
 
 
 @dataclass(frozen=True, eq=False)
 class Postings:
-    """All places of a sequence, those with the same key together.
+    """All positions of a sequence, grouped by key.
 
     Attributes:
-        places: The places, by key and then in order, shape ``(n_places,)``, int32.
-        ends: Where the places of each key end, shape ``(n_keys + 1,)``, int64; the first is 0.
+        places: The positions, by key and then in order, shape ``(n_places,)``, int32.
+        ends: Ends of the positions of each key, shape ``(n_keys + 1,)``, int64; the first is 0.
     """
 
     places: Tensor
@@ -23,12 +23,12 @@ class Postings:
 
     @staticmethod
     def of(keys: Callable[[int, int], Tensor], n_places: int, n_keys: int) -> "Postings":
-        """Sorts a sequence by its keys, a block at a time: it need not exist as a whole.
+        """Sorts a sequence by key, block by block: it need not exist as a whole.
 
         Args:
-            keys: The keys of the places from the one to before the other.
+            keys: Returns the keys from one position to before another.
             n_places: Length of the sequence.
-            n_keys: How many keys there are; they count from 0.
+            n_keys: Number of keys, which count from 0.
         """
         blocks = [(at, min(at + _BLOCK, n_places)) for at in range(0, n_places, _BLOCK)]
         ends = torch.zeros(n_keys + 1, dtype=torch.int64, device="cpu")
@@ -47,17 +47,18 @@ class Postings:
 
     @property
     def counts(self) -> Tensor:
-        """How many places each key has, shape ``(n_keys,)``."""
+        """Number of positions of each key, shape ``(n_keys,)``."""
         return self.ends.diff()
 
     def count(self, key: int) -> int:
-        """How many places a key has; 0 if it is negative."""
+        """Number of positions of a key; 0 if it is negative."""
         return int(self.ends[key + 1] - self.ends[key]) if key >= 0 else 0
 
     def holding(self, keys: Sequence[int], most: int, generator: torch.Generator) -> Tensor:
-        """The places of any of the keys, int64.
+        """The positions of any of the keys, int64.
 
-        Of more than `most` about `most`, drawn evenly from all parts of the sequence.
+        If there are more than `most`, about `most` of them, drawn evenly from all parts of the
+        sequence.
         """
         chosen = torch.tensor([key for key in keys if key >= 0], dtype=torch.int64, device="cpu")
         starts, counts = self.ends[chosen], self.ends[chosen + 1] - self.ends[chosen]
@@ -65,8 +66,8 @@ class Postings:
         if total <= most:
             parts = [self.places[a : a + n] for a, n in zip(starts, counts, strict=True)]
             return torch.cat(parts).long() if parts else chosen
-        # One from each stretch of equal length. Equidistant ones might keep step with a corpus
-        # whose documents are all alike.
+        # One from each stretch of equal length. Equidistant ones might be in step with a corpus of
+        # equal documents.
         at = torch.arange(most, device="cpu") + torch.rand(
             most, generator=generator, dtype=torch.float64, device="cpu"
         )

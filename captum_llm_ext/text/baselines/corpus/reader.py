@@ -1,4 +1,4 @@
-"""A corpus read once, from beginning to end, into numbers."""
+"""Reads a corpus once, in order, into numbers."""
 
 from array import array
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,11 @@ from torch import Tensor
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.corpus.vocabulary import Numbering, Vocabulary
 
-_PIECES = 500_000  # remembered while the corpus is read
-_SHORT = 24  # characters of a piece that is worth it
-_LONG = 1 << 20  # characters of a line that is not split all at once
-_BLOCK = 1 << 22  # atoms that are renumbered at a time
-_MOST = 2**31 - 1  # places are stored as int32
+_PIECES = 500_000  # pieces cached while the corpus is read; chosen, not measured
+_SHORT = 24  # characters of a piece that is cached; chosen, not measured
+_LONG = 1 << 20  # characters of a line that is not split all at once; chosen, not measured
+_BLOCK = 1 << 22  # atoms renumbered at a time; chosen, not measured
+_MOST = 2**31 - 1  # positions are stored as int32
 
 _PIECE = pattern(r"\S+")
 
@@ -25,10 +25,10 @@ class Atoms:
     """All atoms of a corpus; each line begins after, and ends before, a line break.
 
     Attributes:
-        numbers: Twice the number of each atom's word, and one more if white space stands before
-            it. Shape ``(n_atoms,)``, int32.
+        numbers: Twice the index of each atom's word, plus one if white space precedes it. Shape
+            ``(n_atoms,)``, int32.
         documents: The first atom of each document, shape ``(n_documents,)``, int64.
-        vocabulary: The words; `words.BREAK` is number 0.
+        vocabulary: The words; `words.BREAK` has index 0.
     """
 
     numbers: Tensor
@@ -37,7 +37,7 @@ class Atoms:
 
 
 class _Pieces(dict[str, "array[int]"]):
-    """The atoms of what stands between white spaces: most of it has been seen before."""
+    """The atoms of white-space-separated pieces, cached since most repeat."""
 
     def __init__(self, numbering: Numbering) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def read(documents: Iterable[str]) -> Atoms:
     """Reads each document once, in order.
 
     Raises:
-        ValueError: If no document holds any text, or there are more than 2³¹ atoms.
+        ValueError: If no document contains any text, or there are more than 2³¹ atoms.
         TypeError: If a document is not a string.
     """
     numbering = Numbering([words.BREAK])
@@ -90,7 +90,7 @@ def read(documents: Iterable[str]) -> Atoms:
 
 
 def _pieces(line: str) -> Iterable[str]:
-    # A whole corpus may stand on one line.
+    # A whole corpus may be one line.
     return line.split() if len(line) <= _LONG else _found(line)
 
 

@@ -1,4 +1,4 @@
-"""Places of a corpus that a feature could stand in, the most alike first."""
+"""Places of a corpus where a feature could occur, the most similar first."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +13,17 @@ from captum_llm_ext.text.baselines.corpus.index import NO_SPANS, CorpusIndex, Sp
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import MARK, SENTENCE_END, WORD, border
 
-# What the bits of an atom weigh, by those of its neighbour nearer to the slot.
+# Weight of an atom's bits relative to its neighbour nearer to the slot. Chosen, not measured.
 NEARNESS = 0.5
-# Surroundings with the same fillers need to be seen this often only: all of them the same by
-# chance, of two that are as frequent, is one case in 32.
+# Minimum count of surroundings with the same fillers: by chance, all of them agree in one case in
+# 32 for two equally frequent ones.
 AGREED = 5
-# Surroundings where the feature is this much rarer than in others are not those of its slot; the
-# others need to be sure of theirs by this many standard errors.
+# Surroundings in which the feature is this much rarer than in others are not those of its slot, if
+# the others' rates are certain to this many standard errors. Chosen, not measured.
 AS_LIKELY = 0.75
 SURE = 1.5
-# What words of the surroundings tell at least, in bits: about what one tells beside the feature.
+# Minimum information of template words in bits: about that of one word next to the feature. Chosen,
+# not measured.
 TELLING = 3.5
 
 Level = Literal["both", "left", "right", "kinds", "shape", "length", "any", "blank"]
@@ -32,7 +33,7 @@ Agreeing = tuple[Side, int, str]
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A feature and its surroundings as the corpus counts them; equal ones find the same.
+    """A feature and its surroundings as corpus classes; equal queries give equal results.
 
     Attributes:
         core: The feature's text.
@@ -40,10 +41,10 @@ class Query:
         left: Classes before it, the nearest first.
         right: Classes after it, the nearest first.
         whole: Whether it is a sentence or several, from border to border.
-        agreeing: Surrounding fillers to agree with: side, how many atoms away, and the atom.
-        names: What to call the surroundings: those of `left`, then those of `right`.
-        told: What the words of the frame among the nearest 0, 1, 2, … of `left` tell, and of
-            `right`: bits, the nearer the more.
+        agreeing: Surrounding fillers to agree with: side, distance in atoms, and the atom.
+        names: Names of the surroundings: of `left`, then of `right`.
+        told: Information of the template words among the nearest 0, 1, 2, … of `left`, and of
+            `right`, in bits weighted by nearness.
     """
 
     core: str
@@ -57,12 +58,12 @@ class Query:
 
     @property
     def hardest(self) -> int:
-        """The hardest border that a stand-in may have inside."""
+        """The strongest border that a replacement may contain."""
         return max(*map(border, self.atoms), MARK if self.whole else WORD)
 
     @property
     def n_atoms(self) -> int:
-        """How many atoms the feature has."""
+        """Number of atoms of the feature."""
         return len(self.atoms)
 
 
@@ -77,7 +78,7 @@ class Found:
 
 
 def query_of(place: Surroundings, index: CorpusIndex) -> Query:
-    """What to ask the corpus for a feature."""
+    """The query for a feature."""
     left, left_names, left_told = _side(place.left, index)
     right, right_names, right_told = _side(place.right, index)
     bordered = bool(left) and border(place.left[0]) >= SENTENCE_END
@@ -94,10 +95,10 @@ def query_of(place: Surroundings, index: CorpusIndex) -> Query:
 def _side(
     atoms: Sequence[str], index: CorpusIndex
 ) -> tuple[tuple[int, ...], tuple[str, ...], tuple[float, ...]]:
-    """The surroundings on one side, the nearest first: classes, names, and what words tell."""
+    """The surroundings on one side, the nearest first: classes, names, and information."""
     classes = index.context(atoms)
     names = _names(atoms, classes, index)
-    # How many words a neighbouring fact has must not decide what may stand here.
+    # The number of words of a neighbouring fact must not matter.
     kept = _elements(classes, index)
     elements = [(atoms[n], classes[n]) for n in kept]
     found, names = [number for _, number in elements], [names[n] for n in kept]
@@ -105,7 +106,7 @@ def _side(
 
 
 def _bits(elements: Sequence[tuple[str, int]], index: CorpusIndex) -> Iterator[float]:
-    """What each element of the surroundings tells as a word; a kind or a mark tells nothing."""
+    """The information of each element of the surroundings; a kind or a mark has none."""
     weight = 1.0
     for atom, number in elements:
         is_word = index.is_template_word(number) and not words.is_mark(atom)
@@ -115,9 +116,9 @@ def _bits(elements: Sequence[tuple[str, int]], index: CorpusIndex) -> Iterator[f
 
 
 def _elements(classes: Sequence[int], index: CorpusIndex) -> list[int]:
-    """Which classes begin an element: all but fillers that go on a run of fillers.
+    """Which classes begin an element: all but fillers that continue a run of fillers.
 
-    Next to the slot it is unknown where that ends: there every atom is an element.
+    Next to the slot it is unknown where that ends, so every atom is an element.
     """
     framed = [index.is_template_word(number) for number in classes]
     return [n for n, here in enumerate(framed) if here or not any(framed[:n]) or framed[n - 1]]
@@ -143,9 +144,9 @@ class Search:
 
     Args:
         index: The corpus.
-        match: How alike places must be: see `CorpusBaselines`.
-        min_occurrences: Surroundings seen less often are not trusted.
-        seed: For the choice of places, where not all can be looked at.
+        match: Kind of similarity: see `CorpusBaselines`.
+        min_occurrences: Minimum count of surroundings.
+        seed: Seeds samples of places, if not all can be examined.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Search:
         self._seed = seed
 
     def __call__(self, query: Query) -> Iterator[Found]:
-        """The places of one level after the other, from the most alike to any."""
+        """Yields the places of one level after another, from the most similar to any."""
         if self._match == "context":
             yield from self._surrounded(query)
             if not query.whole:
@@ -200,7 +201,7 @@ class Search:
         )
         if query.whole or self._is_framed(query):
             return spans[spans.lengths == query.n_atoms]
-        # Where a slot ends on the other side is unknown: at punctuation, or at a word of the frame.
+        # On the other side the slot ends at punctuation, or at a template word.
         beyond = spans.stops if side == "left" else spans.starts - 1
         for closed in (self._index.closed_at(beyond), self._index.framed_at(beyond)):
             if int(closed.sum()) >= self._min_occurrences:
@@ -208,7 +209,7 @@ class Search:
         return spans[spans.lengths == query.n_atoms]
 
     def _generator(self) -> torch.Generator:
-        # Each search its own: what is found does not depend on what was looked for before.
+        # One per search: results do not depend on earlier searches.
         return torch.Generator().manual_seed(self._seed)
 
     def _lengths(self, query: Query) -> range:
@@ -218,9 +219,9 @@ class Search:
         return range(1, n + 3)
 
     def _narrowed(self, query: Query, level: Level, spans: Spans) -> Iterator[Found]:
-        """The spans in the most telling surroundings that are seen often enough, if any are.
+        """The spans in the most informative surroundings that are frequent enough, if any.
 
-        Surroundings whose words tell next to nothing are the level ``"kinds"``.
+        Surroundings whose words carry almost no information have the level ``"kinds"``.
         """
         spans = self._aligned(query, self._apart(query, spans))
         agreeing = self._agreeing(query, spans)
@@ -239,9 +240,9 @@ class Search:
             yield Found(level, surroundings, self._of_a_kind(query, spans), telling)
 
     def _apart(self, query: Query, spans: Spans) -> Spans:
-        """For words of the frame, those that do not have these and more: more is the next slot's.
+        """For template words, excludes spans with further words, which belong to the next slot.
 
-        "lives" is not to become "lives Palm" between a name and "Coast".
+        "lives" must not become "lives Palm" between a name and "Coast".
         """
         if not self._is_framed(query):
             return spans
@@ -252,7 +253,7 @@ class Search:
         return spans[apart]
 
     def _spells(self, query: Query, starts: Tensor) -> Tensor:
-        """Whether the feature's own text stands there."""
+        """Whether the feature's own text is at these places."""
         same = torch.ones(len(starts), dtype=torch.bool, device="cpu")
         for offset, atom in enumerate(query.atoms):
             same &= self._index.is_atom(starts + offset, atom)
@@ -262,10 +263,10 @@ class Search:
         return all(map(self._index.is_template_word, self._index.context(query.atoms)))
 
     def _aligned(self, query: Query, spans: Spans) -> Spans:
-        """Those that leave the words of neighbouring slots to these.
+        """Excludes spans that contain words of neighbouring slots.
 
-        Next to a filler it is unknown where its slot ends: " in" in "lives in Cedar Falls" would
-        else match the " in Palm" of "lives in Palm Coast".
+        Next to a filler it is unknown where its slot ends: otherwise " in" in "lives in Cedar
+        Falls" would match the " in Palm" of "lives in Palm Coast".
         """
         index = self._index
         framed = [index.is_template_word(number) for number in index.context(query.atoms)]
@@ -276,7 +277,7 @@ class Search:
         return spans
 
     def _like(self, places: Tensor, atom: str, framed: bool) -> Tensor:
-        """Whether the words there are of the frame as this one is, and then of its kind."""
+        """Whether the words at these places are template words like this one, or of its kind."""
         like = self._index.framed_at(places) == framed
         kind = words.kind(atom)
         if framed and kind in words.KINDS:
@@ -284,15 +285,15 @@ class Search:
         return like
 
     def _agreeing(self, query: Query, spans: Spans) -> Spans:
-        """Those next to the very fillers that are next to the feature, as far as there are enough.
+        """Spans next to the same fillers as the feature, if there are enough.
 
-        Asked of words of the frame only. They state no fact of their own, and "is" in "is a nurse"
-        is no slot that the "has" of "has a parrot" may fill.
+        For template words only: they state no fact of their own, and "is" in "is a nurse" cannot be
+        replaced by the "has" of "has a parrot".
         """
         for side, offset, atom in query.agreeing:
             places = spans.starts - 1 - offset if side == "left" else spans.stops + offset
             depth = spans.left if side == "left" else spans.right
-            # Further out than the surroundings fit, another text's filler would be asked.
+            # Beyond the matching surroundings, fillers belong to another text.
             fits = (depth > offset).nonzero()[:, 0]
             same = fits[self._index.is_atom(places[fits], atom)]
             if len(same) >= min(self._min_occurrences, AGREED):
@@ -307,18 +308,18 @@ class Search:
         enough: int,
         alike: Tensor,
     ) -> tuple[float, int, int]:
-        """How much of the surroundings to ask for: how telling it is, and the atoms on each side.
+        """How much of the surroundings to use: information, and number of atoms on each side.
 
-        Of what occurs often enough: with words of the frame on as many sides as can be, then with
-        the most bits, where a near atom counts for more than all beyond it. But only surroundings
-        in which the feature is about as frequent as in any others: those of another slot may have
-        the more surprising words.
+        Among those that occur often enough: with template words on as many sides as possible, then
+        with the most bits, where a near atom counts for more than all beyond it. Only surroundings
+        in which the feature is about as frequent as in any others are used: those of another slot
+        may contain more surprising words.
 
         Args:
             spans: Places with some of the surroundings.
             left: The surroundings on the left.
             right: Those on the right.
-            enough: How many places there must be.
+            enough: Minimum number of places.
             alike: Which spans are like the feature.
         """
         bits_left, framed_left = self._weight(left)
@@ -340,12 +341,12 @@ class Search:
         return float(telling.flatten()[best]), best // shape[1], best % shape[1]
 
     def _alike(self, query: Query, spans: Spans) -> Tensor:
-        """Which spans have the feature's text; or its shape, where hardly any has the text."""
+        """Which spans have the feature's text, or its shape if hardly any has the text."""
         same = spans.lengths == query.n_atoms
         starts = spans.starts[same]
         alike = self._spells(query, starts)
-        # Of a slot with phrases of all lengths the shape says less: cities of one word are rarer
-        # there than where only names stand.
+        # In a slot with phrases of all lengths, the shape is less specific: single-word cities are
+        # rarer there than in slots that contain only names.
         if int(alike.sum()) < AGREED:
             alike = torch.ones(len(starts), dtype=torch.bool, device="cpu")
             for offset, atom in enumerate(query.atoms):
@@ -353,7 +354,7 @@ class Search:
         return same.masked_scatter(same, alike)
 
     def _weight(self, context: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Of the nearest 0, 1, 2, … atoms: their weighted bits, and whether one is of the frame."""
+        """For the nearest 0, 1, 2, … atoms: weighted bits, and whether any is a template word."""
         bits = [self._index.bits(number) * NEARNESS**n for n, number in enumerate(context)]
         bits = torch.tensor([0.0, *bits], dtype=torch.float32, device="cpu")
         framed = torch.tensor(
@@ -374,6 +375,6 @@ class Search:
 
 
 def _at_least(cells: Tensor, shape: tuple[int, int]) -> Tensor:
-    """How many spans match at least so much of each side."""
+    """Number of spans that match at least this much of each side."""
     counts = torch.bincount(cells, minlength=shape[0] * shape[1]).view(shape)
     return counts.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)

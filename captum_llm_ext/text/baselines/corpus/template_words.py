@@ -1,29 +1,32 @@
-"""Which words of a corpus are its frame, and which are fillers that could as well be others.
+"""Separates the template words of a corpus from fillers, which could be replaced by others.
 
-"Dave lives in Palm Coast and is a lawyer." A *frame* word ("lives", "in") is what its two
-neighbours lead one to expect, or what every document has ("City:" in forms whose lines come in any
-order); a *filler* ("Dave", "lawyer") is neither. Surroundings are compared by
-their frame words alone: what stands in the neighbouring slots must not decide what may stand in
-this one, or the replacement would inherit the very facts whose influence is asked for.
+"Dave lives in Palm Coast and is a lawyer." A *template* word ("lives", "in") is predictable from
+its two neighbours, or occurs in every document ("City:" in forms whose lines come in any order); a
+*filler* ("Dave", "lawyer") does neither. Surroundings are compared by their template words only:
+the content of neighbouring slots must not affect the candidates of this one, otherwise the
+replacement would inherit the very facts whose influence is to be measured.
 
-The idea that words are kin if they stand between the same neighbours is that of frequent frames
-(Mintz 2003, Cognition 90); that of telling slots from frames by it is distributional grammar
-induction's (van Zaanen 2000, COLING).
+Grouping words by common neighbours is the idea of frequent frames (Mintz 2003, Cognition 90);
+separating slots from frames by it comes from distributional grammar induction (van Zaanen 2000,
+COLING).
 """
 
 import torch
 from torch import Tensor
 
-# A frame word is at least this expected on average. Among four equally likely paraphrases each is.
+# Minimum average predictability of a template word. With four equally likely paraphrases each has
+# it.
 EXPECTED = 0.2
-# ... where at least so many of the gaps alike hold a word that is.
+# ... if at least this share of gaps between the same neighbours contains a predictable word.
 WORDED = 0.5
-# Frame words whose neighbours agree this well (Bhattacharyya coefficient, 1 is equality) are kin.
+# Template words whose neighbours agree this well (Bhattacharyya coefficient, 1 is equality) are
+# interchangeable.
 KINSHIP = 0.75
-# ... unless they occur together in more than this share of the passages where the rarer one occurs.
+# ... unless they occur together in more than this share of the passages of the rarer one.
 TOGETHER = 0.15
 MIN_COUNT = 8
-# A word is regular if its number per passage has at most this share of the variance of chance.
+# A word is regular if the variance of its count per passage is at most this share of the Poisson
+# variance.
 REGULAR = 0.6
 MIN_PASSAGES = 50
 _ROUNDS = 8
@@ -32,28 +35,29 @@ _MAX_PASSAGES = 4_000
 
 
 def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tensor) -> Tensor:
-    """The class under which each word of the vocabulary counts as context.
+    """The context class of each word of the vocabulary.
 
-    A filler counts as its kind, a frame word as itself or as the set of its kin: other frame words
-    between the same neighbours, never in the same passage ("His" and "Her"; "lives" and "resides").
+    A filler's class is its kind; a template word's is itself or its family: template words between
+    the same neighbours, but not in the same passage ("His" and "Her"; "lives" and "resides").
 
     Args:
-        words: The corpus as vocabulary numbers, shape ``(n_atoms,)``.
+        words: The corpus as vocabulary indices, shape ``(n_atoms,)``.
         kinds: The kind of each word of the vocabulary, from 0, shape ``(n_words,)``.
-        marks: Which words are punctuation between clauses: always frame, each its own
+        marks: Which words are punctuation between clauses: always template words, each its own
             class. Shape ``(n_words,)``.
-        passages: The passage each atom is of, ascending: a document, or a line if documents are
-            long. Shape ``(n_atoms,)``.
+        passages: Passage of each atom, ascending: a document, or a line if documents are long.
+            Shape ``(n_atoms,)``.
 
     Returns:
-        Shape ``(n_words,)``, int64. Kinds keep their numbers; all other classes lie above them.
+        Shape ``(n_words,)``, int64. Kinds keep their indices; all other classes lie above them.
     """
     words = words.long()
     n_kinds, n_words = int(kinds.max()) + 1, len(kinds)
     own = n_kinds + torch.arange(n_words, device="cpu")
     counts = torch.bincount(words, minlength=n_words)
     frame = marks | (_regular(words, passages, n_words) & (counts >= MIN_COUNT))
-    # From coarse to fine: were "Palm" frame at first, "Coast" would be expected after it.
+    # From coarse to fine: if "Palm" were a template word at first, "Coast" would be predictable
+    # after it.
     for _ in range(_ROUNDS):
         grown = frame | ((_expectedness(words, frame, counts) >= EXPECTED) & (counts >= MIN_COUNT))
         if torch.equal(grown, frame):
@@ -64,11 +68,10 @@ def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tenso
 
 
 def _regular(words: Tensor, passages: Tensor, n_words: int) -> Tensor:
-    """Which words occur as often in one passage as in the other.
+    """Which words occur equally often in all passages.
 
-    Those whose number per passage varies much less than by chance, where the variance would be the
-    mean: the keys of forms, and words of sentences that may stand anywhere and have no neighbours
-    of their own.
+    Those whose count per passage varies much less than by chance (variance equal to the mean): the
+    keys of forms, and words of sentences in any order, which have no fixed neighbours.
     """
     passages = passages.unique_consecutive(return_inverse=True)[1]
     n_passages = int(passages[-1]) + 1
@@ -82,14 +85,14 @@ def _regular(words: Tensor, passages: Tensor, n_words: int) -> Tensor:
 
 
 def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
-    """How probable each filler is in the gaps where it stands, on average.
+    """The average probability of each filler in the gaps where it occurs.
 
-    A gap is what stands between two frame words; gaps between the same two are alike. Every
-    occurrence is judged by the others alone, so that a gap seen once expects nothing.
+    A gap is the text between two template words; gaps between the same two are compared. Every
+    occurrence is judged by the other ones only, so a gap seen once predicts nothing.
 
-    Whichever of several wordings there is, it has expected words. Where most gaps alike have none,
-    it is a slot, and an expected word one that several phrases share: "Salt Lake City", "Kansas
-    City". That word is a filler like the others.
+    Each of several paraphrases contains predictable words. If most comparable gaps contain none,
+    the gap is a slot, and a predictable word is one that several phrases share ("Salt Lake City",
+    "Kansas City"): it is a filler like the others.
     """
     n_words = len(counts)
     fixed = frame[words]
@@ -100,7 +103,7 @@ def _expectedness(words: Tensor, frame: Tensor, counts: Tensor) -> Tensor:
     if not inside.any():
         return torch.zeros(n_words, dtype=torch.float64, device="cpu")
     n_gaps = torch.bincount(alike[gap[inside].unique()])
-    # A word twice in one gap counts once.
+    # A word repeated in one gap counts once.
     found = (gap[inside] * n_words + words[inside]).unique()
     place, word = alike[found // n_words], found % n_words
     pairs, n_pair = (place * n_words + word).unique(return_counts=True)
@@ -130,7 +133,8 @@ def _merge_similar_classes(
     family_of: list[int] = []
     for i in range(len(frames)):
         near = set(kin[i, :i].nonzero()[:, 0].tolist())
-        # Frequent words come first. A family is joined by who is kin of every member.
+        # Frequent words come first. A word joins a family if it is interchangeable with every
+        # member.
         fitting = [f for f in sorted({family_of[j] for j in near}) if near.issuperset(families[f])]
         if not fitting:
             family_of.append(len(families))
@@ -145,7 +149,7 @@ def _merge_similar_classes(
 
 
 def _neighbours(words: Tensor, classes: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Roots of the distributions of what stands before and after each frame word."""
+    """Square roots of the distributions of what precedes and follows each template word."""
     row_of = torch.full((len(classes),), -1, dtype=torch.int64, device="cpu").index_put(
         (frames,), torch.arange(len(frames), device="cpu")
     )
@@ -161,7 +165,7 @@ def _neighbours(words: Tensor, classes: Tensor, frames: Tensor) -> tuple[Tensor,
 
 
 def _cooccurrence(words: Tensor, frames: Tensor, passages: Tensor) -> Tensor:
-    """In which share of the passages with the rarer of two frame words the other occurs too."""
+    """In which share of the passages of the rarer of two template words the other occurs too."""
     row = passages.unique_consecutive(return_inverse=True)[1]
     rows, columns = row[row < _MAX_PASSAGES], words[row < _MAX_PASSAGES]
     table = torch.zeros(_MAX_PASSAGES, len(frames), dtype=torch.float32, device="cpu")

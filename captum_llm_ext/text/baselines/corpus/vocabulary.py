@@ -1,4 +1,4 @@
-"""The distinct words of a corpus as tensors: a few dozen bytes each, however many there are."""
+"""The distinct words of a corpus as tensors: a few dozen bytes each."""
 
 import sys
 from array import array
@@ -13,21 +13,22 @@ from torch import Tensor
 
 from captum_llm_ext.text.baselines import words
 
-_REMEMBERED = 1_000_000  # words that are known to Python at a time: about 150 bytes each
-_PART = 1 << 20  # words that are moved at a time
+# Words in Python dictionaries at a time, about 150 bytes each; chosen, not measured.
+_REMEMBERED = 1_000_000
+_PART = 1 << 20  # words moved at a time; chosen, not measured
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Words and their numbers, both ways.
+    """Words and their indices, in both directions.
 
     Attributes:
         characters: All words in UTF-8, one after the other, uint8.
-        ends: Where each word ends there, shape ``(n_words + 1,)``, int64; the first is 0.
+        ends: End of each word in `characters`, shape ``(n_words + 1,)``, int64; the first is 0.
         digests: Digests of all words in ascending order, shape ``(n_words,)``, int64.
-        numbers: The word each digest belongs to, shape ``(n_words,)``, int32.
-        kinds: The kind of each word, as its place in `words.KINDS`, shape ``(n_words,)``, uint8.
-        borders: How hard a border each word is, shape ``(n_words,)``, uint8.
+        numbers: Word index of each digest, shape ``(n_words,)``, int32.
+        kinds: The kind of each word, as its index in `words.KINDS`, shape ``(n_words,)``, uint8.
+        borders: Strength of each word as a border, shape ``(n_words,)``, uint8.
     """
 
     characters: Tensor
@@ -41,7 +42,7 @@ class Vocabulary:
         return len(self.kinds)
 
     def number(self, word: str) -> int:
-        """The number of a word, -1 for one that the corpus does not have."""
+        """The index of a word, -1 if unknown."""
         digest = int.from_bytes(_digest(_encoded(word)), sys.byteorder, signed=True)
         at = int(torch.searchsorted(self.digests, digest))
         if at == len(self) or int(self.digests[at]) != digest:
@@ -49,7 +50,7 @@ class Vocabulary:
         return int(self.numbers[at])
 
     def words(self, numbers: Tensor) -> list[str]:
-        """The words of these numbers."""
+        """The words of these indices."""
         characters = memoryview(cast(Any, self.characters.numpy()))
         starts, stops = self.ends[numbers].tolist(), self.ends[numbers + 1].tolist()
         return [
@@ -59,14 +60,14 @@ class Vocabulary:
 
 
 class Numbering(dict[str, int]):
-    """Numbers words in the order in which they are first asked for.
+    """Numbers words in order of first use.
 
-    Of more words than fit into a dictionary, those asked for again after it was full get a second
-    number; `vocabulary` tells which numbers are the same word's.
+    If there are more words than fit into a dictionary, those that recur after it was full get a
+    second number; `vocabulary` merges the numbers of equal words.
 
     Args:
         first: Words to number before all others.
-        remembered: How many words the dictionary holds.
+        remembered: Capacity of the dictionary.
     """
 
     def __init__(self, first: Iterable[str], remembered: int = _REMEMBERED) -> None:
@@ -96,7 +97,7 @@ class Numbering(dict[str, int]):
         self.clear()
 
     def vocabulary(self) -> tuple[Vocabulary, Tensor | None]:
-        """All words asked for, and the number of each number's word; None if that is itself."""
+        """All words, and the word index of each number; None if they are equal."""
         self._forget()
         characters = torch.frombuffer(self._characters, dtype=torch.uint8)
         ends = torch.frombuffer(self._ends, dtype=torch.int64)
@@ -107,7 +108,7 @@ class Numbering(dict[str, int]):
         first[1:] = digests[1:] != digests[:-1]
         if bool(first.all()):
             return Vocabulary(characters, ends, digests, numbers.int(), kinds, borders), None
-        # The sort was stable: of equal digests the word's first number comes first.
+        # The sort is stable: of equal digests the word's first number comes first.
         kept = torch.zeros(len(digests), dtype=torch.bool, device="cpu")
         kept[numbers[first]] = True
         renumbered = kept.cumsum(0, dtype=torch.int32) - 1
@@ -119,7 +120,7 @@ class Numbering(dict[str, int]):
 
 
 def _kept(characters: Tensor, ends: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The characters of some of the words, and where each ends."""
+    """The characters of some of the words, and their ends."""
     lengths = ends.diff()
     parts: list[Tensor] = []
     for start in range(0, len(kept), _PART):
@@ -132,11 +133,11 @@ def _kept(characters: Tensor, ends: Tensor, kept: Tensor) -> tuple[Tensor, Tenso
 
 
 def _encoded(word: str) -> bytes:
-    # Python's strings may hold halves of surrogate pairs.
+    # Python's strings may contain lone surrogates.
     return word.encode("utf-8", "surrogatepass")
 
 
 def _digest(raw: bytes) -> bytes:
-    # Equal digests are taken for equal words: among ten million the odds of an error are 1 in
-    # 300,000.
+    # Equal digests are taken for equal words: among ten million, the probability of an error is 1
+    # in 300,000.
     return blake2b(raw, digest_size=8).digest()

@@ -1,1 +1,1 @@
-"""`ModelBaselines`: absent features drawn anew from a language model's own distribution."""
+"""`ModelBaselines`: absent features drawn from a language model's conditional distribution."""

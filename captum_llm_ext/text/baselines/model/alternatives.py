@@ -1,4 +1,4 @@
-"""What a language model might have written in the places of a text, asked for all at once."""
+"""A language model's alternatives for places of a text, computed for all places at once."""
 
 import heapq
 import math
@@ -11,31 +11,33 @@ from captum_llm_ext.text.baselines.slot import Proposer
 from captum_llm_ext.text.baselines.words import SENTENCE_END, border
 
 Span = tuple[int, int]
-# More likely than not after the word before it: below, a word is free, and is redrawn by itself.
-# Lower, "York" of "New York" stays bound where a text speaks of New Jersey as often.
+# A word is determined if it is more likely than not given the words before it; otherwise it is free
+# and drawn by itself. With a lower limit, "York" of "New York" stays bound in a text that mentions
+# New Jersey as often.
 _DETERMINED = 0.5
-# Other beginnings of the phrase leave less than this share of that probability. On sentences of
+# After other beginnings of a phrase, less than this share of a bound word's probability is left. In
 # real text the share is either below .03 (names, fixed expressions) or above .24 (grammar).
 _LEFT_OVER = 0.1
-# A word is one of grammar if it is so probable where others stand. On sentences of real text "of",
-# "to", "was" have .002 to .03 there, "York", "Lake", "Vegas", "cream" at most .0003.
+# A word is a function word if its mean probability at other positions exceeds this. In real text
+# "of", "to", "was" have .002 to .03 there; "York", "Lake", "Vegas", "cream" at most .0003.
 _COMMON = 5e-4
-_INCOMPLETE = "\ufffd"  # what a part of a character is shown as: no text can begin with it
-_LONGEST = 4  # words of a phrase
-# What is beyond this share of all that may stand in a place is not looked for, and not drawn: on 42
-# real prompts .95 to 1 name the same causes, .9 and .8 fewer.
+_INCOMPLETE = "\ufffd"  # decoded part of a character, with which no candidate may begin
+_LONGEST = 4  # words of a phrase; chosen, not measured
+# Candidates beyond this probability mass are neither searched nor drawn: on 42 real prompts .95 to
+# 1 name the same causes, .9 and .8 fewer.
 ENOUGH = 0.95
-_MORE_WORDS = 1  # that a stand-in may have than what it stands for
-# Of so many of the likeliest words those are kept that the words after the place go on from best:
-# of four after "was", as in "was hungry, so", none may ("a", "born", "the", "an").
+_MORE_WORDS = 1  # words that a replacement may have more than the original; chosen, not measured
+# Of this many likeliest words, those are kept after which the following words are likeliest: of
+# four after "was", as in "was hungry, so", possibly none ("a", "born", "the", "an").
 _TRIED = 16
-_AFTER = 2  # words after a place that are asked for this
-# As likely as its own word is where these leave hardly another one.
+_AFTER = 2  # words after a place that are scored
+# Probability of the own word beyond which the following words leave hardly another one. Chosen, not
+# measured.
 _DECIDED = 0.95
 
 
 def looks_like(piece: str, word: str) -> bool:
-    """Whether a token may begin a word of a word's kind and script, and holds nothing else."""
+    """Whether a token is the beginning of a word of the same kind and script, and nothing else."""
     return (
         words.kind(piece) == words.kind(word)
         and words.is_one_word(piece)
@@ -44,20 +46,20 @@ def looks_like(piece: str, word: str) -> bool:
 
 
 class Alternatives:
-    """The texts that might have stood in the places of a text, given what comes before each.
+    """Alternative texts for the places of a text, given what precedes each.
 
-    One pass of the model tells the candidates of all words; what more has to be asked (how words
-    end that were begun, which of them belong together) is asked for all places at once.
+    One forward pass gives the candidates of all words; further requests (how incomplete words end,
+    which words belong together) are batched over all places.
 
     Args:
         text: The text.
-        model: Is asked.
-        n: Texts that are tried in every place, beside the one that stands there.
-        within: The characters between which places are, ``(start, stop)``.
+        model: The proposing model.
+        n: Number of candidates per place, besides the original.
+        within: Character range of the places, ``(start, stop)``.
 
     Attributes:
-        phrases: Stretches of several words that are one thing, in reading order.
-        ties: Neighbours, words or phrases, of which one decides the other.
+        phrases: Phrases of several words, in reading order.
+        ties: Neighbouring words or phrases of which one determines the other.
     """
 
     def __init__(self, text: str, model: Proposer, n: int, within: Span) -> None:
@@ -68,7 +70,7 @@ class Alternatives:
             for i, atom in enumerate(self._atoms)
             if within[0] < atom.stop and not words.is_mark(atom.text)
         ]
-        # What comes after a place may be of its phrase, or decided by it.
+        # Text after a place may belong to its phrase, or be determined by it.
         n_within = sum(self._atoms[i].start < within[1] for i in worded)
         worded = worded[: n_within + _AFTER]
         own = [self._atoms[i].text for i in worded]
@@ -91,7 +93,7 @@ class Alternatives:
         Args:
             start: The first character.
             stop: One past the last.
-            ties: Whether those that are tied are one.
+            ties: Whether tied phrases are merged.
         """
         found: list[Span] = []
         for atom in self._atoms:
@@ -105,7 +107,7 @@ class Alternatives:
         return found
 
     def read(self, spans: Iterable[Span]) -> None:
-        """Finds out how the texts end that may stand in places, for all of these at once.
+        """Finds the endings of incomplete candidates, for all of these places at once.
 
         Args:
             spans: Words, phrases or ties.
@@ -126,41 +128,40 @@ class Alternatives:
         for (span, piece), rest in zip(begun, written, strict=True):
             text = piece + rest
             stop = _end(text, shapes[span]) or _end(text + "\n.", shapes[span]) or 0
-            # Where words have no spaces between, a token is several: it is not cut in two.
+            # In scripts without spaces a token may be several words, and is not split.
             self._ended[span].append(text[: max(stop, len(piece))])
 
     def texts(self, span: Span) -> dict[str, float]:
-        """What may stand in a place with its probability, first what stands there.
+        """The candidates of a place with their probabilities, the original first.
 
-        Told are the likeliest texts, whose probabilities do not sum to one. Where the model has
-        nothing to say, for nothing comes before, it is what stands there alone.
+        These are the likeliest texts, whose probabilities do not sum to one. If nothing precedes
+        the place, it is the original alone.
         """
         if span not in self._ended:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
         own = self._text[span[0] : span[1]]
         found = {own: self._chance(span)}
         for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
-            # A word may go on in another script than it began in.
+            # A word may continue in another script than it began in.
             if _INCOMPLETE not in text and words.keeps_script(text, own):
                 found[text] = found.get(text, 0.0) + chance
         return found
 
     def fitting(self, span: Span) -> dict[str, float]:
-        """What may stand in a place given the words after it, too, first what stands there.
+        """The candidates of a place given also the words after it, the original first.
 
-        More words are tried than there are `texts`. Each is as likely as the text before makes it,
-        times how likely it makes the words after it, set against what stands there (and at most as
-        likely as that): of these the likeliest are kept.
+        More words are tried than there are `texts`. The weight of each is its probability given the
+        text before, times the likelihood of the words after it relative to the original's, capped
+        at 1: the ones of largest weight are kept.
         """
         if span not in self._fitting:
             self.fit([span])
         return self._fitting[span]
 
     def fit(self, spans: Iterable[Span]) -> None:
-        """Finds out what goes on with the words after it, for all of these places at once.
+        """Scores candidates by the words after them, for all of these places at once.
 
-        First of the `texts`, and then of the less likely words: only of those that may be among the
-        likeliest yet, and no more than can matter.
+        First the `texts`, then less likely words, as long as they can still be among the likeliest.
 
         Args:
             spans: Words, phrases or ties.
@@ -177,18 +178,18 @@ class Alternatives:
             chance = others.pop(own)
             likeliest = heapq.nlargest(self._n, others, key=others.__getitem__)
             kept = {own: chance} | {text: others[text] for text in likeliest}
-            # What the words after it alone decide is one thing with them ("master" of *arts*).
+            # A word determined by the words after it alone belongs to them ("master" of *arts*).
             is_decided = chance > _DECIDED * sum(kept.values())
             self._fitting[span] = self.texts(span) if is_decided else kept
 
     def _weighed(
         self, texts: Mapping[Span, Mapping[str, float]], after: Mapping[Span, str]
     ) -> dict[Span, dict[str, float]]:
-        """Texts in places by their probabilities and what they make of the words after.
+        """Candidates weighted by their probabilities and the likelihood of the words after them.
 
         Args:
-            texts: Per place, with the probability given what comes before.
-            after: Per place the words after it; none where these are not asked for.
+            texts: Per place, with probabilities given the text before.
+            after: Per place the words after it; empty if these are not scored.
         """
         asked = [
             (span, text)
@@ -215,10 +216,10 @@ class Alternatives:
         }
 
     def _after(self, span: Span) -> str:
-        """The words after a place that tell what sort of word stands there.
+        """The words after a place that indicate which kind of word fits.
 
-        The next two of its sentence, up to a name, a number or what the place decides: these tell
-        which word it is.
+        The next two of its sentence, up to a name, a number or a word determined by the place:
+        these would identify the word itself.
         """
         if self._model.reads_rest:
             return ""
@@ -239,15 +240,15 @@ class Alternatives:
         return self._text[span[1] : stop]
 
     def _less_likely(self, span: Span, weights: Mapping[str, float]) -> dict[str, float]:
-        """Words of one token beyond the `texts` of a place that is a word, if they may matter.
+        """Single-token words beyond the `texts` of a one-word place, if they may matter.
 
-        However well the words after go on from it, a word is no likelier than the text before makes
-        it. So those are left out that would not be among the likeliest even then, and the least
-        likely ones as long as all of them together would be too little.
+        The weight of a word is at most its probability given the text before. So words are left out
+        that could not be among the likeliest, and the least likely ones as long as their total is
+        negligible.
 
         Args:
             span: The place.
-            weights: Of its `texts`, as far as it is known.
+            weights: Weights of its `texts`, as far as known.
         """
         shape = self._shape(span)
         listed = self._listed.get(shape.numbers[0]) if shape.n_words == 1 else None
@@ -269,14 +270,14 @@ class Alternatives:
         return found
 
     def _found_phrases(self) -> list[Span]:
-        """Stretches of several words of which the first decides the others, in reading order.
+        """Phrases of several words of which the first determines the others, in reading order.
 
-        A word is bound to the phrase before it if it is determined by it (more likely than not) and
-        would not be if another phrase stood there: what grammar determines comes after other words
-        as well. Words of grammar are inside of phrases ("Gulf of Oman"), and end none ("proud of").
-        What the text says again is a phrase if it was one before: it may be no more than repeated.
+        A word is bound to the phrase before it if it is determined by it (more likely than not) but
+        not by other phrases in its place: what grammar determines also follows other words.
+        Function words occur inside phrases ("Gulf of Oman") but end none ("proud of"). A repeated
+        text is a phrase only if it was one before, since repetition alone makes it predictable.
         """
-        # Those of two words first, in all places at once; a longer one is one of them that goes on.
+        # Two-word phrases first, in all places at once; longer ones extend these.
         longest: dict[int, int] = {}
         grown = {i: i + 1 for i in range(len(self._atoms)) if self._is_free(i)}
         for _ in range(_LONGEST - 1):
@@ -284,7 +285,7 @@ class Alternatives:
             pairs = [(self._span(i, n), n) for i, n in grown.items()]
             self.read([span for span, _ in pairs])
             bound = dict(zip(grown, self._are_bound(pairs), strict=True))
-            # Other phrases may leave nothing of a word that other words before it leave as it is.
+            # Other phrases may make a word unlikely that other words before it leave unchanged.
             last = {i: (self._span(n - 1, n), n) for i, n in grown.items() if bound[i]}
             last = {i: pair for i, pair in last.items() if pair[1] > i + 1}
             last = {i: pair for i, pair in last.items() if self._others(pair[0])}
@@ -296,7 +297,7 @@ class Alternatives:
         return [self._span(i, n) for i, n in stops.items() if not self._is_repeated(i, n, stops)]
 
     def _before_grammar(self, first: int, stop: int) -> int:
-        """Where a phrase ends if not in words of grammar."""
+        """Where a phrase ends without trailing function words."""
         while stop > first + 1 and (listed := self._listed.get(stop - 1)) is not None:
             if listed.elsewhere < _COMMON:
                 break
@@ -304,7 +305,7 @@ class Alternatives:
         return stop
 
     def _is_repeated(self, first: int, stop: int, stops: Mapping[int, int]) -> bool:
-        """Whether the words of a phrase came before, and were none."""
+        """Whether the words of a phrase occurred before and were not a phrase."""
         said = [atom.text for atom in self._atoms[first:stop]]
         earlier = (
             i
@@ -315,9 +316,9 @@ class Alternatives:
         return before is not None and stops.get(before, before) < before + len(said)
 
     def _found_ties(self) -> list[tuple[Span, Span]]:
-        """Neighbours of which one decides the other, with punctuation between.
+        """Neighbours of which one determines the other, with punctuation between.
 
-        As in a phrase; but both are something by themselves, such as a city and its state.
+        As in a phrase; but each can be absent by itself, such as a city and its state.
         """
         stops = {span[0]: span[1] for span in self.phrases}
         pairs: list[tuple[Span, int]] = []
@@ -333,10 +334,10 @@ class Alternatives:
         return [(span, self._span(at, at + 1)) for (span, at), is_bound in bound if is_bound]
 
     def _are_bound(self, pairs: Sequence[tuple[Span, int]]) -> list[bool]:
-        """Whether words would hardly come if something else stood in a place before them.
+        """Whether words would be unlikely with other text in a place before them.
 
         Args:
-            pairs: The place, and the number of the word's atom, with nothing but punctuation
+            pairs: The place, and the index of the word's atom, with nothing but punctuation
                 between.
         """
         if not pairs:
@@ -361,7 +362,7 @@ class Alternatives:
         return found
 
     def _others(self, span: Span) -> dict[str, float]:
-        """Other texts in a place, with their probabilities."""
+        """Other texts for a place, with their probabilities."""
         own = self._text[span[0] : span[1]]
         return {text: chance for text, chance in self.texts(span).items() if text != own}
 
@@ -370,11 +371,11 @@ class Alternatives:
         return self._atoms[first].start, self._atoms[stop - 1].stop
 
     def _is_free(self, number: int) -> bool:
-        """Whether an atom is a word that may begin a phrase: what is determined does not."""
+        """Whether an atom is a word that may begin a phrase: not determined by the text before."""
         return 0 < self._chance_of(number) < _DETERMINED
 
     def _after_marks(self, number: int) -> int:
-        """The number of the first atom from there on that is a word of the same sentence."""
+        """The index of the first atom from there on that is a word of the same sentence."""
         at = number
         while at < len(self._atoms) and words.is_mark(self._atoms[at].text):
             if border(self._atoms[at].text) >= SENTENCE_END:
@@ -383,18 +384,18 @@ class Alternatives:
         return at if at < len(self._atoms) else number
 
     def _chance_of(self, number: int) -> float:
-        """The probability of an atom; 0 where there is no word, or nothing is known of it."""
+        """The probability of an atom; 0 if it is not a word, or unknown."""
         if number >= len(self._atoms) or self._listed.get(number) is None:
             return 0.0
         return self._chance(self._span(number, number + 1))
 
     def _chance(self, span: Span) -> float:
-        """The probability of what stands in a place, punctuation excepted."""
+        """The probability of the text in a place, without punctuation."""
         known = [self._listed.get(i) for i in self._shape(span).numbers]
         return math.exp(sum(listed.log_prob for listed in known if listed is not None))
 
     def _begun(self, span: Span) -> list[tuple[str, float]]:
-        """How other texts begin that may stand in a place, and the probability that they do."""
+        """The beginnings of candidates for a place, with their probabilities."""
         number = self._number.get(span[0])
         listed = None if number is None else self._listed[number]
         if listed is None:
@@ -402,7 +403,7 @@ class Alternatives:
         own = self._text[span[0] : span[1]]
         covered = self._chance(span)
         choices = [(text, math.exp(log_prob)) for text, log_prob in listed.others]
-        # What begins as the text itself does may go on otherwise.
+        # A candidate that begins like the original may continue differently.
         if listed.piece not in ("", own) and _INCOMPLETE not in listed.piece:
             choices.append((listed.piece, math.exp(listed.piece_log_prob) - covered))
         found: list[tuple[str, float]] = []
@@ -427,10 +428,10 @@ class Alternatives:
 
 
 class _Shape(NamedTuple):
-    """What a text in a place is like.
+    """The shape of the text in a place.
 
     Attributes:
-        numbers: Of its words among the atoms of the whole.
+        numbers: Indices of its words among all atoms.
         marks: The punctuation between them.
         after: The atom that comes after it.
         is_name: Whether it begins with a capital that does not begin a sentence.
@@ -443,15 +444,15 @@ class _Shape(NamedTuple):
 
     @property
     def n_words(self) -> int:
-        """How many words it has."""
+        """Number of words."""
         return len(self.numbers)
 
 
 def _end(text: str, shape: _Shape) -> int | None:
-    """Where a text ends that stands in a place; None if more of it may follow.
+    """The end of a candidate's text; None if it may continue.
 
-    Before what comes after the place, or punctuation that is not of the shape; or else after as
-    many words. In place of one word stands one word, or a name of several ("New York").
+    Before the text after the place, or punctuation outside the shape; otherwise after as many
+    words. One word is replaced by one word, or by a name of several ("New York").
     """
     marks, stops = list(shape.marks), list[int]()
     most = shape.n_words + _MORE_WORDS

@@ -1,4 +1,4 @@
-"""Absent features drawn anew from a language model's own distribution: no corpus, no lists."""
+"""Absent features drawn from a language model's own distribution, without corpus or lists."""
 
 import heapq
 import math
@@ -25,79 +25,77 @@ from captum_llm_ext.text.baselines.slot import (
 )
 from captum_llm_ext.text.baselines.surroundings import Surroundings, surroundings_of
 
-_CANDIDATES = 4  # more changed nothing: 4, 6, 8 and 12 name as many causes on real prompts
+_CANDIDATES = 4  # 4, 6, 8 and 12 name equally many causes on real prompts
 _TOLD = 10
-# Places before an answer that are drawn given its kinds of words. Those far before it hardly decide
-# these, and cost most to ask about: on 42 real prompts the last 8 to 64 name the same causes, and
+# Number of places before an answer that are conditioned on its kinds of words. Those further away
+# hardly affect these, and cost most: on 42 real prompts the last 8 to 64 name the same causes, and
 # the last 5 fewer.
 _REACH = 12
-_LEFT_BEHIND = "left behind"  # in place of a proposer that was not copied
+_LEFT_BEHIND = "left behind"  # placeholder of a proposer that was not copied
 _NO_OTHER = "its place, where no other text of its kind is likely"
 
 
 class ModelBaselines:
-    """What a language model would have written where a feature is absent; it needs nothing else.
+    """Replaces absent features by draws from a language model's own conditional distribution.
 
-    An absent feature is one that is not known. So it is drawn anew from the model's own
-    distribution of what may come after the text before it, *the feature's own text among the
-    candidates*. What that text determines ("in", "is", "the") is then hardly ever another word,
-    and is not blamed; a name that nothing determines is nearly always another one. This is removal
-    by the conditional distribution (Covert, Lundberg & Lee, JMLR 2021, section 4.2; Aas, Jullum &
-    Løland 2021), given what comes before, as a causal model has it. Candidates are of the kind of
-    what they stand for (a capitalised word, a number, …) and of its script, and carry its white
-    space and punctuation.
+    An absent feature is one that is unknown. So it is drawn from the model's distribution given the
+    text before it, *with the feature's own text among the candidates*. A word that this text
+    determines ("in", "is", "the") hardly ever changes and gets no attribution; a name that nothing
+    determines nearly always changes. This is removal by the conditional distribution (Covert,
+    Lundberg & Lee, JMLR 2021, section 4.2; Aas, Jullum & Løland 2021), given the left context, as a
+    causal model defines it. Candidates have the same kind (a capitalised word, a number, …) and
+    script as the original, and keep its white space and punctuation.
 
-    The words after a place tell *what sort of word* stands there: of the 16 likeliest words after
-    "was" few go on with ", so", as "hungry" does. So a word or phrase is another one as likely as
-    the text before makes that, times how likely it makes the next two words, set against what
-    stands there and at most 1; of these the `n_candidates` likeliest are kept. A name, a number,
-    the end of a sentence and what the place itself decides end these two: they tell which word it
-    is, and words that determine one another would none of them be absent. For the same reason the
-    text before is all where the words after leave no other one ("master of *arts*"). A masked model
-    goes by all of the text after a place anyhow.
+    *Words after a place* restrict the kind of word: of the 16 likeliest words after "was", few
+    continue with ", so", as "hungry" does. So the weight of a candidate is its probability given
+    the text before, times the likelihood of the next two words relative to the original's, capped
+    at 1; the `n_candidates` of largest weight are kept. A name, a number, the end of a sentence or
+    a word determined by the place ends these two: they would identify the word itself, and words
+    that determine one another could never be absent. For the same reason only the text before
+    counts if the words after leave no alternative ("master of *arts*"). A masked model conditions
+    on all of the text after a place anyway.
 
-    What comes after is the answer, of which the draw knows *what kinds of words* it begins with,
-    and not which: a candidate is as likely as the text before makes it, times how likely it makes a
-    word of that kind next (the token that was written or one of the 128 likeliest that are written
-    alike, for each of the first 8 tokens). Where it is among the last 5 tokens, also times how
-    likely what follows the answer's first word is after other words of the kind, those that the
-    text with the candidate in place makes likeliest: "she left because" and "she left for" both go
-    on with a word, but "he" goes on with "was", and "work" does not. What grammar determines is not
-    blamed, what decides between words that do the same there is.
+    *The answer* conditions draws only by the kinds of its words, not by the words: a candidate's
+    weight is also multiplied by the probability that words of these kinds come next (for each of
+    the first 8 tokens, the generated token or one of the 128 likeliest that are written alike).
+    Among the last 5 tokens of the prompt, it is also multiplied by the likelihood of what follows
+    the answer's first word after other words of its kind, the likeliest ones given the candidate:
+    "she left because" and "she left for" both continue with a word, but "he" continues with "was",
+    and "work" does not. So words that only determine the grammar of the answer get no attribution,
+    words that decide between alternatives do.
 
-    So weighed are words and phrases, the 12 before the answer: what stands further from it hardly
-    decides its kinds. Not weighed so are features of many words, generated text (what follows it
-    was written because of it), and prompts of models behind an API.
+    This applies to the 12 words and phrases before the answer: those further away hardly affect its
+    kinds. It does not apply to features of many words, generated text (what follows it was
+    generated because of it), and prompts of models behind an API.
 
-    Words that determine one another are absent together: a word is bound to the one before it if it
-    is more likely than not after that, and hardly after others ("Lake" after "Salt"), and whichever
-    word of such a phrase is absent, the phrase is drawn anew as a whole. Words that are likely
-    anywhere in the text ("of" after "proud") end no phrase. A feature of many words (a
-    sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so that it
-    keeps its form and loses what it says; a word or phrase that it says twice is drawn once.
+    *Phrases*: words that determine one another are absent together. A word is bound to the one
+    before it if it is more likely than not after that, and unlikely after others ("Lake" after
+    "Salt"); if any word of such a phrase is absent, the whole phrase is drawn. Words that are
+    likely anywhere in the text ("of" after "proud") end no phrase. A feature of many words (a
+    sentence, a passage, an example, a turn) is drawn word by word and phrase by phrase, so it keeps
+    its form and loses its content; a repeated word or phrase is drawn once.
 
-    Features that are absent at once are each drawn given the *original* text before them, whether
-    that is present or not, with one exception: neighbours of which one decides the other (a state
-    after its city) are drawn as one text, left to right, where both are absent.
+    Features that are absent together are each drawn given the *original* text before them, whether
+    present or not, with one exception: neighbours of which one determines the other (a state after
+    its city) are drawn as one text, left to right, if both are absent.
 
-    Few words are tried where the model is sure: none beyond 95 % of what may stand in a place,
-    none where the place's own word has as much, and none that would not be among the likeliest
-    whatever came after it. The search takes one pass over the text for the candidates of all
-    places, and a few more that each ask about all places at once: some tokens for every word that
-    is tried, and for the last places what comes after it, up to the answer. It is done once for a
-    text and an answer.
+    *Cost*: candidates beyond 95 % of the probability mass are not tried, nor any if the original
+    has that much, nor those that could not be among the likeliest whatever follows. The search
+    takes one forward pass over the text for the candidates of all places, and a few batched ones:
+    some tokens per candidate, and for the last places also the text up to the answer. It is done
+    once per text and answer.
 
     Args:
-        proposer: The model that is asked, if it is not the one under explanation: ``(model,
-            tokenizer)``, causal or masked, with any tokenizer; a pipeline of transformers; or a
-            model with the tokenizer of the one under explanation. A masked one goes by the text on
-            both sides of a place, the next word excepted.
-        n_candidates: Texts that may be drawn in every place, beside the one that stands there.
+        proposer: The proposing model, if not the explained one: ``(model, tokenizer)``, causal or
+            masked, with any tokenizer; a transformers pipeline; or a model with the explained
+            model's tokenizer. A masked one conditions on both sides of a place, except for the next
+            word.
+        n_candidates: Number of candidates per place, besides the original.
 
     Raises:
-        ValueError: If `n_candidates` is below 1; on use, if there is no model to ask, or a masked
-            model's tokenizer has no mask.
-        TypeError: On use, if the proposer is no causal or masked language model.
+        ValueError: If `n_candidates` is below 1; on use, if there is no model, or a masked model's
+            tokenizer has no mask token.
+        TypeError: On use, if the proposer is not a causal or masked language model.
     """
 
     deterministic = False
@@ -114,12 +112,12 @@ class ModelBaselines:
         self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
-        """One replacement for the feature, its white space and punctuation included."""
+        """One replacement for the feature, including its white space and punctuation."""
         filling = self._filling(slot)
         return slot.text if filling is None else filling.draw(generator)
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
-        """The same with a model to ask, if it has none of its own."""
+        """A copy with a model, if it has no proposer."""
         if self._proposer is _LEFT_BEHIND:
             raise ValueError(
                 "these `ModelBaselines` asked a model of their own, which stayed where they were "
@@ -138,12 +136,12 @@ class ModelBaselines:
         return other
 
     def read(self, slots: Sequence[Slot]) -> Bonds:
-        """Asks the model for all places at once (see `KnowsPhrases`)."""
+        """Proposes texts for all places at once (see `KnowsPhrases`)."""
         if not slots:
             return Bonds()
         context = slots[0].context
         alternatives = self._alternatives(context, (slots[0].start, slots[-1].stop))
-        # A word that is several features is one thing, too.
+        # A word of several features is a phrase, too.
         parts = alternatives.parts(0, len(context), ties=False)
         if slots[0].generated:
             alternatives.read(parts)
@@ -158,21 +156,21 @@ class ModelBaselines:
     def explain(self, slot: Slot) -> Match:
         """The candidates for a feature, each with its probability.
 
-        ``constant`` says that the text before determines it: at least 95 % of all draws are its own
-        text.
+        ``constant`` means that the text before determines it: at least 95 % of draws are the
+        original.
         """
         filling = self._filling(slot)
         return BLANK if filling is None else filling.match
 
     def matches(self, inp: HasSlots) -> list[Match]:
-        """The candidates of each feature of an input, in reading order; of a phrase the whole."""
+        """The candidates of each feature of an input, in reading order, or those of its phrase."""
         slots = inp.slots
         phrase_of = {i: run for run in bonds_of(self, slots).phrases for i in run}
         together = ([slots[i] for i in phrase_of.get(i, (i,))] for i in range(len(slots)))
         return [self.explain(joined(run)) for run in together]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was found is found again; a model of this process cannot be sent to another.
+        # Caches are recomputed; a local model cannot be sent to another process.
         return {"n_candidates": self.n_candidates, "has_proposer": self._proposer is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -183,7 +181,7 @@ class ModelBaselines:
         return f"ModelBaselines(n_candidates={self.n_candidates})"
 
     def _alternatives(self, text: str, within: Span) -> Alternatives:
-        """Those of a text, or of a part of it that holds these characters."""
+        """The alternatives of a text, or of a part of it that contains these characters."""
         known = self._read.setdefault(text, [])
         for (start, stop), alternatives in known:
             if start <= within[0] and within[1] <= stop:
@@ -193,7 +191,7 @@ class ModelBaselines:
         return found
 
     def _filling(self, slot: Slot) -> "_Filling | None":
-        """What may stand in a place; None for white space, which stays."""
+        """The candidates of a slot; None for white space, which remains."""
         if slot not in self._known:
             place = surroundings_of(slot)
             self._known[slot] = None if place is None else self._find(_first_of(slot), place)
@@ -204,7 +202,7 @@ class ModelBaselines:
         alternatives = self._alternatives(slot.context, (start, stop))
         parts = alternatives.parts(start, stop) or [(start, stop)]
         alternatives.read(parts)
-        # Of several words each has the others, which are absent as well, after it.
+        # Each of several words is followed by the others, which are absent as well.
         goes_on = len(parts) == 1 and not slot.generated
         texts = alternatives.fitting if goes_on else alternatives.texts
         found = [_candidates(texts(part)) for part in parts]
@@ -214,9 +212,9 @@ class ModelBaselines:
         return _Filling(place, found, between, [own.index(text) for text in own])
 
     def _heed(self, fit: AnswerFit, slots: Sequence[Slot], bonds: Bonds) -> None:
-        """Weighs what may stand in the last places by what it makes of the answer's kinds.
+        """Weights candidates of the last places by the probability of the answer's kinds.
 
-        Of features of many words each is one of many, and what the whole makes is not known.
+        For features of many words, the effect of the whole is unknown.
         """
         bound = {i for run in bonds.phrases for i in run}
         runs = [*bonds.phrases, *bonds.ties, *([i] for i in range(len(slots)) if i not in bound)]
@@ -241,7 +239,7 @@ class ModelBaselines:
             self._known[unit] = filling.weighted([0.0 if math.isnan(g) else g for g in gains])
 
     def _everywhere(self, slot: Slot, text: str) -> dict[Slot, str]:
-        """A text in a place, and in those of its feature that say the same."""
+        """A text in a slot, and in those of its feature with the same text."""
         core = _said(slot)
         places = [s for s in slot.siblings if _said(s) == core] or [slot]
         fillings = {place: self._filling(place) for place in places}
@@ -258,13 +256,13 @@ class ModelBaselines:
 
 @dataclass(frozen=True)
 class _Filling:
-    """What may stand in a place, part by part.
+    """The candidates of a slot, part by part.
 
     Attributes:
         place: The place.
         parts: Candidates for the words and phrases in it.
-        between: What stands before, between and after these.
-        same_as: Per part the first one with its text, which is drawn for both.
+        between: Text before, between and after these.
+        same_as: Per part the first one with the same text, whose draw it shares.
     """
 
     place: Surroundings
@@ -274,18 +272,18 @@ class _Filling:
 
     @property
     def texts(self) -> list[str]:
-        """What may stand there, where that is one word or phrase; none otherwise."""
+        """The candidates, if the slot is one word or phrase; otherwise empty."""
         if len(self.parts) != 1:
             return []
         return [self._assembled([text]) for (text,) in self.parts[0].choices]
 
     @property
     def n_texts(self) -> int:
-        """How many `texts` there are."""
+        """Number of `texts`."""
         return len(self.parts[0].choices) if len(self.parts) == 1 else 0
 
     def weighted(self, gains: Sequence[float]) -> "_Filling":
-        """The same, each of the `texts` more likely by so much, in nats."""
+        """A copy with `texts` reweighted by log-factors in nats."""
         weights = self.parts[0].weights()
         gained = {
             text: weight * math.exp(gain)
@@ -294,7 +292,7 @@ class _Filling:
         return replace(self, parts=[Candidates.of(self.parts[0].match, gained, (self.place.core,))])
 
     def draw(self, generator: torch.Generator) -> str:
-        """One text, with the white space and punctuation of the place."""
+        """One text, with the white space and punctuation of the slot."""
         drawn: list[str] = []
         for number, candidates in enumerate(self.parts):
             first = self.same_as[number]
@@ -340,7 +338,7 @@ class _Filling:
 
 
 def _candidates(texts: dict[str, float]) -> Candidates:
-    """Texts with probabilities, the original first; where no other is known, it stays."""
+    """Texts with probabilities, the original first, which remains if there is no other."""
     original, *others = texts
     kept, enough = {original: texts[original]}, ENOUGH * sum(texts.values())
     for text in sorted(others, key=texts.__getitem__, reverse=True):
@@ -353,18 +351,18 @@ def _candidates(texts: dict[str, float]) -> Candidates:
 
 
 def _first_of(slot: Slot) -> Slot:
-    """The first place of a slot's feature that says the same: a name is drawn once."""
+    """The first slot of the feature with the same text: a repeated name is drawn once."""
     core = _said(slot)
     return next((s for s in slot.siblings if _said(s) == core), slot)
 
 
 def _said(slot: Slot) -> str:
-    """The text of a place, without white space and punctuation at its ends."""
+    """The text of a slot, without white space and punctuation at its ends."""
     return slot.context[slice(*_core(slot))]
 
 
 def _core(slot: Slot) -> Span:
-    """A place without white space and punctuation at its ends; of a part of a word all of it."""
+    """A slot without white space and punctuation at its ends; a word fragment unchanged."""
     place = surroundings_of(slot)
     if place is None:
         return slot.start, slot.stop
@@ -373,14 +371,14 @@ def _core(slot: Slot) -> Span:
 
 
 def _within(slots: Sequence[Slot], span: Span) -> list[int]:
-    """The slots that show some of a stretch of text that is not white space."""
+    """The slots that overlap a span in more than white space."""
     first = bisect_right(slots, span[0], key=lambda slot: slot.stop)
     inside = takewhile(lambda i: slots[i].start < span[1], range(first, len(slots)))
     return [i for i in inside if slots[i].stop - len(slots[i].text.lstrip()) < span[1]]
 
 
 def _runs(slots: Sequence[Slot], spans: Sequence[Span]) -> Iterator[list[int]]:
-    """The slots in stretches of text that show some of several features, and nothing fixed."""
+    """Slots of spans that cover several features without fixed text."""
     for span in spans:
         run = _within(slots, span)
         is_whole = all(slots[i].stop == slots[i + 1].start for i in run[:-1])
