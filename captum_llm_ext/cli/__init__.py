@@ -1,10 +1,10 @@
 """The command line: ``captum-llm-ext``, also ``python -m captum_llm_ext``.
 
-Results go to stdout, all else to stderr. The exit status is 0, 1 where the command could not be
-carried out, 2 where it was written wrongly, 130 after Ctrl-C.
+Results go to stdout, everything else to stderr. The exit status is 0, 1 if the command failed, 2
+for wrong usage, 130 after Ctrl-C.
 
-Options are read and checked without torch and captum, which take seconds to import: what does the
-work is imported by the functions that do it, once nothing is wrong with the command.
+Options are parsed and checked without torch and captum, which take seconds to import: functions
+import these where they need them, after all checks.
 """
 
 import argparse
@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 _COMMANDS = (demo, attribute, counterfactual, show, compare, doctor)
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)  # their messages say what to do
-_BROKEN_PIPE = 141  # as of any program that SIGPIPE ends
+_BROKEN_PIPE = 141  # as of any program ended by SIGPIPE
 _STATUS = """
 
 Results go to stdout, progress and notes to stderr. Exit status: 0; 1 where the command could not be
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    if isinstance(sys.stdout, io.TextIOWrapper):  # arrows in a terminal that has none
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal's encoding may lack arrows
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments.command_line = command_line("captum-llm-ext", given)
     try:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("captum-llm-ext: interrupted" + _goes_on(arguments))
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except Exception as error:
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
         warnings.simplefilter("once", UserWarning)
         warnings.showwarning = note
         status = run(arguments) or 0
-    sys.stdout.flush()  # here, where a broken pipe is told apart from other errors
+    sys.stdout.flush()  # flushed here, so that a broken pipe is recognised
     return status
 
 

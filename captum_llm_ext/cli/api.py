@@ -1,4 +1,4 @@
-"""Options of models behind an API: the provider, what is asked for, and limits."""
+"""Options of models behind an API: provider, rung, and limits."""
 
 import argparse
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from captum_llm_ext.cli.command import UsageError, positive
 from captum_llm_ext.cli.methods import is_of_answers, looks_inside
 
-# Of the answer's log-probabilities, by how much they are reported; others are values of their own.
+# Rungs of log-probabilities, by how much is reported; the others are values of their own.
 LOG_PROBS = ("forced", "stepwise", "top-k")
 _RUNGS = ("auto", "log_prob", *LOG_PROBS, "label", "frequency", "similarity")
 
 
 def add_provider(group: Any) -> None:
-    """Adds the options that name the provider."""
+    """Adds the options that select the provider."""
     add = group.add_argument
     add(
         "--api",
@@ -58,10 +58,11 @@ def add_api(parser: argparse.ArgumentParser) -> None:
 
 
 def is_remote(arguments: argparse.Namespace) -> bool:
-    """Whether the options name a model behind an API.
+    """Whether the options select a model behind an API.
 
     Raises:
-        UsageError: If options of one are given without it, or others that it has no use for.
+        UsageError: If API options are given without a provider, or options that do not apply to an
+            API.
     """
     is_one = arguments.api is not None or arguments.provider == "anthropic"
     for name in ("provider", "tokenizer", "rung", "labels", "answers", "max_requests", "cache"):
@@ -75,7 +76,7 @@ def is_remote(arguments: argparse.Namespace) -> bool:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Checks that no option is given that an API would ignore.
+    """Checks that no option is given that has no effect with an API.
 
     Raises:
         UsageError: If there is one.

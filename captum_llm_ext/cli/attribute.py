@@ -1,4 +1,4 @@
-"""``captum-llm-ext attribute``: what made a model write its answer."""
+"""``captum-llm-ext attribute``: what made a model generate its answer."""
 
 import argparse
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ EXAMPLES = (
     "attribute --api http://localhost:8000/v1 --model NAME --prompt-file q.txt --unit sentence "
     "--method ablation --dry-run",
 )
-_ROWS = 500  # that counterfactuals are searched with
+_ROWS = 500  # rows of the search for counterfactuals; chosen, not measured
 _DESCRIPTION = """\
 Attributes every token that the model generates, or of a given target, to the prompt and to the
 tokens before it. Prints the strongest causes per token: what each adds to the log-probability of
@@ -89,7 +89,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int | None:
-    """Attributes, prints a table, writes what is wanted."""
+    """Attributes, prints a table, and writes the requested files."""
     if is_remote(arguments):
         check(arguments)
     elif check_records(arguments):
@@ -155,7 +155,7 @@ def _check_counterfactuals(arguments: argparse.Namespace) -> None:
     """Checks that ``--counterfactuals`` is possible.
 
     Raises:
-        UsageError: If the method, an API or many processes cannot.
+        UsageError: If the method, an API or several processes do not support it.
     """
     if is_remote(arguments) or looks_inside(arguments.method) or is_of_answers(arguments.method):
         what = "--api" if is_remote(arguments) else f"--method {arguments.method}"
@@ -170,7 +170,7 @@ def _check_counterfactuals(arguments: argparse.Namespace) -> None:
 
 
 def _counterfactuals(job: Job, attribution: Any, inp: Any, result: Any, n_rows: int) -> Any:
-    """What would have changed the answer, the strongest causes of it first."""
+    """Counterfactuals, searched by the strongest causes first."""
     say(f"looking for what would change the answer, with at most {n_rows} evaluations …")
     options = job.options
     given = {"gen_args": options["gen_args"]} if options["target"] is None else {}
@@ -186,7 +186,7 @@ def _counterfactuals(job: Job, attribution: Any, inp: Any, result: Any, n_rows: 
 
 
 def _order(result: Any) -> list[float]:
-    """Per feature of the prompt the size of its attributions, summed over the answer."""
+    """Per prompt feature the magnitude of its attributions, summed over the answer."""
     strength: dict[int, float] = {}
     columns = result.column_features[: len(result.input_tokens)]
     for feature, value in zip(columns, result.token_attr.abs().sum(0).tolist(), strict=True):

@@ -16,7 +16,7 @@ from captum_llm_ext.cli.loading import Place, load_model, load_tokenizer
 from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.cli.self_check import Probe, probe
 
-# What values are held against, by how the model draws at random.
+# The reference of a comparison, by how the model draws at random.
 _DRAWN = {
     None: "",
     "seeded": " that draws from the same seeds",
@@ -123,7 +123,7 @@ def _lines(found: Probe) -> Iterator[str]:
         if found.noise_floor is None
         else f"note   {moves} values by up to {found.noise_floor:.2g} nats"
     )
-    exact = _verdict(found.is_right)  # both ways ask for no other logits
+    exact = _verdict(found.is_right)  # both ways request the same logits
     yield {
         "positions": f"{exact} logits of the target's positions only",
         "count": f"{exact} logits of the last positions only, not of single ones",
@@ -132,7 +132,7 @@ def _lines(found: Probe) -> Iterator[str]:
 
 
 def _expected(found: Probe) -> str:
-    """How far values may lie from plain forwards."""
+    """How far values may differ from plain forward passes."""
     if found.limit > found.rounding:
         return f"passes that draw anew: {found.limit:.2g} nats apart"
     return f"rounding in {found.dtype}: {found.rounding:.2g}"

@@ -1,4 +1,4 @@
-"""Shared by all commands: the parser with examples, types of options, messages on stderr."""
+"""Common to all commands: parser with examples, option types, messages on stderr."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from captum_llm_ext.cli.wording import in_options
 
 
 class UsageError(ValueError):
-    """Options that contradict one another: the command line has to be written otherwise."""
+    """Contradictory options: the command line must be changed."""
 
 
 def add_command(
@@ -26,13 +26,13 @@ def add_command(
     """Adds a command.
 
     Args:
-        commands: What `argparse.ArgumentParser.add_subparsers` gave.
-        name: The command.
-        run: Carries it out; returns the exit status, None for 0.
+        commands: The result of `argparse.ArgumentParser.add_subparsers`.
+        name: Name of the command.
+        run: Runs it; returns the exit status, None for 0.
         summary: One line, for the list of commands.
         description: For the command's own help.
         examples: Whole command lines, without the program's name.
-        usage: What comes after the command's name, in short.
+        usage: Short usage after the command's name.
 
     Returns:
         Its parser, to add options to.
@@ -54,12 +54,12 @@ def add_command(
 
 
 def shown_examples(examples: Sequence[str]) -> str:
-    """Command lines as the end of a help text."""
+    """Command lines at the end of a help text."""
     return "\n".join(["examples:", *(f"  captum-llm-ext {example}" for example in examples)])
 
 
 def say(text: str) -> None:
-    """Prints a message that is no result to stderr."""
+    """Prints a message to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -69,7 +69,7 @@ def note(message: Warning | str, *_: object) -> None:
 
 
 def whole(text: str) -> int:
-    """A whole number, as the type of an option."""
+    """Option type: an integer."""
     try:
         return int(text)
     except ValueError as error:
@@ -77,7 +77,7 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, as the type of an option."""
+    """Option type: an integer of at least 1."""
     number = whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is below 1")
@@ -85,7 +85,7 @@ def positive(text: str) -> int:
 
 
 def above_zero(text: str) -> float:
-    """A number above 0, as the type of an option."""
+    """Option type: a number above 0."""
     number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -93,7 +93,7 @@ def above_zero(text: str) -> float:
 
 
 def from_0_to_1(text: str) -> float:
-    """A number from 0 to 1, as the type of an option."""
+    """Option type: a number from 0 to 1."""
     number = _number(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -101,7 +101,7 @@ def from_0_to_1(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A number above 0 and at most 1, as the type of an option."""
+    """Option type: a number above 0 and at most 1."""
     number = _number(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")

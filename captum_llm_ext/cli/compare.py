@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares, prints a summary, writes what is wanted."""
+    """Compares, prints a summary, and writes the requested files."""
     _check(arguments)
     check_outputs(arguments)
     comparison = _of_files(arguments.results) if arguments.results else _of_runs(arguments)
@@ -79,7 +79,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _options_of_a_run(arguments: argparse.Namespace) -> list[str]:
-    """Those of `add_job` that were given."""
+    """The given options of `add_job`."""
     alone = argparse.ArgumentParser()
     add_job(alone, several=True)
     unsaid = vars(alone.parse_args([]))
@@ -111,5 +111,5 @@ def _of_runs(arguments: argparse.Namespace) -> "BaselineComparison":
     from captum_llm_ext.evaluation.sensitivity import compare_baselines
 
     attribution, inp = job.prepared(None)
-    # Methods that look at the text as it is have no `--baselines`: `Job` has refused them.
+    # Local methods have no `--baselines`: `Job` has refused them.
     return compare_baselines(cast(Any, attribution), inp, baselines, **job.options)

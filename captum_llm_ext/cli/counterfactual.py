@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Searches, prints what is found, writes what is wanted."""
+    """Searches, prints counterfactuals, and writes the requested files."""
     check_outputs(arguments)
     if len(arguments.baselines or []) > 1:
         raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
@@ -94,10 +94,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_counterfactuals(path: str) -> "list[Counterfactual]":
-    """Reads counterfactuals from a file that ``--json`` of this command or ``attribute`` wrote.
+    """Reads counterfactuals from a file written by ``--json`` of this command or ``attribute``.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is not such a file.
     """
     from captum_llm_ext.attribution.counterfactual import Counterfactual
 
@@ -119,5 +119,5 @@ class _Found:
         self._found, self._summary = found, summary
 
     def to_dict(self) -> dict[str, Any]:
-        """The counterfactuals found, and how much was searched."""
+        """The counterfactuals found, and the extent of the search."""
         return {"found": [one.to_dict() for one in self._found], "summary": self._summary}

@@ -1,4 +1,4 @@
-"""``captum-llm-ext demo``: an attribution of the model that comes with the package."""
+"""``captum-llm-ext demo``: an attribution with the package's own model."""
 
 import argparse
 from pathlib import Path
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--model needs a --prompt to continue.")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
-    # A name that is none is told before a model is loaded.
+    # A wrong name is reported before a model is loaded.
     parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)
     print(report(result, _TOP), flush=True)

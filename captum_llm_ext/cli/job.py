@@ -50,8 +50,8 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
 
     Args:
         parser: The command's parser.
-        several: Whether baselines are given several times; then nothing is required, for there is
-            another way to use the command.
+        several: Whether baselines are given several times; then nothing is required, since the
+            command has another use.
     """
     _add_what(parser, is_required=not several, has_many=not several)
     how = parser.add_argument_group("how")
@@ -72,7 +72,7 @@ def add_job(parser: argparse.ArgumentParser, *, several: bool) -> None:
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a `Job` that attributes nothing: model, prompt, features and absence."""
+    """Adds the options of a `Job` without attributions: model, prompt, features and baselines."""
     _add_what(parser, is_required=True, has_many=False)
     how = parser.add_argument_group("how")
     _add_features(how)
@@ -80,7 +80,7 @@ def add_question(parser: argparse.ArgumentParser) -> None:
         "--baselines", action="append", metavar="WHAT", help="see below (default: model)"
     )
     _add_run(how)
-    # What `add_job` asks beside, with its defaults.
+    # The other options of `add_job`, with their defaults.
     unsaid = argparse.ArgumentParser(add_help=False)
     for add in (add_method, add_settings, _add_output_unit, _add_budget):
         add(unsaid)
@@ -180,7 +180,7 @@ def _add_run(group: Any) -> None:
 class Job:
     """An attribution job: prompt, model and settings.
 
-    What needs no model is checked on construction, what needs the tokenizer alone before the model
+    What needs no model is checked on construction, what needs only the tokenizer before the model
     is loaded.
 
     Args:
@@ -188,7 +188,7 @@ class Job:
 
     Raises:
         UsageError: If options contradict one another.
-        ValueError: If the prompt, a unit or the model's name is none.
+        ValueError: If the prompt, a unit or the model's name is invalid.
     """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
@@ -212,14 +212,14 @@ class Job:
         self._is_remote = getattr(arguments, "rung", ()) != () and is_remote(arguments)
         if self._is_remote:
             if arguments.output_unit is None:
-                self._output_unit = None  # most servers tell less
+                self._output_unit = None  # most servers report less
             if arguments.model is None:
                 raise UsageError("required: --model NAME, as the API calls it.")
         else:
             self._place = place_of(arguments)
 
     def _checked_units(self, given: str | None) -> tuple[str, ...]:
-        # Of many prompts some may be chats.
+        # Many prompts may include chats.
         n_turns = 2 if self._prompt.is_many and self._arguments.roles else self._prompt.n_turns
         is_nested = is_search(self._arguments.method)
         has_passages = bool(self._prompt.passages)
@@ -230,7 +230,8 @@ class Job:
         if is_of_answers(self._arguments.method):
             return None
         if given is None:
-            # Who has passages asks which of them it came from, not which word led to the next.
+            # With passages, the question is which of them the answer came from, not which word led
+            # to the next.
             return None if self._prompt.passages else "token"
         if given not in ("none", "token"):
             try:
@@ -256,7 +257,7 @@ class Job:
         return self._attribution(tokenizer, accelerator), inp
 
     def for_many(self) -> "tuple[Attribution, dict[str, Any]]":
-        """The attribution object, and the arguments of `attribute_dataset` that choose features."""
+        """The attribution object, and the arguments of `attribute_dataset` on features."""
         arguments = self._arguments
         chosen: dict[str, Any] = {}
         if arguments.unit or is_search(arguments.method):
@@ -304,10 +305,10 @@ class Job:
         }
 
     def cheaper(self, tokenizer: Any, n_tokens: int) -> "Iterator[CheaperRun]":
-        """Other commands that answer about the same with fewer evaluations.
+        """Other commands with about the same answer and fewer evaluations.
 
         Args:
-            tokenizer: The model's.
+            tokenizer: The model's tokenizer.
             n_tokens: Length of the answer.
         """
         from captum_llm_ext.cli.progress import CheaperRun
@@ -348,10 +349,10 @@ class Job:
 
 
 def baselines_of(arguments: argparse.Namespace) -> Any:
-    """The ``baselines`` argument of `TextSegmentInput` where ``--baselines`` is given at most once.
+    """The ``baselines`` argument of `TextSegmentInput` for at most one ``--baselines``.
 
     Raises:
-        UsageError, ValueError, OSError: As of `as_baselines`.
+        UsageError, ValueError, OSError: As for `as_baselines`.
     """
     if arguments.baselines:
         return as_baselines(arguments.baselines[0], arguments.seed)
@@ -364,7 +365,7 @@ def as_baselines(given: str, seed: int) -> Any:
     """The ``baselines`` argument of `TextSegmentInput` for an entry of ``--baselines``.
 
     Raises:
-        UsageError: If a file is given without saying what it is.
+        UsageError: If a file is given without its kind.
         ValueError, OSError: If the file cannot be read.
     """
     _check_baselines(given)
@@ -388,10 +389,10 @@ def as_baselines(given: str, seed: int) -> Any:
 
 
 def _check_baselines(given: str) -> None:
-    """Checks how an entry of ``--baselines`` is written; no file is read.
+    """Checks the syntax of an entry of ``--baselines``; no file is read.
 
     Raises:
-        UsageError: If a file is given without saying what it is.
+        UsageError: If a file is given without its kind.
     """
     kind, _, name = given.partition(":")
     if kind in ("corpus", "index", "token") and name:
@@ -409,10 +410,10 @@ def _check_baselines(given: str) -> None:
 
 
 def _check_foils(arguments: argparse.Namespace) -> None:
-    """Checks that foils are not ignored.
+    """Checks that foils have an effect.
 
     Raises:
-        UsageError: If they would be.
+        UsageError: If they have none.
     """
     given: list[str] | None = arguments.foils
     if given is None:
@@ -446,7 +447,7 @@ def _gen_args(arguments: argparse.Namespace) -> dict[str, Any] | None:
     }
     given = {name: value for name, value in given.items() if value is not None}
     if getattr(arguments, "rung", None) in ("frequency", "similarity"):
-        return given  # answers are drawn, whatever the target
+        return given  # answers are sampled, whatever the target
     if arguments.target is not None and not arguments.target:
         raise UsageError("--target is empty: give the text to explain, or leave it out.")
     if arguments.target is not None and given:

@@ -18,7 +18,7 @@ from captum_llm_ext.cli.quantizing import quantization
 from captum_llm_ext.demo import NAME as DEMO
 from captum_llm_ext.demo import folder
 
-_MAIN = "main"  # of every repository
+_MAIN = "main"  # default branch of repositories
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
@@ -27,7 +27,7 @@ _ADVICE = (
 
 
 def add_loading(parser: Any) -> None:
-    """Adds the options that say how a model is loaded."""
+    """Adds the options on loading a model."""
     parser.add_argument(
         "--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as stored)"
     )
@@ -59,10 +59,10 @@ class Place(NamedTuple):
     """Location of a model.
 
     Attributes:
-        shown: What it is called.
-        where: What transformers is given.
-        revision: Of `where`.
-        gguf: The file there that holds it all; None: there are several.
+        shown: Displayed name.
+        where: Path or name for transformers.
+        revision: Revision of `where`.
+        gguf: The GGUF file there; None for an ordinary checkpoint.
     """
 
     shown: str
@@ -72,17 +72,17 @@ class Place(NamedTuple):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` beside `where`."""
+        """Arguments of ``from_pretrained`` besides `where`."""
         own = {} if self.gguf is None else {"gguf_file": self.gguf}
         return {"revision": self.revision or _MAIN, **own}
 
 
 def place_of(arguments: argparse.Namespace) -> Place:
-    """Location of the model that the options of `add_loading` name; nothing is loaded.
+    """Location of the model selected by the options of `add_loading`; nothing is loaded.
 
     Raises:
         UsageError: If options contradict one another.
-        ValueError: If there is no model, or a package is missing that reads it.
+        ValueError: If there is no model, or a required package is missing.
     """
     name, gguf = arguments.model, arguments.gguf
     if gguf is not None and arguments.quantize is not None:
@@ -117,8 +117,8 @@ def location(name: str, revision: str | None = None) -> str:
     """Path or hub name under which transformers finds a model.
 
     Raises:
-        UsageError: If a revision is asked of what has none.
-        ValueError: If the name is of a place that holds no model.
+        UsageError: If a revision is given for a local model.
+        ValueError: If there is no model at a path.
     """
     if revision is not None and (name == DEMO or Path(name).expanduser().is_dir()):
         raise UsageError(
@@ -149,18 +149,18 @@ def load_tokenizer(place: Place) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    # Downloads, which take longer, keep their bars where a bar can be seen.
+    # Downloads take longer and keep their bars on a terminal.
     if Path(place.where).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         load = AutoTokenizer.from_pretrained
         return _loaded("tokenizer", place.shown, load, place.where, **place.named)
-    except ValueError as error:  # it is what is loaded first: most often the name is wrong
+    except ValueError as error:  # loaded first: usually the name is wrong
         raise ValueError(f"{error} {_ADVICE[0].upper()}{_ADVICE[1:]}") from error
 
 
 def load_model(place: Place, arguments: argparse.Namespace) -> Any:
-    """A model in evaluation mode, as the options of `add_loading` say.
+    """A model in evaluation mode, loaded by the options of `add_loading`.
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -174,7 +174,7 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
     dtype = unsaid if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     device_map = _device_map(arguments.device_map)
     if device_map is None and torch.cuda.is_available() and place.shown != DEMO:
-        # The tiny model is faster without. torchrun numbers the processes of a machine.
+        # The tiny model is faster without it. torchrun numbers the processes of a machine.
         device_map = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if together.is_main():
         say(f"loading {place.shown} …")
@@ -199,12 +199,12 @@ def _device_map(given: str | None) -> Any:
 
 
 def _loaded(what: str, name: str, load: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    # Bars that are drawn again and again are of no use in a file; what goes wrong is an exception.
+    # Progress bars are useless in a file; errors are exceptions.
     is_seen = sys.stderr.isatty()
     hidden = nullcontext() if is_seen else redirect_stderr(io.StringIO())
     try:
         with hidden:
             return load(*arguments, **named)
-    except Exception as error:  # whatever a name, a file or a remote place may cause
+    except Exception as error:  # a name, a file or a remote place may raise anything
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"the {what} of {name!r} cannot be loaded: {said}.") from error

@@ -49,13 +49,13 @@ _GRADIENTS = (
     "saliency",
     "linear",
 )
-# They look at the text as it is: nothing is absent.
+# These use the original text: nothing is absent.
 _LOCAL = ("gradient-x-activation", "saliency", "linear", *_ATTENTION)
 _INSIDE = (*_GRADIENTS, *_ATTENTION)
 _COALITIONS = tuple(name for name in METHODS if name not in _INSIDE)
 _SEVERAL = tuple(name for name in METHODS if name not in _LOCAL)
 _EACH = ("ablation", "inclusion")
-# Options that not every method has, and whose they are.
+# Options of single methods, and their methods.
 _OWNERS = {
     "share": ("hierarchical",),
     "scheme": ("partition",),
@@ -71,7 +71,7 @@ _OWNERS = {
     "batch_size": _SEVERAL,
     "attr_target": tuple(name for name in METHODS if name not in _ATTENTION),
 }
-# What has no meaning for whole answers, which are not kept either, and what says nothing of it.
+# Options that do not apply to whole answers, or have no effect on them.
 _NOT_OF_ANSWERS = {
     "attr_target": (None, "log_prob"),
     "output_unit": (None, "none"),
@@ -92,7 +92,7 @@ def add_method(group: Any, *, more: str = "see below") -> None:
 
     Args:
         group: A parser or a group of its options.
-        more: Where more is told.
+        more: Reference to more information.
     """
     group.add_argument(
         "--method",
@@ -105,7 +105,7 @@ def add_method(group: Any, *, more: str = "see below") -> None:
 
 
 def add_settings(group: Any) -> None:
-    """Adds the options of single kinds of methods."""
+    """Adds the options of particular kinds of methods."""
     add = group.add_argument
     add(
         "--share",
@@ -135,7 +135,7 @@ def add_settings(group: Any) -> None:
 
 
 def method_name(text: str) -> str:
-    """A key of `METHODS`; captum's class names mean the same."""
+    """A key of `METHODS`; captum's class names are accepted too."""
     classes = {path.partition(":")[2]: name for name, path in reversed(METHODS.items())}
     return classes.get(text, text)
 
@@ -151,7 +151,7 @@ def is_of_gradients(name: str) -> bool:
 
 
 def looks_inside(name: str) -> bool:
-    """Whether the method uses gradients or attention, and so one process."""
+    """Whether the method uses gradients or attention, and therefore a single process."""
     return name in _INSIDE
 
 
@@ -176,7 +176,7 @@ def zero_baseline_note(name: str) -> str | None:
 
 
 def check_method(arguments: argparse.Namespace) -> None:
-    """Checks that no option is given that the method would ignore.
+    """Checks that no option is given that has no effect on the method.
 
     Raises:
         UsageError: If there is one.
@@ -204,7 +204,7 @@ def check_method(arguments: argparse.Namespace) -> None:
 
 
 def method(name: str, model: "nn.Module", *, layer: str | None = None, **settings: Any) -> Any:
-    """The attribution method over a model; settings that are None are its defaults.
+    """The attribution method over a model; settings that are None keep their defaults.
 
     Raises:
         ValueError: If the model has no such layer.
@@ -231,11 +231,11 @@ def attribution(
     """The attribution object for a method.
 
     Args:
-        attributes: What `method` gave.
+        attributes: The result of `method`.
         tokenizer: The model's tokenizer.
         attr_target: The value that is explained.
-        accelerator: Tells of the other processes; not for gradients and attention.
-        surrogate: As of `GenerationAttribution`; not for gradients and attention.
+        accelerator: The processes; not for gradients and attention.
+        surrogate: As for `GenerationAttribution`; not for gradients and attention.
     """
     from captum_llm_ext.attribution.attention import (
         AttentionRollout,

@@ -25,12 +25,12 @@ _HELP: dict[Kind, str] = {
     "save": "the whole result, for show and compare",
 }
 PICTURES: tuple[Kind, ...] = ("png", "svg", "pdf")
-# What a program that opens the file goes by.
+# File name endings by which other programs open them.
 _ENDINGS: dict[Kind, str] = {kind: f".{kind}" for kind in PICTURES}
 
 
 def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
-    """Adds options for files of these kinds."""
+    """Adds the options for files of these kinds."""
     group = parser.add_argument_group("what is written")
     for kind in kinds:
         group.add_argument(f"--{kind}", metavar="FILE", help=_HELP[kind])
@@ -43,12 +43,12 @@ def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
 
 
 def check_outputs(arguments: argparse.Namespace) -> None:
-    """Checks that files can be written, before anything costly is done.
+    """Checks that files can be written, before anything expensive.
 
     Raises:
-        UsageError: If two are the same file, one that stdout does not take is to go there, or a
-            name ends otherwise than what is written in it.
-        ValueError: If there is no folder to write one in.
+        UsageError: If two are the same file, one cannot be written to stdout, or a name has the
+            wrong ending.
+        ValueError: If the folder of one does not exist.
     """
     taken: dict[str, Kind] = {}
     for kind in _HELP:
@@ -82,14 +82,14 @@ def write_outputs(
     figure: Any,
     counterfactuals: Sequence[Any] = (),
 ) -> None:
-    """Prints the text, or JSON in its place, and writes the files.
+    """Prints the text, or JSON instead, and writes the files.
 
     Args:
         arguments: Options of `add_outputs`.
         found: A result or a comparison.
-        text: What is printed.
-        figure: Called for ``(figure, axes)`` if a picture is wanted.
-        counterfactuals: Of a result: they stand on its page and in its JSON.
+        text: The printed text.
+        figure: Returns ``(figure, axes)``; called if a picture is requested.
+        counterfactuals: Counterfactuals of a result, for its page and JSON.
     """
     more = {"counterfactuals": counterfactuals} if counterfactuals else {}
     wanted = {kind: getattr(arguments, kind, None) for kind in _HELP}
@@ -127,12 +127,12 @@ def write_picture(path: files.Path, figure: Any, kind: Kind = "png") -> None:
     try:
         figure.savefig(picture, dpi=150, bbox_inches="tight", format=kind)
     finally:
-        pyplot.close(figure)  # it can be written again in another kind
+        pyplot.close(figure)  # left open: it can be written again in another format
     files.write(path, picture.getbuffer())
 
 
 def _open(found: Any, name: str | None, more: Mapping[str, Any]) -> None:
-    """Shows the page in a browser, or says where it is."""
+    """Opens the page in a browser, or prints its location."""
     if name is None:
         name = os.path.join(tempfile.mkdtemp(prefix="captum-llm-ext-"), "answer.html")
         found.to_html(name, **more)

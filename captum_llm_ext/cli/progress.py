@@ -11,17 +11,17 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.cli.command import say
 from captum_llm_ext.model.scoring.progress import Listener, bar, duration
 
-# A run that takes less needs no advice.
+# A run of fewer seconds needs no advice. Chosen, not measured.
 _WORTH_ADVICE = 20.0
 
 
 class CheaperRun(NamedTuple):
-    """Another command that answers about the same question.
+    """Another command with about the same answer.
 
     Attributes:
-        options: What would be given.
-        share: Its evaluations as a share of those of this command; None where values decide.
-        means: What is different then.
+        options: Its options.
+        share: Its evaluations as a share of this command's; None if values decide.
+        means: The difference in the result.
     """
 
     options: str
@@ -30,19 +30,19 @@ class CheaperRun(NamedTuple):
 
 
 class DryRunEndError(Exception):
-    """Ends a dry run: everything asked for was printed."""
+    """Ends a dry run after its output."""
 
 
 class RunProgress:
-    """Prints the answer as soon as it is there, and an estimate after the first batch.
+    """Prints the answer as soon as it is generated, and an estimate after the first batch.
 
     Args:
-        model: Whose memory is shown; None for a model elsewhere.
+        model: The model whose memory is shown; None for a remote one.
         is_dry: Whether the run ends with the estimate, by a `DryRunEndError`.
-        is_quiet: Whether there is no bar, and no estimate that nobody asked for.
-        is_open: Whether what is announced at first is not all: the values decide what else is.
-        asks_model: Whether the model proposes what stands for absent words, which takes a while.
-        cheaper: Other commands, from the number of tokens of the answer.
+        is_quiet: Whether to show neither a bar nor an unrequested estimate.
+        is_open: Whether more work may be announced later, depending on values.
+        asks_model: Whether the model proposes replacements, which takes a while.
+        cheaper: Returns other commands for the number of tokens of the answer.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RunProgress:
         self._shows_estimate = is_dry or not is_quiet
         self._has_bar = not is_quiet
         self._bar: Listener | None = None
-        # What comes before the first batch, and whether it is going on.
+        # The phase before the first batch, if it is running.
         self._before: Listener | None = None
         self._is_before = False
         self._n_tokens = self._total = self._done = 0
@@ -73,7 +73,7 @@ class RunProgress:
         return self._n_tokens > 0
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
-        """Prints the answer, and whether it was cut."""
+        """Prints the answer, and whether it was truncated."""
         self._n_tokens = n_tokens
         say(f"answer: {one_line(text)}")
         if is_cut:
@@ -83,8 +83,8 @@ class RunProgress:
             )
 
     def begins(self, name: str, unit: str) -> None:
-        """Remembers what is counted; the bar comes with the first batch."""
-        if self._name:  # within the run: what it needs first
+        """Stores what is counted; the bar starts with the first batch."""
+        if self._name:  # within the run: a preparatory phase
             self._is_before = True
             self._before = bar() if self._has_bar else None
             if self._before is not None:
@@ -95,7 +95,7 @@ class RunProgress:
                 say("looking for what the model could have written in place of each part …")
 
     def announce(self, n: int) -> None:
-        """Counts what is to be done."""
+        """Adds to the work to be done."""
         if self._is_before:
             if self._before is not None:
                 self._before.announce(n)
@@ -128,12 +128,12 @@ class RunProgress:
             self._bar.advance(n)
 
     def note(self, text: str) -> None:
-        """Puts it behind the bar."""
+        """Sets the text after the bar."""
         if self._bar is not None:
             self._bar.note(text)
 
     def ends(self) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         if self._is_before:
             self._is_before = False
             if self._before is not None:
@@ -142,10 +142,10 @@ class RunProgress:
             self._bar.ends()
 
     def _print_estimate(self, each: float, n: int) -> None:
-        write = print if self._is_dry else say  # it is what a dry run gives
+        write = print if self._is_dry else say  # in a dry run, this is the output
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
-        # What a dry run has done is done again.
+        # The work of a dry run has to be repeated.
         whole = each * self._total if self._is_dry else left
         rest = (
             f"{duration(whole)} {'in all' if self._is_dry else 'more'}" if left else "which is all"
@@ -163,7 +163,7 @@ class RunProgress:
                 write(f"cheaper: {way.options}: {way.means}")
             else:
                 rows = max(1, round(way.share * self._total))
-                if each * rows >= whole:  # to begin anew would take longer than what is left
+                if each * rows >= whole:  # starting again would take longer than the rest
                     continue
                 write(f"cheaper: {way.options}: {rows}, {duration(each * rows)}; {way.means}")
 

@@ -16,7 +16,7 @@ from captum_llm_ext.text.segment.parts import Parts
 if TYPE_CHECKING:
     from captum_llm_ext.text.inputs import TextSegmentInput
 
-NESTED = ("paragraph", "sentence", "word")  # what a search goes down, if nothing else is said
+NESTED = ("paragraph", "sentence", "word")  # units of a search by default
 _QUESTION, _SYSTEM = "question", "system"
 _ROLES = "user,system"
 
@@ -26,8 +26,8 @@ def add_prompt(group: Any, *, is_required: bool, has_many: bool) -> None:
 
     Args:
         group: A parser or a group of its options.
-        is_required: Whether there is no other way to use the command.
-        has_many: Whether many prompts may be given in a file.
+        is_required: Whether a prompt is required.
+        has_many: Whether a file of many prompts is accepted.
     """
     prompt = group.add_mutually_exclusive_group(required=is_required)
     prompt.add_argument("--prompt", metavar="TEXT", help="what the model continues")
@@ -74,7 +74,7 @@ class Passages(Parts):
         self._texts = list(texts)
 
     def __call__(self, text: str) -> list[Span]:
-        """The passages and what follows them; a message without them is one part."""
+        """The passages and the text after them; a message without passages is one part."""
         spans: list[Span] = []
         at = 0
         for passage in self._texts:
@@ -88,15 +88,15 @@ class Passages(Parts):
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """The prompt, as the options give it.
+    """The prompt given by the options.
 
     Attributes:
-        text: The prompt; the last message's, of a chat that was made of one.
-        messages: Of a chat; None where the text is continued as it is.
-        tools: Of a chat.
-        roles: Whose messages are switched.
-        passages: Names and texts of what stands before the question.
-        is_many: Whether many are asked, each for itself a text or a chat.
+        text: The prompt, or the last message of a chat made of it.
+        messages: Messages of a chat; None if the text is continued directly.
+        tools: Tools of a chat.
+        roles: Roles whose messages are features.
+        passages: Names and texts of the passages before the question.
+        is_many: Whether there are many prompts, each a text or a chat.
     """
 
     text: str = ""
@@ -108,7 +108,7 @@ class PromptOptions:
 
     @property
     def n_turns(self) -> int:
-        """How many messages are switched; 0 of a text."""
+        """Number of messages that are features; 0 for a text."""
         messages = self.messages or ()
         return sum(
             isinstance(one, Mapping) and one.get("role") in self.roles
@@ -146,7 +146,7 @@ class PromptOptions:
         return "\n\n".join([*self.passages.values(), self.text])
 
     def note_template(self, tokenizer: Any, name: str) -> None:
-        """Prints a note if a chat model is given a text to continue."""
+        """Prints a note if a chat model is to continue a plain text."""
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if has_template and self.messages is None and not self.is_many and name != DEMO:
             note(
@@ -159,8 +159,8 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
     """The prompt from the options of `add_prompt`.
 
     Raises:
-        UsageError: If they contradict one another, or nothing is asked.
-        ValueError, OSError: If a file cannot be read, or holds no chat.
+        UsageError: If they contradict one another, or there is no prompt.
+        ValueError, OSError: If a file cannot be read, or contains no chat.
     """
     roles = [role.strip() for role in (arguments.roles or _ROLES).split(",")]
     is_many = getattr(arguments, "input", None) is not None
@@ -170,7 +170,7 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
             if getattr(arguments, option):
                 name = f"--{option.replace('_', '-')}"
                 raise UsageError(f"{name} would be ignored with {other}.")
-    if is_many:  # each says for itself what it is
+    if is_many:  # each record determines its own kind
         return PromptOptions(is_many=True, roles=roles)
     system = arguments.system
     if system is not None and not system.strip():
@@ -197,16 +197,16 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
 def units(
     given: str | None, *, n_turns: int = 0, has_passages: bool = False, is_nested: bool = False
 ) -> tuple[str, ...]:
-    """The units that ``--unit`` names, from coarse to fine.
+    """The units of ``--unit``, from coarse to fine.
 
     Args:
-        given: The option; None where it is not given.
-        n_turns: How many turns of a chat there are to switch; 0 of a text.
+        given: The option; None if not given.
+        n_turns: Number of turns of a chat that are features; 0 for a text.
         has_passages: Whether passages are the coarsest parts.
-        is_nested: Whether the method wants parts in parts.
+        is_nested: Whether the method needs nested units.
 
     Raises:
-        UsageError: If they are of no use here.
+        UsageError: If they do not apply.
     """
     if is_nested:
         unsaid = NESTED
@@ -238,8 +238,8 @@ def units(
         if whole in chosen[1:]:
             raise UsageError(f"--unit {given}: a {whole} is the largest part, and comes first.")
     if has_passages and first == "paragraph":
-        chosen = chosen[1:] or ("passage",)  # which are paragraphs themselves
-    # Turns are the coarsest level of a chat anyway.
+        chosen = chosen[1:] or ("passage",)  # passages are paragraphs themselves
+    # Turns are always the coarsest level of a chat.
     return chosen[1:] if len(chosen) > 1 and first == "turn" else chosen
 
 
@@ -249,7 +249,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
         if not text.strip():
             raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
         return text
-    # The line break that ends a file's last line is the editor's.
+    # The line break at the end of a file is the editor's.
     text = _text(arguments.prompt_file).removesuffix("\n").removesuffix("\r")
     if not text.strip():
         raise ValueError(f"the prompt in {arguments.prompt_file!r} is empty.")
@@ -257,7 +257,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 
 def _passages(names: Sequence[str]) -> dict[str, str]:
-    """Texts of files by name, with folders where names alone are ambiguous."""
+    """Texts of files by name, including folders if names are ambiguous."""
     if len({*names}) < len(names):
         raise UsageError("--context: a file is given twice.")
     short = [Path(name).name for name in names]

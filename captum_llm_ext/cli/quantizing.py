@@ -1,4 +1,4 @@
-"""--quantize: how the weights of a model are made smaller while it is loaded."""
+"""--quantize: quantization of a model's weights on loading."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _BITS: Mapping[str, Mapping[str, Any]] = {
 }
 _TORCHAO = "torchao:"
 _GIVE = f"give {', '.join(_BITS)}, {_TORCHAO}CLASS or a JSON object"
-# What transformers 5.23 loads a configuration's weights with: modules, and what is installed.
+# transformers 5.23: modules of configurations, and required packages.
 _NEEDS: Mapping[str, tuple[str, str]] = {
     "bitsandbytes": ("bitsandbytes", "bitsandbytes"),
     "torchao": ("torchao", "torchao"),
@@ -33,11 +33,11 @@ _NEEDS: Mapping[str, tuple[str, str]] = {
 
 
 def quantization(given: str | None) -> Any:
-    """The configuration that ``--quantize`` means; None where nothing is to be quantized.
+    """The configuration for ``--quantize``; None without it.
 
     Raises:
-        UsageError: If transformers knows no such one.
-        ValueError: If a package is missing that it needs.
+        UsageError: If transformers has no such configuration.
+        ValueError: If a required package is missing.
     """
     if given is None:
         return None
@@ -55,7 +55,7 @@ def quantization(given: str | None) -> Any:
         return AutoQuantizationConfig.from_dict(dict(config))
     except ImportError as error:
         raise ValueError(f"--quantize {given} needs another package: {error}") from error
-    except Exception as error:  # whatever a configuration says of what it is given
+    except Exception as error:  # configurations may raise anything for invalid arguments
         raise UsageError(f"--quantize {given}: {error}") from error
 
 
@@ -74,7 +74,7 @@ def _as_config(given: str) -> Mapping[str, Any]:
 
 
 def _of_torchao(name: str) -> Any:
-    """A configuration of torchao by the name of its class, with its defaults."""
+    """A torchao configuration by class name, with its defaults."""
     import torchao.quantization as known  # pyright: ignore[reportMissingImports]
     from transformers import TorchAoConfig
 
@@ -87,5 +87,5 @@ def _of_torchao(name: str) -> Any:
 def _is_there(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it is a part of
+    except ModuleNotFoundError:  # its parent package is missing too
         return False

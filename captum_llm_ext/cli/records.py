@@ -9,12 +9,12 @@ from captum_llm_ext.cli.job import Job, baselines_of
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
 
-# As many errors are shown; all of them are in files.
+# Number of errors shown; all of them are in files. Chosen, not measured.
 _SHOWN = 10
 
 
 def add_records(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--out``: the folder of results of many prompts."""
+    """Adds ``--out``: the folder of results for many prompts."""
     group = parser.add_argument_group(
         "many prompts",
         "One .safetensors per line of --input. Run again, the command goes on where it was. Under "
@@ -29,7 +29,7 @@ def check_records(arguments: argparse.Namespace) -> bool:
     """Whether many prompts are given.
 
     Raises:
-        UsageError: If an option would be ignored, or one is missing.
+        UsageError: If an option would have no effect, or one is missing.
         ValueError: If there is no such file.
     """
     if arguments.input is None:
@@ -59,7 +59,7 @@ def check_records(arguments: argparse.Namespace) -> bool:
 
 
 def run_records(arguments: argparse.Namespace) -> int:
-    """Attributes every line; returns 1 if one failed."""
+    """Attributes every record; returns 1 if one failed."""
     job = Job(arguments)
     baselines = baselines_of(arguments)
     from captum_llm_ext.attribution.dataset import attribute_dataset
@@ -88,7 +88,7 @@ def run_records(arguments: argparse.Namespace) -> int:
 
 
 def _write_lines(name: str, folder: Path) -> None:
-    """A line of JSON for each result, in the order of the prompts."""
+    """Writes a line of JSON per result, in the order of the prompts."""
     from captum_llm_ext.result import GenerationAttributionResult
 
     results = (

@@ -1,4 +1,4 @@
-"""What the options of a model behind an API name, made and asked."""
+"""Tokenizer, provider and attribution of a model behind an API, from options."""
 
 import argparse
 from collections.abc import Iterator
@@ -28,15 +28,15 @@ _ANTHROPIC = "https://api.anthropic.com/v1"
 
 
 def tokenizers_of(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The model's tokenizer (None if there is none), and the one that inputs are made with."""
+    """The model's tokenizer (None if there is none), and the one for inputs."""
     name = arguments.tokenizer
     own = None if name is None else load_tokenizer(Place(name, location(name)))
-    # Chats are sent as messages, to which the server's own template is put.
+    # Chats are sent as messages, to which the server applies its own template.
     return own, own if arguments.provider == "completions" else None
 
 
 def provider_of(arguments: argparse.Namespace, model: str) -> Any:
-    """The provider that the options name."""
+    """The provider selected by the options."""
     if arguments.provider == "anthropic":
         return AnthropicProvider(model, api_url=arguments.api or _ANTHROPIC)
     if arguments.provider == "completions":

@@ -18,7 +18,7 @@ _LEVELS = ("turn", "passage", "part", "example", *NAMED_UNITS)
 
 
 def add_level(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--level``: the parts of the prompt that causes are summed over."""
+    """Adds ``--level``: the parts of the prompt over which causes are summed."""
     parser.add_argument(
         "--level",
         metavar="UNIT",
@@ -31,12 +31,12 @@ def check_level(arguments: argparse.Namespace) -> None:
     """Checks the name of ``--level``.
 
     Raises:
-        UsageError: If it has no such name, or the prompt has no such parts.
+        UsageError: If there is no such level, or the prompt has no such parts.
     """
     level = arguments.level
     if level is not None and level not in _LEVELS:
         raise UsageError(f"--level {level}: give one of {', '.join(_LEVELS)}.")
-    # What a saved result has, its file tells.
+    # For a saved result, the file says which levels it has.
     if level == "passage" and not getattr(arguments, "context", True):
         raise UsageError("--level passage: passages are those of --context FILE…")
     of_chat = ("chat", "as_chat", "system", "context")
@@ -45,19 +45,19 @@ def check_level(arguments: argparse.Namespace) -> None:
 
 
 def report(result: "GenerationAttributionResult", k: int, level: str | None = None) -> str:
-    """The printed text of a result: causes at the level asked for, the table, sentences.
+    """The printed text of a result: causes at the requested level, the table, sentences.
 
     Args:
         result: The result.
-        k: Causes per token, at most.
-        level: As of `add_level`.
+        k: Maximum number of causes per token.
+        level: As for `add_level`.
     """
     columns = width()
     blocks = [result.table(k, paint=paint, width=columns)]
     if level is not None:
         try:
             blocks.insert(0, _by_level(result, level, columns))
-        except ValueError as error:  # which is no reason to lose what was computed
+        except ValueError as error:  # no reason to lose the computed result
             note(str(error))
             level = None
     sentences = in_options(result.narrative(level=level))
@@ -66,9 +66,9 @@ def report(result: "GenerationAttributionResult", k: int, level: str | None = No
 
 
 def _by_level(result: "GenerationAttributionResult", level: str, columns: int | None) -> str:
-    """What each part of the prompt does for the whole answer, a line each.
+    """One line per part of the prompt: its attribution for the whole answer.
 
-    Where most of the answer follows from its own words, its share in the end as well.
+    If the answer follows mostly from its own words, also its total share.
     """
     from captum_llm_ext.result.whole_answer import whole_answer_shares
 

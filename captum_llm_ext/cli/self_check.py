@@ -1,4 +1,4 @@
-"""Checks the values of a model on this machine, and which shortcuts scoring takes with it."""
+"""Checks a model's values on this machine, and which shortcuts scoring takes."""
 
 import logging
 from collections.abc import Generator, Sequence
@@ -22,34 +22,36 @@ _TEXT = (
     "music at a small school near the river and plays chess with her neighbours on Sundays."
 )
 _ANSWER = " They meet at the harbour and talk about the weather."
-_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8  # tokens: a look at a large model on a CPU takes seconds
-_SHORT_PROMPT, _SHORT_ANSWER = 8, 4  # for captum, which runs every row token by token
+# Tokens: checking a large model on a CPU takes seconds; chosen, not measured.
+_LONGEST_PROMPT, _LONGEST_ANSWER = 48, 8
+# For captum, which runs every row token by token; chosen, not measured.
+_SHORT_PROMPT, _SHORT_ANSWER = 8, 4
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the check found.
+    """The findings of the check.
 
     Attributes:
-        dtype: Of its weights.
-        n_rows: Distinct rows that were scored.
-        rounding: Nats that rounding explains in this dtype and model.
-        found: What `scoring.probe` found: how the model is asked follows from it.
-        noise_floor: Largest difference that batches alone make of a value, or what is drawn at
-            random; None where it is below float32 rounding.
-        whole_error: Largest difference of the package's values to one plain uncached forward per
-            row, where every row is computed whole.
-        shared: Share of the rows' positions that were computed with beginnings reused; None where
-            they are not.
-        shared_error: As `whole_error`, with beginnings reused; None where they are not.
-        why_not_shared: What scoring says about that, if anything.
-        no_copy_error: As `whole_error`, where rows attend to a beginning they have no copy of; None
-            where they do not.
-        packed_error: As `whole_error`, with rows packed in one sequence; None where they are not.
-        logits: What the model is asked logits of: ``"positions"``, ``"count"`` or None (all).
+        dtype: Dtype of the weights.
+        n_rows: Number of distinct rows scored.
+        rounding: Differences in nats that rounding explains for this dtype and model.
+        found: Findings of `model.probe`, which determine how the model is run.
+        noise_floor: Largest difference of a value due to batching, or to random draws; None if
+            below float32 rounding.
+        whole_error: Largest difference of the package's values to one plain uncached forward pass
+            per row, if every row is computed completely.
+        shared: Share of the rows' positions that were computed with prefix reuse; None without it.
+        shared_error: Like `whole_error`, with prefix reuse; None without it.
+        why_not_shared: Scoring's message on prefix reuse, if any.
+        no_copy_error: Like `whole_error`, if rows attend to a shared prefix without copies; None
+            otherwise.
+        packed_error: Like `whole_error`, with packed rows; None without packing.
+        logits: How logits of some positions are requested: ``"positions"``, ``"count"`` or None
+            (all).
         captum_error: Largest difference of an attribution between captum's default and captum
             without its cache; None if captum fails.
-        captum_failed: What it said then, or why it was not tried.
+        captum_failed: Its error, or why it was not tried.
     """
 
     dtype: str
@@ -69,35 +71,35 @@ class Probe:
 
     @property
     def is_right(self) -> bool:
-        """Whether the package's values are those of plain forwards, up to rounding."""
+        """Whether the package's values are those of plain forward passes, up to rounding."""
         others = (self.shared_is_exact, self.no_copy_is_exact, self.packed_is_exact)
         return self.whole_is_exact and False not in others
 
     @property
     def limit(self) -> float:
-        """Nats that values may lie from plain forwards, which may draw otherwise."""
+        """Allowed difference in nats from plain forward passes, which may draw differently."""
         if self.found.draws in (None, "seeded") or self.noise_floor is None:
             return self.rounding
         return max(self.rounding, self.noise_floor)
 
     @property
     def whole_is_exact(self) -> bool:
-        """Whether rows that are computed whole have the values of plain forwards."""
+        """Whether rows computed completely have the values of plain forward passes."""
         return self.whole_error <= self.limit  # False for NaN
 
     @property
     def shared_is_exact(self) -> bool | None:
-        """The same where beginnings are reused; None where they are not."""
+        """The same with prefix reuse; None without it."""
         return self._is_exact(self.shared_error)
 
     @property
     def no_copy_is_exact(self) -> bool | None:
-        """The same where beginnings are shared; None where they are not."""
+        """The same for shared prefixes; None without them."""
         return self._is_exact(self.no_copy_error)
 
     @property
     def packed_is_exact(self) -> bool | None:
-        """The same where rows are packed; None where they are not."""
+        """The same for packed rows; None without them."""
         return self._is_exact(self.packed_error)
 
     def _is_exact(self, error: float | None) -> bool | None:
@@ -105,7 +107,7 @@ class Probe:
 
     @property
     def captum_is_right(self) -> bool | None:
-        """The same of captum's own default; None if it fails."""
+        """The same for captum's default; None if it fails."""
         if self.captum_error is None:
             return None
         return (
@@ -113,7 +115,7 @@ class Probe:
         )  # an attribution is a difference of two values
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The fields as values that JSON can hold."""
         ways = ("whole_is_exact", "shared_is_exact", "no_copy_is_exact", "packed_is_exact")
         names = ("is_right", *ways, "captum_is_right")
         found = {"found": self.found.provenance(), "batched": not self.found.apart}
@@ -121,10 +123,10 @@ class Probe:
 
 
 def probe(model: Any, tokenizer: Any) -> Probe:
-    """Runs a model on some sixty short rows.
+    """Runs a model on about sixty short rows.
 
     Raises:
-        ValueError: If the tokenizer gives ids that the model does not have, or nothing at all.
+        ValueError: If the tokenizer gives ids outside the model's vocabulary, or none at all.
     """
     prompt, target = _ids(model, tokenizer)
     rows = _rows(prompt, target)
@@ -134,7 +136,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
     floor = plain.noise_floor(rows[0], wanted)
     found = plain.findings
     assert found is not None
-    # No overhead: whether sharing pays on rows this short is not the question.
+    # Overhead 0: the question is not whether sharing pays on such short rows.
     sharing = Scorer(model, overhead=0, reuse="copy")
     with _warnings_of("captum_llm_ext.model") as logged:
         shared = sharing.values(rows, wanted)
@@ -183,7 +185,7 @@ def _ids(model: Any, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
-    """The prompt, without each token, without each stretch from its middle: of many lengths."""
+    """The prompt, without each token, and without each span from its middle: of many lengths."""
     half = len(prompt) // 2
     prompts = [
         list(prompt),
@@ -200,9 +202,9 @@ def _rows(prompt: Sequence[int], target: Sequence[int]) -> list[TokenRow]:
 def _plain_values(
     model: Any, rows: Sequence[TokenRow], target: Tensor, *, apart: bool, seed: int | None
 ) -> Tensor:
-    """One uncached, unpadded forward per row, or per target token with nothing after it.
+    """One uncached, unpadded forward pass per row, or per target token with nothing after it.
 
-    A model that draws is given what the run gave it, where that can be seeded.
+    If the model draws at random, the seeds of the run are used, if possible.
     """
     arguments = _compat.uncached(model)
 
@@ -210,7 +212,7 @@ def _plain_values(
         given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)
         with drawn_again(seed, given):
             found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
-        return found if apart else found[-len(ids) :]  # without those of a soft prompt
+        return found if apart else found[-len(ids) :]  # without the logits of a soft prompt
 
     found: list[Tensor] = []
     for row in rows:
@@ -238,7 +240,7 @@ def _captum_error(
         if cached is None or right is None:
             return None, "it gives no attribution per token"
         return float((cached - right).abs().max()), None
-    except Exception as error:  # it is captum's default that is looked at: whatever it raises
+    except Exception as error:  # captum's default may raise anything
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 

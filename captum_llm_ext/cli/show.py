@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a table or the causes of a token, writes what is wanted."""
+    """Prints a table or the causes of a token, and writes the requested files."""
     check_outputs(arguments)
     check_level(arguments)
     if arguments.level is not None and arguments.token is not None:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _causes(result: "GenerationAttributionResult", token: str, k: int) -> str:
-    """The causes of one token or of several, one a line, whatever their errors."""
+    """The causes of one token or of several, one per line, whatever their errors."""
     from captum_llm_ext.result.foils import list_foils
 
     span = re.fullmatch(r"(-?\d+):(-?\d+)", token)

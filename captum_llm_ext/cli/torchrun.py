@@ -1,4 +1,4 @@
-"""The processes of ``torchrun``, if the command was started by it."""
+"""The processes of ``torchrun``, if it started the command."""
 
 import argparse
 import os
@@ -28,10 +28,10 @@ def accelerator() -> Any:
 
 
 def check_readable(arguments: argparse.Namespace) -> None:
-    """Checks that no input can be read by one process only.
+    """Checks that no input can be read by only one process.
 
     Raises:
-        UsageError: If several are to read one stdin.
+        UsageError: If several processes would read stdin.
     """
     for name in ("prompt_file", "chat"):
         if are_several() and getattr(arguments, name) == "-":

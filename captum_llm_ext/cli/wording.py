@@ -1,9 +1,9 @@
-"""Messages of the library in the words of the command line."""
+"""Translates the library's messages to the options of the command line."""
 
 import re
 from collections.abc import Mapping
 
-# What methods are called, and where they are.
+# Names of methods, and their classes.
 METHODS = {
     "ablation": "captum.attr:FeatureAblation",
     "inclusion": "captum_llm_ext.methods:FeatureInclusion",
@@ -24,7 +24,7 @@ METHODS = {
     "alti": "captum_llm_ext.attribution.attention:AttentionRollout",
     "projection": "captum_llm_ext.attribution.attention:AttentionRollout",
 }
-# Arguments whose option has another name, or that stand for several options.
+# Arguments whose option has another name, or that correspond to several options.
 _OPTIONS: Mapping[str, str] = {
     "do_sample": "--sample",
     "gen_args": "--max-new-tokens and the like",
@@ -49,10 +49,10 @@ _VALUES: Mapping[str, str] = {
     "CorpusBaselines": "--baselines corpus:FILE",
     "ModelBaselines": "--baselines model",
     "token_attr_se": "the numbers after ±",
-    # Of several names of one class the first.
+    # The first of several names of a class.
     **{path.partition(":")[2]: f"--method {name}" for name, path in reversed(METHODS.items())},
 }
-# What there is no option for is left out of a list of advice, with what leads to it.
+# Advice without an option is removed from messages, with its connecting words.
 _PHRASES = (
     (r",? or `feature_mask`", ""),
     (r"(?<=`tol`), `stop`(?= and )", ""),
@@ -73,10 +73,10 @@ _QUOTES = re.compile(r"[\"'() ]")
 
 
 def in_options(text: str) -> str:
-    """A message of the library with names of options in place of arguments.
+    """A message of the library with options instead of arguments.
 
     Args:
-        text: Names of arguments, classes and values stand between backticks in it.
+        text: The message; names of arguments, classes and values are in backticks.
     """
     for pattern, instead in _PHRASES:
         text = re.sub(pattern, instead, text)

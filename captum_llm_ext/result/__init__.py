@@ -1,4 +1,4 @@
-"""Results: attributions, their errors, and everything that is derived from them."""
+"""Results: attributions, their standard errors, and everything derived from them."""
 
 from captum_llm_ext.result.causes import Cause, Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.design import Design

@@ -1,4 +1,4 @@
-"""What was measured, in words: model, method, unit of the value, baselines, evaluations."""
+"""The settings of an attribution in words: model, method, unit, baselines, evaluations."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ _NATS = ("log_prob", "contrast", "log_odds")
 
 
 def header(result: "ResultNumbers") -> list[str]:
-    """Model, method, value and unit, absence, evaluations: what is known of these, in words."""
+    """Model, method, value and unit, absence, evaluations: those that are known, in words."""
     parts = (
         describe_model,
         describe_method,
@@ -74,7 +74,7 @@ def describe_value(result: "ResultNumbers") -> str:
 
 
 def describe_absence(result: "ResultNumbers") -> str:
-    """What replaced absent parts; empty if the result does not say."""
+    """What replaced absent parts; empty if unknown."""
     name = absence(result)
     if not name:
         return ""
@@ -84,11 +84,11 @@ def describe_absence(result: "ResultNumbers") -> str:
 
 
 def absence(result: "ResultNumbers") -> str:
-    """The prompt's baselines in a word; empty if unknown."""
+    """The name of the prompt's baselines; empty if unknown."""
     both: Any = result.provenance.get("absence")
     if isinstance(both, Mapping):
         return str(cast(Mapping[str, Any], both).get("prompt") or "")
-    name = result.provenance.get("absent")  # of gradients
+    name = result.provenance.get("absent")  # gradients
     if name == "baseline":
         name = result.provenance.get("baselines")
     return name if isinstance(name, str) and name != "nothing" else ""
@@ -105,8 +105,8 @@ def factor(nats: float, *, of_odds: bool = False) -> str:
     """``"119 times as probable"``, or of a contrast ``"119 times the odds"``.
 
     Args:
-        nats: A difference of logarithms.
-        of_odds: Whether it is about odds against foils.
+        nats: A difference of log-probabilities or log-odds.
+        of_odds: Whether it is a difference of log-odds against foils.
     """
     times = math.exp(min(abs(nats), 50.0))
     shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
@@ -118,5 +118,5 @@ def factor(nats: float, *, of_odds: bool = False) -> str:
 
 
 def is_in_nats(result: "ResultNumbers") -> bool:
-    """Whether a difference of values is a logarithm of a factor."""
+    """Whether a difference of values is the logarithm of a ratio."""
     return result.provenance.get("attr_target") in _NATS and unit_of(result) is not None

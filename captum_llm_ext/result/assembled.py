@@ -14,7 +14,7 @@ from captum_llm_ext.result.result import GenerationAttributionResult
 from captum_llm_ext.text.inputs import GeneratedText, Prompt
 
 
-@torch.inference_mode(False)  # what users get are ordinary tensors, copies of those found in it
+@torch.inference_mode(False)  # users get ordinary tensors, copies of those computed within
 def assembled(
     inp: InterpretableInput,
     prompt: Prompt,
@@ -32,32 +32,32 @@ def assembled(
     foils: Foils | None = None,
     foil_values: Tensor | None = None,
 ) -> GenerationAttributionResult:
-    """A result with the prompt's columns: captum's inputs have one per member of a group.
+    """A result with one column per prompt feature; captum's inputs have one per group member.
 
     Args:
-        inp: What the user gave as a prompt.
-        prompt, generated: Whose features they are. Those of the prompt come first; of the generated
-            ones the last may be missing, for no token comes after it.
-        solution: What was found of every feature.
-        joint: Attributions of the target's joint probability ``(n_features,)``, where that is what
-            `seq_attr` explains. None: it is the sum over target tokens.
+        inp: The user's input.
+        prompt, generated: The prompt and the target as features. The prompt's come first; the last
+            generated feature may be missing, since no token follows it.
+        solution: Attributions of all features.
+        joint: Attributions of the target's joint probability ``(n_features,)``, if `seq_attr`
+            explains it. None: `seq_attr` is the sum over target tokens.
         masks: Bool ``(n_coalitions, n_prompt_features + n_output_features)``.
         values: ``(n_coalitions, n_target)``.
         draws: ``(n_coalitions,)``.
-        n_evaluations: Distinct rows that the model was run on.
-        like: A tensor of the device and the type that all numbers get.
-        provenance: Its ``"attr_target"`` tells what a value is.
+        n_evaluations: Number of distinct rows scored.
+        like: A tensor with the device and dtype of all numbers.
+        provenance: Its ``"attr_target"`` names the kind of value.
         design: How the coalitions were planned.
-        foils: What target tokens were held against.
-        foil_values: Log-probabilities of the foils of each together, ``(n_coalitions, n_target)``;
-            the first coalition has every feature.
+        foils: The foils of a contrast.
+        foil_values: Log-probability of all foils of each target token together, ``(n_coalitions,
+            n_target)``; the first coalition is the full one.
     """
     n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
     columns = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
     full = solution.full_values
     probabilities = {"log_prob": full.exp, "prob": full.clone}.get(provenance["attr_target"])
     if foil_values is not None:
-        # The model's own are the last ones, where others are a surrogate's.
+        # With a surrogate, the model's own coalitions come last.
         correction = None if design is None else design.correction
         probabilities = (full + foil_values[-correction.n if correction else 0]).exp
 
@@ -109,10 +109,10 @@ def assembled_without_coalitions(
     provenance: Mapping[str, Any],
     foils: Foils | None = None,
 ) -> GenerationAttributionResult:
-    """The result of a method without coalitions: `masks` and `values` hold full and empty only.
+    """The result of a method without coalitions: `masks` and `values` hold only full and empty.
 
     Args:
-        inp, prompt, generated, solution, joint, n_evaluations, like, provenance, foils: As of
+        inp, prompt, generated, solution, joint, n_evaluations, like, provenance, foils: As for
             `assembled`.
     """
     n_features = prompt.n_features + generated.n_features
@@ -134,11 +134,11 @@ def assembled_without_coalitions(
 
 
 def numbers_of(model: nn.Module, device: torch.device | str) -> Tensor:
-    """A tensor like the numbers of its results: float64 for float64 models, otherwise float32.
+    """An empty tensor with the dtype of results: float64 for float64 models, otherwise float32.
 
     Args:
         model: The model.
-        device: Where it reads its ids.
+        device: The model's input device.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     is_double = parameter is not None and parameter.dtype == torch.float64

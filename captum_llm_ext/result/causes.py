@@ -1,4 +1,4 @@
-"""Attributions of single features, of spans of the answer, of groups and of redundant pairs."""
+"""Attributions of single features, spans of the answer, groups and redundant pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,29 +17,29 @@ _UNITS = {
     "contrast": "nats against foils",
     "attention": "share",
 }
-_MOST_NAMES = 3  # of the columns of one feature
+_MOST_NAMES = 3  # names shown of a feature's columns; chosen, not measured
 
 
 def unit_of(result: Any) -> str | None:
     """Unit of a result's attributions; None if unknown."""
     value = str(result.provenance.get("attr_target"))
-    # The slope of a value has another unit than the value.
+    # A gradient has another unit than the value.
     is_slope = result.provenance.get("unsigned") and value != "attention"
     return None if is_slope else _UNITS.get(value)
 
 
 class Cause(NamedTuple):
-    """One feature's share in a target token.
+    """One feature's attribution for a target token or a span.
 
     Attributes:
         name: The feature.
-        attribution: In the unit of the value (nats for log-probabilities).
-        standard_error: 0 where the attribution is exact, NaN where it cannot be told.
-        column: Of `full_attr`.
-        is_output: Whether it is earlier output, not a part of the prompt.
-        is_unsigned: Whether the attribution is a size, which neither raises nor lowers.
-        label: What it is shown as, where that is not its name: ``"the #4"``, ``"·est"``.
-        is_marked: Whether it is told from nothing (`GenerationAttributionResult.marked`).
+        attribution: The attribution, in the unit of the value (nats for log-probabilities).
+        standard_error: 0 if the attribution is exact, NaN if unknown.
+        column: Column of `full_attr`.
+        is_output: Whether it is earlier output, rather than part of the prompt.
+        is_unsigned: Whether the attribution is a magnitude without a sign.
+        label: Displayed name, if it differs from `name`: ``"the #4"``, ``"·est"``.
+        is_marked: Whether it is significant (`GenerationAttributionResult.marked`).
     """
 
     name: str
@@ -58,8 +58,8 @@ class Cause(NamedTuple):
         """``"lawyer. +5.07 ± 0.05"``.
 
         Args:
-            where: Said behind the name.
-            most: Columns that the name may take at most.
+            where: Text after the name.
+            most: Maximum width of the name.
         """
         name = one_line((self.label or self.name).strip())
         name = name if any(map(str.isalnum, name)) else repr(self.label or self.name)
@@ -76,17 +76,17 @@ def strongest(
     k: int,
     features: Sequence[int] | None = None,
 ) -> list[Cause]:
-    """The strongest causes in two blocks: `k` in the prompt, then `k` in the output before.
+    """The strongest causes in two blocks: `k` in the prompt, then `k` in earlier output.
 
-    Each by falling magnitude; zeros are no causes.
+    Each by decreasing magnitude; zeros are left out.
 
     Args:
         names: One per column.
         attributions, errors: Shape ``(n_columns,)``.
         n_prompt: Columns of the prompt, which come first.
-        k: How many at most in each block.
-        features: Per column its feature. Columns of one feature are one cause, by their names
-            together: captum's groups have the group's score at each member.
+        k: Maximum number in each block.
+        features: Feature of each column. Columns of one feature are one cause with joined names:
+            captum's groups repeat the group's score at each member.
 
     Raises:
         ValueError: If `k` is below 1.
@@ -120,16 +120,16 @@ def joined_name(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class SpanAttribution:
-    """Attributions of the target tokens from `start` up to `stop`, summed.
+    """Attributions summed over the target tokens from `start` up to `stop`.
 
     Attributes:
-        start, stop: The span; `stop` is the token after it.
+        start, stop: The span; `stop` is exclusive.
         tokens: Printable names of its tokens.
         names: One per column of the result's `full_attr`.
         values: Attributions ``(n_columns,)``, in the unit of the value, summed over the span.
         standard_errors: Same shape.
-        n_prompt: Columns of the prompt, which come first.
-        features: Per column its feature: columns of one feature are one cause.
+        n_prompt: Number of prompt columns, which come first.
+        features: Feature of each column; columns of one feature are one cause.
     """
 
     start: int
@@ -142,7 +142,7 @@ class SpanAttribution:
     features: Sequence[int] | None = None
 
     def top(self, k: int = 5) -> list[Cause]:
-        """The `k` strongest causes in the prompt, then those in the output before; no zeros."""
+        """The `k` strongest causes in the prompt, then those in earlier output; no zeros."""
         found = self.values, self.standard_errors
         return strongest(self.names, *found, self.n_prompt, k, self.features)
 
@@ -152,13 +152,13 @@ class SpanAttribution:
 
 
 class UnresolvedGroup(NamedTuple):
-    """Features whose group was not split everywhere, and the total that they share equally.
+    """Features whose group was not split for every token, and the total that they share equally.
 
     Attributes:
-        names: Of the features.
-        columns: Of `full_attr`.
-        attributions: Shape ``(n_target,)``: what was shared evenly among them; a part of what
-            their columns hold.
+        names: Names of the features.
+        columns: Their columns of `full_attr`.
+        attributions: The total shared equally among them, ``(n_target,)``; part of the values in
+            their columns.
     """
 
     names: list[str]
@@ -171,11 +171,11 @@ class Redundancy(NamedTuple):
 
     Attributes:
         target: Position of the target token.
-        names: Of the two features.
-        columns: Of `full_attr`.
-        alone: What is lost without the first, and without the second, in the unit of the value.
-        together: What is lost without both.
-        z_score: Of ``together`` less the sum of ``alone``, in standard errors; infinite where every
+        names: Names of the two features.
+        columns: Their columns of `full_attr`.
+        alone: Loss without the first, and without the second, in the unit of the value.
+        together: Loss without both.
+        z_score: ``together`` minus the sum of ``alone``, in standard errors; infinite if every
             coalition was scored.
     """
 

@@ -1,4 +1,4 @@
-"""Estimates from the first coalitions alone, to show convergence."""
+"""Estimates from the first coalitions only, to show convergence."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,33 +8,32 @@ import torch
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.result.refit import Evidence
 
-# Share of the coalitions that the first estimate is made of, where that is more than one coalition
-# a feature (at the usual 16 a feature it is not): five doublings before the last, with errors six
-# times as wide. Earlier ones would flatten the rest of the drawing.
+# Share of the coalitions in the first estimate, if that exceeds one coalition per feature (not at
+# the default 16 per feature): five doublings before the last, with errors six times as large.
+# Earlier ones would flatten the rest of the plot. Chosen, not measured.
 _SMALLEST_SHARE = 1 / 32
 
 
 def earlier(
     evidence: Evidence, tokens: Sequence[int], n_estimates: int = 8
 ) -> list[tuple[int, Solution]]:
-    """Solutions of the first coalitions alone; the model is not called.
+    """Solutions from the first coalitions only; the model is not called.
 
-    Coalitions that only make sense together (an order and its reverse, a coalition and its
-    complement, one repetition of an enumeration) are added together. What says what the full and
-    the empty coalition are worth is there from the start.
+    Coalitions that belong together (an order and its reverse, a coalition and its complement, one
+    repetition of an enumeration) are added together. The full and empty coalitions are included
+    from the start.
 
     Args:
         evidence: All coalitions.
         tokens: The target tokens to solve.
-        n_estimates: How many answers at most; each comes from about as many times more coalitions
-            than the one before it.
+        n_estimates: Maximum number of estimates; numbers of coalitions grow geometrically.
 
     Returns:
-        Number of coalitions and solution, whose rows are those of `tokens`. The answer from all
-        coalitions is not among them.
+        Pairs of a number of coalitions and a solution with one row per entry of `tokens`. The
+        solution from all coalitions is not included.
 
     Raises:
-        ValueError: If there is no part of the coalitions to solve.
+        ValueError: If no part of the coalitions can be solved.
     """
     if evidence.design.correction is not None:
         raise ValueError(
@@ -44,7 +43,7 @@ def earlier(
     chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")
     scope = replace(evidence.scope.part(chosen), n_sharing=0)
     values = evidence.values[:, chosen.to(evidence.values.device)]
-    if evidence.design.options.get("law") == "uniform":  # that these are few is the point
+    if evidence.design.options.get("law") == "uniform":  # few coalitions are intended here
         options = {**evidence.design.options, "warns": False}
         evidence = replace(evidence, design=replace(evidence.design, options=options))
     found: list[tuple[int, Solution]] = []
@@ -61,7 +60,7 @@ def earlier(
 
 
 def _cuts(evidence: Evidence) -> list[int]:
-    """Numbers of leading rows that can be solved, without that of all rows."""
+    """Numbers of leading rows that can be solved, except that of all rows."""
     design, draws = evidence.design, evidence.draws[evidence.design.n_anchors :].cpu()
     enumerates = design.solved in ("exact", "leave-one-out", "exact Owen values")
     steps = draws.diff()
@@ -87,7 +86,7 @@ def _counts(cuts: Sequence[int], evidence: Evidence, n_estimates: int) -> list[i
     """Some of the cuts, evenly spaced on a logarithmic scale."""
     n_anchors, n_features = evidence.design.n_anchors, evidence.design.n_features
     n_rows = len(evidence.masks) - n_anchors
-    # Fewer rows than features say little, and their standard errors less.
+    # With fewer rows than features, estimates and their standard errors mean little.
     first = min(max(n_features, round(_SMALLEST_SHARE * n_rows)), n_rows)
     wanted = [n_anchors + first * (n_rows / first) ** (i / n_estimates) for i in range(n_estimates)]
     return sorted({min(cuts, key=lambda cut: abs(cut - count)) for count in wanted})

@@ -1,4 +1,4 @@
-"""What a result tells beside its numbers, as plain data: names, causes in two blocks, sentences."""
+"""Descriptions of a result as plain data: names, causes in two blocks, sentences."""
 
 import math
 from collections.abc import Sequence
@@ -24,21 +24,23 @@ from captum_llm_ext.text.inputs import Piece
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
-_MOST = 3  # causes per block
-_MOST_SENTENCES = 3  # of the answer whose errors are told exactly: each takes tenths of a second
+_MOST = 3  # causes per block; chosen, not measured
+# Sentences of the answer with exact errors of sums, each of which takes tenths of a second; chosen,
+# not measured.
+_MOST_SENTENCES = 3
 
 
 def descriptions(result: "ResultNumbers") -> dict[str, Any]:
-    """What ``to_dict()`` has in words.
+    """The descriptive part of ``to_dict()``.
 
     Returns:
-        ``about``: model, method, unit, absence, evaluations. ``labels``: names that tell columns
-        and tokens apart. ``marked_beyond``: see there. ``causes``: per part of the answer its
-        ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in the
-        ``prompt`` and in the ``answer`` before it. ``summary``: the same of the whole answer by
-        the largest parts of the prompt, and their ``level``; None where values do not add up.
-        ``narrative``: sentences. ``in_the_end``: shares of the whole answer through its own words
-        (`WholeAnswerShares`), None where there are none.
+        ``about``: model, method, unit, absence, evaluations. ``labels``: unique names of columns
+        and tokens. ``marked_beyond``: as the attribute of results. ``causes``: per part of the
+        answer its ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in
+        the ``prompt`` and in the ``answer`` before it. ``summary``: the same for the whole answer,
+        by the largest parts of the prompt, and their ``level``; None if values do not add up.
+        ``narrative``: sentences. ``in_the_end``: total shares of the whole answer
+        (`WholeAnswerShares`), or None.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -61,7 +63,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
 
 
 def reading_aids(result: "ResultNumbers") -> dict[str, Any]:
-    """What a page shows beside levels: ``answer_unit``, and ``around`` of fragments."""
+    """Further display data of a page: ``answer_unit``, and ``around`` of word fragments."""
     prompt, output = (
         _around(pieces, n)
         for pieces, n in (
@@ -73,9 +75,9 @@ def reading_aids(result: "ResultNumbers") -> dict[str, Any]:
 
 
 def part_sums(result: "ResultNumbers") -> list[dict[str, Any]]:
-    """Errors of parts for the whole answer and its first sentences, as ``sums`` of a page.
+    """Standard errors of sums for the whole answer and its first sentences, as ``sums`` of a page.
 
-    Where coalitions are a sample: solving them again without a part of them tells.
+    By a jackknife over sampled coalitions.
     """
     if not adds_up(result) or bool(result.full_attr_se.isnan().any()):
         return []
@@ -107,7 +109,7 @@ def part_sums(result: "ResultNumbers") -> list[dict[str, Any]]:
 
 
 def _around(pieces: Sequence[Piece], n: int) -> list[list[str]]:
-    """Per column the rest of the word that it is a fragment of, before it and after."""
+    """Per column the rest of the word that it is a fragment of, before and after."""
     found = [["", ""] for _ in range(n)]
     for _, run in groupby(pieces, key=lambda piece: piece.role):
         own = list(run)

@@ -1,4 +1,4 @@
-"""How the coalitions of an attribution were planned and solved, as files hold it."""
+"""How the coalitions of an attribution were planned and solved, as stored in files."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,15 +16,15 @@ class Design:
     """Everything needed to solve the coalitions of an attribution again.
 
     Attributes:
-        planned: Name of the estimator whose law the coalitions follow.
+        planned: Name of the estimator whose distribution the coalitions follow.
         solved: Name of the estimator that solved them, a key of `refit.SOLVERS`.
-        options: Its options, such as the nesting of Owen values.
-        n_features: Columns of the masks that were switched.
+        options: Its options, such as the hierarchy of Owen values.
+        n_features: Number of players: columns of the masks that vary.
         n_anchors: See `Plan`.
         n_visible, required: See `Scope`.
-        columns: Per prompt column of the result its feature.
-        deterministic: Whether a coalition is worth the same every time.
-        correction: Which of the coalitions say what a surrogate misses, if the others are its.
+        columns: Feature of each prompt column of the result.
+        deterministic: Whether a coalition has the same value every time.
+        correction: Which coalitions estimate the difference to a surrogate, if one was used.
         unchanging: See `Scope`.
     """
 
@@ -41,9 +41,9 @@ class Design:
     unchanging: list[int] = field(default_factory=list[int])
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers and text that JSON can hold."""
+        """The fields as JSON values."""
         data = asdict(self)
-        if self.correction is None:  # as releases before it wrote and read
+        if self.correction is None:  # as earlier releases wrote and read it
             del data["correction"]
         if not self.unchanging:
             del data["unchanging"]
@@ -51,7 +51,7 @@ class Design:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Design":
-        """What `to_dict` gave, or JSON made of it."""
+        """Restores a design from the dictionary of `to_dict`, also after JSON."""
         design = cls(**data)
         design = replace(design, options=design.read_options(design.options))
         if (given := data.get("correction")) is not None:
@@ -61,7 +61,7 @@ class Design:
         return design
 
     def read_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a solver, converted back from JSON."""
+        """Options of a solver, restored from JSON."""
         options = dict(options)
         if "tree" in options:
             is_of_prompt = self.solved == "hierarchical search"
@@ -76,7 +76,7 @@ class Design:
 
     @property
     def scope(self) -> Scope:
-        """Features that each target token can depend on."""
+        """The features that each target token can depend on."""
         return Scope(
             torch.tensor(self.n_visible, dtype=torch.int64, device="cpu"),
             torch.tensor(self.required, dtype=torch.int64, device="cpu"),

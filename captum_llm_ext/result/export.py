@@ -1,4 +1,4 @@
-"""A result for other tools: plain data, JSON, a page, pandas, shap."""
+"""Exports of a result: plain data, JSON, HTML page, pandas, shap."""
 
 import json
 import os
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 
 _DICT_FORMAT = 1
 _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'."
-# What is another number where another value is explained.
+# Numbers that change with the kind of value.
 _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
 _TOLD_OF_IT = ("about", "marked_beyond")
-_UNEXPLAINED = 0.01  # share of full - empty beyond which a sum is no longer called one
+# Share of full - empty that attributions may miss and still be called a sum; chosen, not measured.
+_UNEXPLAINED = 0.01
 
 
 class ExportedResult(DrawnResult):
-    """What a result is in other tools."""
+    """Conversions of a result for other tools."""
 
     def to_html(
         self,
@@ -45,14 +46,14 @@ class ExportedResult(DrawnResult):
         title: str | None = None,
         counterfactuals: Iterable[Any] = (),
     ) -> str:
-        """One self-contained page: text, attributions on hover, nothing from the network.
+        """One self-contained HTML page: text, attributions on hover, no network access.
 
         Args:
-            path: Where to write it, if anywhere.
+            path: File to write, if any.
             title: Title of the page.
-            counterfactuals: What would have changed the answer, as
-                `GenerationAttribution.counterfactuals` finds it, of the same input and target; or
-                the ``to_dict()`` of such. An iterator is read to its end.
+            counterfactuals: Counterfactuals of the same input and target, from
+                `GenerationAttribution.counterfactuals`, or their ``to_dict()``. An iterator is
+                exhausted.
 
         Returns:
             The page.
@@ -89,7 +90,7 @@ class ExportedResult(DrawnResult):
         return {**self.to_dict(), **read, "sums": self._sums(read)}
 
     def _sums(self, read: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Errors of what a page adds up, where they can be told."""
+        """Standard errors of the sums on a page, if known."""
         if self._is_of_gradients:
             errors, n_prompt = self.full_attr_se, len(self.input_tokens)
             is_sum = self.provenance.get("attr_target") != "prob"
@@ -107,7 +108,7 @@ class ExportedResult(DrawnResult):
         return found + [e for e in part_sums(whole) if (e["side"], e["level"]) not in known]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the coalitions, as lists, numbers and text that JSON can hold."""
+        """Everything but the coalitions, as values that JSON can hold."""
         return {
             "format": _DICT_FORMAT,
             "prompt": [p.to_dict() for p in self.prompt_pieces],
@@ -144,16 +145,16 @@ class ExportedResult(DrawnResult):
     def to_json(
         self, path: str | os.PathLike[str] | None = None, *, indent: int | None = None
     ) -> str:
-        """What `to_dict` tells, as JSON: every number, but not the coalitions.
+        """The content of `to_dict` as JSON: all numbers, but not the coalitions.
 
-        `save` keeps those as well, and reads them back.
+        `save` and `load` keep the coalitions as well.
 
         Args:
-            path: Where to write it as UTF-8, if anywhere.
+            path: File to write in UTF-8, if any.
             indent: Spaces per level; None: all on one line.
 
         Returns:
-            The JSON. Numbers that are not finite are null.
+            The JSON. Non-finite numbers become null.
         """
         text = json.dumps(
             finite(self.to_dict()), ensure_ascii=False, allow_nan=False, indent=indent
@@ -166,16 +167,15 @@ class ExportedResult(DrawnResult):
         """The attributions as a ``pandas.DataFrame``.
 
         Args:
-            layout: ``"long"``: a row for every target token and everything that can be a cause of
-                it, with the columns ``position`` and ``token`` (of the target), ``source``
-                (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
-                ``attribution`` and ``standard_error``, ``marked`` (whether it is told from noise)
-                and ``token_name`` and ``feature_name``, which no two things share. ``"wide"``: a
-                row per target token, a column per feature, named by source, column and feature:
-                `full_attr` with its names.
+            layout: ``"long"``: a row for every target token and possible cause, with the columns
+                ``position`` and ``token`` (of the target), ``source`` (``"prompt"`` or
+                ``"output"``), ``column`` (of `full_attr`), ``feature``, ``attribution`` and
+                ``standard_error``, ``marked`` (whether it is significant), and the unique
+                ``token_name`` and ``feature_name``. ``"wide"``: a row per target token, a column
+                per feature, named by source, column and feature, as `full_attr`.
 
         Returns:
-            The frame. Later output, which cannot be a cause, is left out of the long one and 0 in
+            The frame. Later output, which cannot be a cause, is omitted in the long layout and 0 in
             the wide one.
 
         Raises:
@@ -226,8 +226,8 @@ class ExportedResult(DrawnResult):
         """The result as a ``shap.Explanation``, for shap's plots.
 
         ``shap.plots.text(e)`` shows the answer token by token, ``shap.plots.waterfall(e[:, t])``,
-        ``shap.plots.bar(e[:, t])`` and others one target token. Earlier output is among the
-        features; columns of one feature (captum's groups) are one.
+        ``shap.plots.bar(e[:, t])`` and others one target token. Features include earlier output;
+        columns of one feature (captum's groups) are merged.
 
         Returns:
             Values ``(n_features, n_target)`` with their standard errors as ``error_std``, the empty
@@ -289,7 +289,7 @@ class ExportedResult(DrawnResult):
         return possible
 
     def _column_texts(self) -> list[str]:
-        """Per column the text that it shows, white space included; its name where that is known."""
+        """The text of each column, white space included; its name if the text is unknown."""
         n_prompt, texts = len(self.input_tokens), [""] * len(self._column_names)
         shown: list[tuple[int, Sequence[Piece]]] = [
             (0, self.prompt_pieces),
@@ -303,7 +303,7 @@ class ExportedResult(DrawnResult):
 
 
 def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Links of chains by every level of the prompt, with errors of shares; None without chains."""
+    """Edges of causal chains at every prompt level, with standard errors of shares; or None."""
     names = [finest_level(result), *(level["name"] for level in levels)]
     found = totals(result, names)
     return {
@@ -312,7 +312,7 @@ def _totals(result: Any, levels: Sequence[Mapping[str, Any]]) -> dict[str, Any] 
 
 
 def lists(tensor: "Tensor | None") -> Any:
-    """Nested lists, None for what is not finite: JSON has no NaN."""
+    """Nested lists, with None for non-finite numbers, since JSON has no NaN."""
     if tensor is None:
         return None
     if tensor.dim() > 1:

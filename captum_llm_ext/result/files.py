@@ -1,4 +1,4 @@
-"""Results as files: safetensors, with everything that is no tensor as JSON in its metadata.
+"""Results as files: safetensors, with everything but the tensors as JSON in its metadata.
 
 A file of format 5 holds
 
@@ -7,17 +7,16 @@ A file of format 5 holds
 * in the metadata ``captum_llm_ext``: a JSON object with ``format``, ``input_tokens``,
   ``output_tokens``, ``output_features``, ``prompt_pieces`` and ``output_pieces`` (per piece
   ``[text, column]``, the column null for fixed text, or ``[text, column, role]`` where someone said
-  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``,
-  ``foil_tokens`` and ``provenance``;
-* in the metadata ``sha256``: a digest of both, so that a damaged file is told from a good one.
+  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``, ``foil_tokens``
+  and ``provenance``;
+* in the metadata ``sha256``: a digest of both, so that damage is detected.
 
-Any reader of safetensors reads it; nothing in it is ever executed. Format 4 had no foils. Format 3
-was the same, but its first readers know no roles: files with roles have had a number of their own
-since. Format 2 had no digest and no roles, format 1 no ``design`` either, and at first no
-``levels``. All are read, by their own rules; a file of a format above this is refused as one of a
-later version. Without a digest some damage cannot be told, for most numbers are written once. So
-formats 1 and 2 are read for those alone who ask for it; what is written twice is compared then, and
-a warning says that this is all.
+Any safetensors reader can open it; nothing in it is ever executed. Format 4 had no foils. Format 3
+equals format 4, whose number is new because the first readers of format 3 reject roles. Format 2
+had no digest and no roles, format 1 also no ``design``, and at first no ``levels``. All are read by
+their own rules; a higher format raises an error. Without a digest not all damage can be detected,
+since most numbers are stored once: formats 1 and 2 are only read on request; redundant numbers are
+then compared, and a warning is raised.
 """
 
 import json
@@ -69,14 +68,14 @@ _TENSORS = (
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
 _IDS = ("target", "draws", "foils")
-_MOST = 2**63  # what an int64 holds
+_MOST = 2**63  # the range of int64
 _ROLES_SINCE = 3  # some files of format 3 have them
 
 
 def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
-    """Writes a result.
+    """Writes a result atomically.
 
-    The file is there whole or, if writing fails, as it was before.
+    If writing fails, an existing file is unchanged.
 
     Raises:
         TypeError, ValueError: If JSON cannot hold its provenance.
@@ -106,20 +105,20 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
 
 
 def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bool = False) -> T:
-    """Reads a result from a file that `write` made, in this version or an earlier one.
+    """Reads a result from a file of this or an earlier version.
 
     Args:
         path: The file.
-        make: The result's class; called with what was written, by the names of its fields.
-        unverified: Whether formats without a digest are read.
+        make: The result's class; called with the stored fields by name.
+        unverified: Whether to read formats without a digest.
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is damaged, no result, of a later format, or of one without a digest
-            and `unverified` is false.
+        ValueError: If the file is damaged, not a result, of a later format, or has no digest and
+            `unverified` is false.
 
     Warns:
-        UserWarning: If its format has no digest, so that not all damage can be told.
+        UserWarning: If its format has no digest, so that not all damage is detected.
     """
     tensors, rest = tensor_file.read(path, KIND)
     version = rest.pop("format")
@@ -152,7 +151,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
     Raises:
         OSError: If there is no such file, or it cannot be read.
-        ValueError: If the file is torn, no result, or of a later format.
+        ValueError: If the file is truncated, not a result, or of a later format.
     """
     found = tensor_file.read_rest(path, KIND).get("provenance") or {}
     if not isinstance(found, dict):
@@ -161,7 +160,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """The error for a file whose parts make no result."""
+    """The error for a file whose parts do not form a result."""
     said = str(error) or type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
 
@@ -180,7 +179,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
     """Checks that the tensors fit together.
 
     Raises:
-        ValueError, LookupError: If it does not.
+        ValueError, LookupError: If they do not.
     """
     n_target, n_prompt = len(rest["output_tokens"]), len(rest["input_tokens"])
     n_output = None if rest["output_features"] is None else len(rest["output_features"])
@@ -223,10 +222,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
 
 
 def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
-    """How many foils a token has at most.
+    """The maximum number of foils of a token.
 
     Raises:
-        ValueError, LookupError, TypeError: If the foils' names are not as many as their ids.
+        ValueError, LookupError, TypeError: If the numbers of foils' names and ids differ.
     """
     names, ids = rest["foil_tokens"], tensors["foils"]
     each = [_list_of(str, {"foil_tokens": own}, "foil_tokens") for own in names]
@@ -239,7 +238,7 @@ def _check_rest(rest: Mapping[str, Any], version: int) -> None:
     """Checks the types of everything beside the tensors.
 
     Raises:
-        ValueError, LookupError, TypeError: If something is not.
+        ValueError, LookupError, TypeError: If a type is wrong.
     """
     n_columns = len(_list_of(str, rest, "input_tokens"))
     _list_of(str, rest, "output_tokens")
@@ -284,7 +283,7 @@ def _check_pieces(rest: Mapping[str, Any], version: int) -> None:
     """Checks the pieces of a text.
 
     Raises:
-        ValueError, LookupError, TypeError: If one is not.
+        ValueError, LookupError, TypeError: If one is invalid.
     """
     for name, columns in (("prompt_pieces", "input_tokens"), ("output_pieces", "output_features")):
         n_columns = None if rest[columns] is None else len(rest[columns])

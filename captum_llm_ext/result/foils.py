@@ -1,4 +1,4 @@
-"""Foils of a result: their names, and values converted between contrast and log-probability."""
+"""Foils of a result: their names, and conversions between contrasts and log-probabilities."""
 
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +16,12 @@ _OTHER = {"contrast": "log_prob", "log_prob": "contrast"}
 
 
 def list_foils(result: "ResultNumbers", token: int, k: int = 3) -> str:
-    """``"Oslo, Rome, Madrid, …"``; empty where a token is held against nothing.
+    """``"Oslo, Rome, Madrid, …"``; empty if the token has no foils.
 
     Args:
         result: The result.
         token: Position of the target token.
-        k: How many foils are told at most.
+        k: Maximum number of foils listed.
     """
     if result.foil_tokens is None or result.provenance.get("attr_target") != "contrast":
         return ""
@@ -31,7 +31,7 @@ def list_foils(result: "ResultNumbers", token: int, k: int = 3) -> str:
 
 
 def against_same(attribution: A, result: "ResultNumbers") -> A:
-    """The attribution, if it explains a contrast with the foils that a result has."""
+    """The attribution, if it explains a contrast with the result's foils."""
     if result.foils is None or not isinstance(attribution.attr_target, Contrast):
         return attribution
     other = copy(attribution)
@@ -40,15 +40,15 @@ def against_same(attribution: A, result: "ResultNumbers") -> A:
 
 
 def foil_ids(result: "ResultNumbers") -> list[list[int]] | None:
-    """Ids of the foils, where the values are about them."""
+    """Ids of the foils, if values are contrasts with them."""
     is_contrast = result.provenance.get("attr_target") == "contrast"
     return result.foils.tolist() if is_contrast and result.foils is not None else None
 
 
 def other_value(result: A) -> A | None:
-    """The value by log-probability of a contrast, and the contrast of a log-probability.
+    """The attribution of the log-probability for a contrast, and vice versa.
 
-    None where the coalitions do not tell it.
+    None if the coalitions do not determine it.
     """
     other = _OTHER.get(str(result.provenance.get("attr_target")))
     design = result.design

@@ -1,11 +1,10 @@
-"""Total influence on a token: direct influence, passed on from token to token.
+"""Total influence on a token: direct influence, propagated from token to token.
 
-Attributions say what led to a token directly. What of it stands in the answer was itself led to by
-something: followed back to the prompt, all of it is shared out among the prompt's features.
-As in CAGE (arXiv 2512.15663): with ``G`` the non-negative influence of earlier
-output and ``A`` that of the prompt, rows of both together summing to 1, the total is
-``(I - G)^-1 A``. Pure functions of tensors; those up to `passed_back` take further axes in front,
-such as one of draws.
+Attributions give the direct causes of a token. Causes within the answer have causes themselves:
+followed back to the prompt, all influence is distributed over the prompt's features. As in CAGE
+(arXiv 2512.15663): with ``G`` the non-negative influence of earlier output and ``A`` that of the
+prompt, rows of both together summing to 1, the total is ``(I - G)^-1 A``. Pure functions of
+tensors; those up to `passed_back` accept further leading axes, such as one of draws.
 """
 
 import heapq
@@ -16,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Chance that an answer has a cause that is none, by the normal law of all candidates' errors: one
-# candidate has to exceed 1.64 of them, two 1.96, ten 2.58, a hundred 3.29. Two are asked for at
-# least, which decides for one or two candidates only. A smaller chance drops weak links.
+# Probability that an answer has a false cause, under a normal distribution of all candidates'
+# errors: the threshold is 1.64 standard errors for one candidate, 1.96 for two, 2.58 for ten, 3.29
+# for a hundred, and at least two, which matters for one or two candidates only. A smaller
+# probability drops weak links. The usual level, not measured.
 _CHANCE, _LEAST_ERRORS = 0.05, 2.0
 
 
@@ -28,11 +28,11 @@ class Influence:
 
     Attributes:
         prompt: float64 ``(n_nodes, n_prompt)``.
-        output: float64 ``(n_nodes, n_output)``. Rows of both together sum to 1, or to 0 where
-            nothing in particular led to the node.
-        strength: ``(n_nodes,)``: what was kept of the node's attributions, in their unit.
-        negative: ``(n_nodes,)``: share of the attributions' sizes that was left out for its sign.
-        uncertain: ``(n_nodes,)``: share that was left out as within its error.
+        output: float64 ``(n_nodes, n_output)``. Rows of both together sum to 1, or to 0 if the node
+            has no significant cause.
+        strength: ``(n_nodes,)``: sum of the kept attributions, in their unit.
+        negative: ``(n_nodes,)``: share of absolute attributions omitted because they are negative.
+        uncertain: ``(n_nodes,)``: share omitted because it is within its error.
     """
 
     prompt: Tensor
@@ -43,7 +43,7 @@ class Influence:
 
     @property
     def has_cause(self) -> Tensor:
-        """Whether something in particular led to the node, bool ``(n_nodes,)``."""
+        """Whether the node has a significant cause, bool ``(n_nodes,)``."""
         return self.strength > 0
 
 
@@ -52,12 +52,11 @@ def kept(attributions: Tensor, errors: Tensor, noise: Tensor, floor: float) -> T
 
     Args:
         attributions: Shape ``(n_nodes, n_columns)``.
-        errors: Their standard errors: what lies within two of them counts as nothing, or within as
-            many more as one column in twenty answers would exceed by chance: chains pass through
-            all rows, so that a false cause of one is one of others. NaN, where errors are unknown,
-            tells nothing.
-        noise: Size up to which an attribution may be rounding, ``(n_nodes, 1)`` or a number.
-        floor: Below this sum nothing in particular led to a node.
+        errors: Their standard errors. An attribution must exceed two of them, or as many more as
+            one column in twenty answers exceeds by chance: chains pass through all rows, so a false
+            cause of one propagates to others. NaN (unknown) imposes no threshold.
+        noise: Magnitude up to which an attribution may be rounding, ``(n_nodes, 1)`` or a number.
+        floor: A node whose attributions sum to less has no cause.
     """
     candidates = (attributions != 0).sum((-2, -1), keepdim=True).clamp_min(1)
     beyond = torch.special.ndtri(1 - _CHANCE / candidates.double()).clamp_min(_LEAST_ERRORS)
@@ -71,8 +70,8 @@ def influence(attributions: Tensor, keep: Tensor, n_prompt: int) -> Influence:
 
     Args:
         attributions: Shape ``(n_nodes, n_prompt + n_output)``.
-        keep: As of `kept`. What is negative counts as nothing all the same.
-        n_prompt: Columns of the prompt, which come first.
+        keep: As returned by `kept`. Negative attributions are omitted in any case.
+        n_prompt: Number of prompt columns, which come first.
     """
     attributions = attributions.double()
     sizes = attributions.abs()
@@ -97,9 +96,9 @@ def total_influence(features: Influence) -> tuple[Tensor, Tensor]:
         features: Influence on the output's features, whose ``output`` is strictly lower triangular.
 
     Returns:
-        Shares of the prompt's features ``(n_output, n_prompt)``, and of the output's own
-        ``(n_output, n_output)``: those that nothing in particular led to, where chains begin. Both
-        together sum to 1 in every row.
+        Shares of the prompt's features ``(n_output, n_prompt)``, and of output features
+        ``(n_output, n_output)`` without a cause, at which chains begin. Both together sum to 1 in
+        every row.
     """
     n, n_prompt = features.strength.shape[-1], features.prompt.shape[-1]
     unit = torch.eye(n, dtype=features.prompt.dtype, device=features.prompt.device)
@@ -112,15 +111,15 @@ def total_influence(features: Influence) -> tuple[Tensor, Tensor]:
 
 
 def passed_back(nodes: Influence, features: Influence) -> tuple[Tensor, Tensor]:
-    """Total influence on each node: direct, and through earlier features of the output.
+    """Total influence on each node: direct, and through earlier output features.
 
     Args:
         nodes: Influence on tokens.
-        features: Influence on the features of the output that they may depend on.
+        features: Influence on the output features that they may depend on.
 
     Returns:
-        Shares ``(n_nodes, n_prompt)`` and ``(n_nodes, n_output)`` as of `total_influence`. Rows
-        sum to 1 where something in particular led to the token, and to 0 elsewhere.
+        Shares ``(n_nodes, n_prompt)`` and ``(n_nodes, n_output)`` as for `total_influence`. Rows
+        sum to 1, or to 0 for a token without a cause.
     """
     of_prompt, of_output = total_influence(features)
     return nodes.prompt + nodes.output @ of_prompt, nodes.output @ of_output
@@ -130,12 +129,11 @@ class Chain(NamedTuple):
     """A path from a feature to a node.
 
     Attributes:
-        share: Of all that led to the node: the product of the shares along the way.
-        begins_in_prompt: Whether it begins in the prompt; else at a feature of the output that
-            nothing in particular led to.
+        share: Share in the node's total influence: the product of the shares along the path.
+        begins_in_prompt: Whether it begins in the prompt; otherwise at an output feature without a
+            cause.
         first: The feature that it begins with.
-        through: The features of the output that it goes through, in reading order, the first one
-            not included.
+        through: The output features that it passes, in reading order, without the first one.
     """
 
     share: float
@@ -145,17 +143,17 @@ class Chain(NamedTuple):
 
 
 def strongest_chains(row: Influence, node: int, features: Influence, k: int) -> list[Chain]:
-    """The paths with the largest shares in the total influence on a node, the strongest first.
+    """The paths with the largest shares in the total influence on a node, strongest first.
 
     Args:
         row: Influence on nodes.
-        node: The one whose chains are wanted.
+        node: Index of the node.
         features: Influence on the output's features.
-        k: How many at most.
+        k: Maximum number of paths.
     """
     prompt, output = features.prompt.tolist(), features.output.tolist()
     has_cause = features.has_cause.tolist()
-    # Per feature its strongest chains: those of earlier ones are known when a later one asks.
+    # Strongest chains per feature: those of earlier features are known when a later one needs them.
     found: list[list[Chain]] = []
     for feature, caused in enumerate(has_cause):
         if caused:
@@ -186,12 +184,12 @@ def flow_towards(row: Influence, node: int, features: Influence) -> Influence:
 
     Args:
         row: Influence on nodes.
-        node: The node.
+        node: Index of the node.
         features: Influence on the output's features.
 
     Returns:
-        The influence on the output's features, each edge times what of the node passes through the
-        feature it leads to. Its last row is that of the node itself.
+        The influence on the output's features, each edge multiplied by the share of the node's
+        influence that passes through the feature it leads to. The last row is the node's own.
     """
     n = len(features.strength)
     passes = torch.zeros(n, dtype=row.output.dtype, device=row.output.device)

@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
 _TEMPLATE = "template"
-_UNITS = ("paragraph", "sentence", "word")  # what readers know, from coarse to fine
+_UNITS = ("paragraph", "sentence", "word")  # units that readers know, from coarse to fine
 
 
 def page_levels(result: "ResultNumbers") -> dict[str, Any]:
     """Levels, and standard errors of their sums, as a page gets them beside ``to_dict()``.
 
     Returns:
-        ``levels``: the result's, and those of a reader (words, sentences, paragraphs) that its
-        features nest in. ``output_levels``: the same for the target tokens. ``unresolved``: the
-        columns of each group that was not told apart.
+        ``levels``: the result's, and words, sentences and paragraphs if features nest in them.
+        ``output_levels``: the same for the target tokens. ``unresolved``: the columns of each group
+        that was not split.
     """
     return {
         "levels": prompt_levels(result),
@@ -38,7 +38,7 @@ def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[in
         name: The level's name: ``"word"``, ``"turn"``…
 
     Returns:
-        The names of its parts, and the part that each column is in.
+        The names of its parts, and the index of each column's part.
 
     Raises:
         ValueError: If there is no such level.
@@ -55,17 +55,17 @@ def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[in
 
 
 def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
-    """Levels above the features themselves, from coarse to fine, as `page_levels` tells them."""
+    """Levels above the features themselves, from coarse to fine, as in `page_levels`."""
     known = [
         {"name": level.name, "parts": level.parts, "part_of": level.part_of}
         for level in result.levels
     ]
     n = len(result.input_tokens)
     unit = result.provenance.get("unit")
-    # A result of another package's numbers may have no coalitions.
+    # Results built from another package's numbers may have no coalitions.
     n_columns = result.masks.shape[1] if result.masks.ndim == 2 else n
     n_features = n_columns - len(result.output_features or ())
-    # Where columns are copies of one feature's score, as captum has it, sums would count it twice.
+    # If columns are copies of one feature's score, as in captum, sums would count it repeatedly.
     for name in () if 0 < n_features < n else _UNITS:
         if name == unit or any(level["name"] == name for level in known):
             continue
@@ -84,23 +84,23 @@ def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
 
 
 def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
-    """Per level, from coarse to fine, the part that each target token is in: runs of tokens.
+    """Per level, from coarse to fine, the part of each target token: runs of tokens.
 
-    The levels are those that readers know, and the unit of the output's features.
+    The levels are words, sentences and paragraphs, and the unit of the output's features.
     """
     pieces = result.output_pieces
     known: list[dict[str, Any]] = []
     n_features = 1 + max((p.feature for p in pieces if p.feature is not None), default=-1)
     for name in _UNITS:
         part_of = _numbered(_parts(pieces, name))
-        # A generated feature is a column of its own: one that reaches over two parts has no place.
+        # A generated feature is a column of its own: one that spans two parts fits no level.
         if n_features and _per_feature(pieces, part_of, n_features) is None:
             continue
         said = {
             part for piece, part in zip(pieces, part_of, strict=True) if not _is_template(piece)
         }
         same = [level for level in known if level["part_of"] == part_of]
-        if same:  # a line of one sentence is called a sentence, and one of one word a word
+        if same:  # a line of one sentence is called a sentence, and one of a single word a word
             same[0]["name"] = name
         elif len(said) > 1 and _is_new(part_of, len(pieces), known):
             known.append({"name": name, "part_of": part_of})
@@ -122,10 +122,10 @@ def _is_new(part_of: Sequence[int], n: int, known: Sequence[Mapping[str, Any]]) 
 
 
 def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
-    """The word, sentence… that each piece is in; None where it is in several.
+    """The word, sentence, … of each piece; None if it spans several.
 
-    What no one said stands between parts, each such piece by itself; where the speaker changes, a
-    part ends, also in templates that put nothing between messages.
+    Text of a template separates parts, each such piece by itself; a change of speaker also ends a
+    part, even in templates without text between messages.
     """
     found: list[int | None] = []
     n = 0
@@ -140,7 +140,7 @@ def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
         starts = [start for start, _ in spans]
         position = 0
         for text in texts:
-            # White space belongs to what follows it, in spans as in pieces.
+            # White space belongs to the following text, in spans as in pieces.
             first = position + (len(text) - len(text.lstrip()) if text.strip() else 0)
             last = position + max(len(text.rstrip()) - 1, 0)
             position += len(text)
@@ -151,7 +151,7 @@ def _parts(pieces: Sequence[Piece], unit: str) -> list[int | None]:
 
 
 def _per_feature(pieces: Sequence[Piece], parts: Sequence[int | None], n: int) -> list[int] | None:
-    """The part that each feature is in, from 0; None where one is in several, or in none."""
+    """The part of each feature, from 0; None if a feature is in several, or in none."""
     part_of: dict[int, int] = {}
     for piece, part in zip(pieces, parts, strict=True):
         if piece.feature is None:
@@ -162,7 +162,7 @@ def _per_feature(pieces: Sequence[Piece], parts: Sequence[int | None], n: int) -
 
 
 def _numbered(parts: Sequence[int | None]) -> list[int]:
-    """The parts renumbered from 0 in order of appearance; each None is a part of its own."""
+    """Parts renumbered from 0 in order of appearance; each None becomes a part of its own."""
     numbers: dict[object, int] = {}
     return [
         numbers.setdefault(("alone", i) if part is None else part, len(numbers))

@@ -1,23 +1,23 @@
-"""Which attributions differ significantly from zero, corrected for their number."""
+"""Which attributions differ significantly from zero, corrected for multiple testing."""
 
 import torch
 from torch import Tensor
 
-_FALSE_DISCOVERIES = 0.05  # expected share of zeros among what is marked
+_FALSE_DISCOVERIES = 0.05  # the usual false discovery rate
 
 
 def marked_beyond(values: Tensor, errors: Tensor) -> float:
     """Number of standard errors beyond which a value differs significantly from zero.
 
-    Of a thousand values that are nothing, fifty lie beyond 1.96 standard errors. This bound keeps
-    the expected share of such ones among all that lie beyond it below a twentieth (Benjamini and
-    Hochberg 1995, section 3.1, with normal tails).
+    Of a thousand true zeros, fifty exceed 1.96 standard errors. This threshold keeps the expected
+    share of true zeros among all values beyond it below 5 % (Benjamini and Hochberg 1995, section
+    3.1, with normal tails).
 
     Args:
-        values, errors: Of the same shape. Errors that are 0 or NaN test nothing.
+        values, errors: Of the same shape. Values whose error is 0 or NaN are not tested.
 
     Returns:
-        At least 1.96, which is right for a single value.
+        At least 1.96, the threshold for a single value.
     """
     tested = (errors > 0) & values.isfinite()
     sizes = (values[tested].abs().double() / errors[tested].double()).cpu()

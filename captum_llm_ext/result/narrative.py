@@ -17,8 +17,12 @@ from captum_llm_ext.result.whole_answer import WholeAnswerShares, whole_answer_s
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
-_MOSTLY = 0.5  # share of what raises beyond which one cause is most of it
-_ADDS_UP = 0.01  # share of full - empty that attributions may miss and still be said to add up
+# Share of the positive attributions beyond which one cause is called most of them; chosen, not
+# measured.
+_MOSTLY = 0.5
+# Share of full - empty that attributions may miss and still be called complete; chosen, not
+# measured.
+_ADDS_UP = 0.01
 _MOST_FOILS, _MOST_ENDS = 3, 3
 _ANSWER = 60
 _MEASURED = {
@@ -36,13 +40,13 @@ def sentences(
     level: str | None = None,
     reading: Reading | None = None,
 ) -> list[str]:
-    """What led to a span of the answer, how that was measured, and how sure it is.
+    """What led to a span of the answer, how it was measured, and how certain it is.
 
     Args:
         result: The result.
-        start, stop: The span; `stop` is the token after it.
-        level: Of the prompt; None: the coarsest with at least two parts.
-        reading: If the caller has one of this level.
+        start, stop: The span; `stop` is exclusive.
+        level: Level of the prompt; None: the coarsest with at least two parts.
+        reading: A `Reading` at this level, if the caller has one.
     """
     read = reading or Reading(result, level)
     if stop - start > 1 and not adds_up(result):
@@ -68,7 +72,7 @@ def sentences(
 
 
 def _quoted_once(told: Sequence[str], level: str) -> list[str]:
-    """A part that was quoted goes by its number afterwards."""
+    """Refers to a part by its number once it has been quoted."""
     known: set[str] = set()
 
     def shorter(match: re.Match[str]) -> str:
@@ -99,7 +103,7 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
 
 
 def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
-    """What an answer that follows from its own words goes back to."""
+    """Sentences on the total causes of an answer that follows mostly from its own words."""
     subject = "it"
     if end.is_first:
         subject = subject_of(result, 0, len(result.output_tokens))
@@ -197,7 +201,7 @@ def _in_the_answer(
     whole = float(result.full_attr[rows].sum())
     prompt = float(result.full_attr[rows, : len(result.input_tokens)].sum())
     gained = float((result.full_values - result.empty_values)[rows].sum())
-    if abs(whole - gained) > _ADDS_UP * abs(gained):  # as of leave-one-out
+    if abs(whole - gained) > _ADDS_UP * abs(gained):  # e.g. for leave-one-out
         return []
     told = f"{gained:,.1f} {unit or ''}".strip()
     return [
@@ -209,7 +213,7 @@ def _in_the_answer(
 def _without_the_first(
     result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
 ) -> list[str]:
-    """What was measured with the first cause alone absent, if that was among the coalitions."""
+    """The measured value without the strongest cause, if this coalition was scored."""
     target = result.provenance.get("attr_target")
     marked = [cause for cause in blocks.prompt if cause.is_marked and cause.attribution > 0]
     if stop - start > 1 or not marked or target not in ("contrast", "log_prob", "prob"):
@@ -238,7 +242,7 @@ def _without_the_first(
 def _rows_without(
     result: "ResultNumbers", read: Reading, cause: Cause, token: int
 ) -> torch.Tensor | None:
-    """The coalitions in which all that comes before a token is present but the cause."""
+    """Coalitions in which everything before a token is present except the cause."""
     if result.design is None or not len(result.masks):
         return None
     part = read.prompt.part_of[cause.column]

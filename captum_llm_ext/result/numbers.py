@@ -1,4 +1,4 @@
-"""The numbers of a result: what was found of each token and feature, and what follows from it."""
+"""The numbers of a result: attributions of each token and feature, and what follows from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ from captum_llm_ext.text.inputs import Level, Piece
 
 
 class Names(NamedTuple):
-    """Names that a reader tells apart: fragments are seen to be such, those that are alike counted.
+    """Unique display names: word fragments are marked, and equal names are numbered.
 
     Attributes:
-        prompt: Of the columns of `token_attr`.
-        output: Of the columns of `output_attr`.
-        tokens: Of the target tokens.
+        prompt: Names of the columns of `token_attr`.
+        output: Names of the columns of `output_attr`.
+        tokens: Names of the target tokens.
     """
 
     prompt: list[str]
@@ -39,7 +39,7 @@ class Names(NamedTuple):
 
 
 class ResultNumbers(LLMAttributionResult):
-    """What `GenerationAttributionResult` holds, which tells of each of its attributes."""
+    """The data of `GenerationAttributionResult`, whose docstring describes each attribute."""
 
     def __init__(
         self,
@@ -92,20 +92,20 @@ class ResultNumbers(LLMAttributionResult):
         self.draws = draws
         self.target = target
         self.prompt_pieces = list(prompt_pieces)
-        # Where the output was held fixed no piece of it has a column.
+        # If the output was held fixed, its pieces have no columns.
         fixed = output_attr is None
         self.output_pieces = [replace(p, feature=None) if fixed else p for p in output_pieces]
         self.levels = list(levels)
         self.design = design
         self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
-        # What takes up to seconds is found once.
+        # Cached, since it can take seconds.
         self._replicates: dict[tuple[int, int], Tensor | None] = {}
         self._moved: dict[tuple[int, int], Tensor | None] = {}
 
     @property
     def full_attr(self) -> Tensor:
-        """Prompt and output side by side, shape ``(T, P + G)``."""
+        """Prompt and output attributions side by side, shape ``(T, P + G)``."""
         attr = cast(Tensor, self.token_attr)
         return attr if self.output_attr is None else torch.cat([attr, self.output_attr], dim=1)
 
@@ -117,20 +117,20 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def fixed_attr(self) -> Tensor | None:
-        """What fixed text, such as BOS and a chat template, adds to each value, shape ``(T,)``.
+        """The contribution of fixed text, such as BOS and a chat template, shape ``(T,)``.
 
-        In the unit of the attributions, for methods that give every token a share: part of
-        `empty_values`. None for others.
+        In the unit of the attributions, for methods that attribute to every token; part of
+        `empty_values`. None for other methods.
         """
         return self._per_token("fixed_attr")
 
     @property
     def fixed_share(self) -> Tensor | None:
-        """The part of fixed text in what all tokens add, by absolute value, shape ``(T,)``."""
+        """The share of fixed text in all contributions, by absolute value, shape ``(T,)``."""
         return self._per_token("fixed_share")
 
     def _per_token(self, name: str) -> Tensor | None:
-        """Numbers of provenance, one per target token."""
+        """Numbers from the provenance, one per target token."""
         known = self.provenance.get(name)
         if known is None:
             return None
@@ -138,34 +138,34 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def converged(self) -> bool | None:
-        """Whether `tol` or `stop` was met; None if none was given."""
+        """Whether the rule of `tol` or `stop` was met; None without a rule."""
         return self.provenance.get("converged")
 
     @property
     def settled(self) -> tuple[bool, ...] | None:
-        """Of which target tokens `stop` was met, or of the whole answer; None if none was given."""
+        """For which target tokens (or for the whole answer) `stop` was met; None without it."""
         found = self.provenance.get("settled")
         return None if found is None else tuple(found)
 
     @property
     def rung(self) -> str | None:
-        """How values were found behind an API that tells less than log-probabilities of prompts."""
+        """How an API scored, if it did not report log-probabilities of prompts."""
         return self.provenance.get("rung")
 
     @property
     def value_interval(self) -> Tensor | None:
-        """Between what `values` lie, shape ``(2, n_coalitions, T)``: lower and upper ends.
+        """Lower and upper bounds of `values`, shape ``(2, n_coalitions, T)``.
 
-        Surely, where tokens are censored; at two standard errors, where answers are sampled.
-        Infinite where there is no bound. None where values are simply known.
+        Guaranteed bounds if tokens are censored; two standard errors if answers are sampled.
+        Infinite if there is no bound. None if values are known.
         """
         return self._interval("value_interval")
 
     @property
     def token_attr_interval(self) -> Tensor | None:
-        """Between what `token_attr` surely lies, shape ``(2, T, P)``.
+        """Guaranteed bounds of `token_attr`, shape ``(2, T, P)``.
 
-        None where values are known, or where the estimator is not linear in them.
+        None if values are known, or if the estimator is not linear in them.
         """
         return self._interval("token_attr_interval")
 
@@ -181,17 +181,17 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def noise_floor(self) -> Tensor | None:
-        """How far rounding alone moves the value of each target token, shape ``(T,)``.
+        """How far rounding alone changes the value of each target token, shape ``(T,)``.
 
-        Measured on rows of the run, computed in other batches and alone, for models in half
-        precision, quantised ones, and others whose values depend on the batch. None where float32
-        rounds no more than it should, which is far below any attribution.
+        Measured on rows of the run, recomputed in other batches and alone, for models in half
+        precision, quantised models, and others whose values depend on the batch. None for ordinary
+        float32 rounding, which is far below any attribution.
         """
         return self._per_token("noise_floor")
 
     @property
     def below_noise(self) -> Tensor:
-        """Which attributions of `full_attr` may be rounding, bool ``(T, P + G)``."""
+        """Which attributions of `full_attr` may be rounding error, bool ``(T, P + G)``."""
         floor = self.noise_floor
         if floor is None:
             return torch.zeros_like(self.full_attr, dtype=torch.bool)
@@ -199,30 +199,30 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def marked_beyond(self) -> float:
-        """How many standard errors an attribution must exceed to be told from zero.
+        """Number of standard errors that an attribution must exceed to be significant.
 
-        More than 1.96 where many are looked at: at most a twentieth of what is marked is expected
-        to be nothing (Benjamini and Hochberg 1995).
+        More than 1.96, to correct for many tests: at most 5 % of what is marked is expected to be
+        zero (Benjamini and Hochberg 1995).
         """
         return marked_beyond(self.full_attr, self.full_attr_se)
 
     @property
     def marked(self) -> Tensor:
-        """Which attributions of `full_attr` are told from zero, bool ``(T, P + G)``.
+        """Which attributions of `full_attr` differ significantly from zero, bool ``(T, P + G)``.
 
-        Not those of unknown error, and none that rounding could have made.
+        False for unknown errors, and for what may be rounding error.
         """
         size, errors = self.full_attr.abs(), self.full_attr_se
-        # What is compared with NaN is false.
+        # Comparisons with NaN are false.
         return (size > 0) & (size >= self.marked_beyond * errors) & ~self.below_noise
 
     @property
     def names(self) -> Names:
-        """Names to show: ``"·est #4"`` is the fourth of its kind and goes on a word."""
+        """Display names: ``"·est #4"`` is the fourth of its name, and continues a word."""
         n_prompt, n_output = len(self.input_tokens), len(self.output_features or ())
         tokens = [piece.text for piece in self.output_pieces] or [""] * len(self.output_tokens)
         output = self.output_features or []
-        # A token that is a feature of its own has the token's name in both places.
+        # A token that is a feature by itself has the same name in both places.
         own = [piece.feature for piece in self.output_pieces] == list(range(n_output))
         shown = numbered_where_alike(fragment_names(self.output_tokens, tokens))
         return Names(
@@ -237,31 +237,31 @@ class ResultNumbers(LLMAttributionResult):
     def errors_unknown(self) -> Tensor:
         """Which attributions of `full_attr` are estimates of unknown error, bool ``(T, P + G)``.
 
-        A single pair of orders tells none, nor does a lasso, a single draw of a random baseline, or
-        a method that is run through its own ``attribute``: nothing tells these from noise.
+        A single pair of orders gives no error, nor does a lasso, a single draw of a random
+        baseline, or a method that runs through its own ``attribute``.
         """
         return self.full_attr_se.isnan() & (self.full_attr != 0)
 
     def attribute_span(self, start: int, stop: int | None = None) -> "SpanAttribution":
-        """What made the model write several target tokens: no model call is needed.
+        """Attributions of several target tokens together; the model is not called.
 
-        The attributions of the span's tokens are added up, each to what came before that token.
-        For log-probabilities that explains the probability of the span as a whole.
+        The attributions of the span's tokens are summed, each to the features before that token.
+        For log-probabilities this explains the probability of the whole span.
 
         Args:
             start: The first target token.
-            stop: The one after the last; by default a span of one token. Negative numbers count
-                from the end, as in a slice.
+            stop: One past the last; by default a span of one token. Negative numbers count from the
+                end, as in a slice.
 
         Returns:
-            One attribution per column of `full_attr`. The standard errors take into account that
-            the tokens share their coalitions; where the span's tokens stand in several generated
-            words, those of the words' parts are added up, which is an upper bound, and so are
-            those of gradients. None is larger than the errors of the tokens together.
+            One attribution per column of `full_attr`. Standard errors include the covariance of
+            tokens that share coalitions. If the span covers several generated words, the errors of
+            the words' parts are summed, which is an upper bound; likewise for gradients. No error
+            exceeds the sum of the tokens' errors.
 
         Raises:
-            ValueError: If the span is empty, or the values are probabilities, whose sum means
-                nothing.
+            ValueError: If the span is empty, or the values are probabilities, whose sum has no
+                meaning.
         """
         rows = self._rows(start, stop)
         n_tokens = rows.stop - rows.start
@@ -271,20 +271,20 @@ class ResultNumbers(LLMAttributionResult):
                 '`result.refit(attr_target="log_prob")`.'
             )
         errors = self.full_attr_se[rows].sum(0)
-        if not self._is_of_gradients:  # whose draws are not kept: their sum is what it can be
+        if not self._is_of_gradients:  # its draws are not kept, so the sum is the upper bound
             exact = self._evidence().span_errors([range(rows.start, rows.stop)])
             errors = capped(torch.cat([part[0] for part in self._split(exact)]), errors)
         return self._span(rows, self.full_attr[rows].sum(0), errors)
 
     def position(self, token: int | str) -> int:
-        """The place of a target token, from 0.
+        """The position of a target token, from 0.
 
         Args:
             token: Its position, negative ones from the end; or its name, as in `output_tokens` or
-                as it is shown (`names`).
+                as displayed (`names`).
 
         Raises:
-            ValueError: If there is no such token, or there are several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         n_target = len(self.output_tokens)
         if isinstance(token, int):
@@ -304,11 +304,11 @@ class ResultNumbers(LLMAttributionResult):
         return found[0]
 
     def replicates(self, start: int, stop: int) -> Tensor | None:
-        """What a span's attributions would be without a part of the draws, part by part.
+        """Jackknife replicates of a span's attributions: each leaves out a part of the draws.
 
         Returns:
-            Shape ``(n_replicates, P + G)``, as columns of `full_attr`; None where nothing was
-            sampled or the coalitions do not tell.
+            Shape ``(n_replicates, P + G)``, columns as in `full_attr`; None if nothing was sampled,
+            or if coalitions cannot be left out.
         """
         if self._is_of_gradients or self.design is None:
             return None
@@ -320,7 +320,7 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def column_features(self) -> list[int]:
-        """Per column of `full_attr` its feature: captum's groups have columns for their members."""
+        """Feature of each column of `full_attr`; captum's groups have a column per member."""
         return self._features
 
     @property
@@ -329,7 +329,7 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def _features(self) -> list[int]:
-        """Per column of `full_attr` its feature: a column of `masks`."""
+        """Feature of each column of `full_attr`, as a column of `masks`."""
         if self.design is None:
             n_columns = len(self._column_names)
             own = self.provenance.get("columns", range(len(self.input_tokens)))
@@ -342,7 +342,7 @@ class ResultNumbers(LLMAttributionResult):
         """The target tokens of a span.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If the span is empty.
         """
         n_target = len(self.output_tokens)
         end = (start + 1 or None) if stop is None else stop
@@ -366,22 +366,24 @@ class ResultNumbers(LLMAttributionResult):
         )
 
     def _split(self, solved: Tensor, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What a solver says of features, at the columns of prompt and output."""
+        """A solver's numbers per feature, as those of prompt and output columns."""
         n_prompt = len(self.input_tokens)
-        # The last generated feature has no token after it: it was no player.
+        # The last generated feature precedes no token and was not a player.
         known = torch.nn.functional.pad(solved, (0, self.masks.shape[1] - solved.shape[1]))
         wide = known[:, self._features].to(self.full_attr if like is None else like)
         return wide[:, :n_prompt], wide[:, n_prompt:]
 
     @property
     def is_unsigned(self) -> bool:
-        """Whether attributions are sizes, which neither raise nor lower."""
+        """Whether attributions are magnitudes without a sign."""
         return bool(self.provenance.get("unsigned"))
 
     @property
     def unresolved(self) -> list[UnresolvedGroup]:
-        """Groups that were not told apart, the largest first: by `PartitionShap` within its budget,
-        or because `HierarchicalAblation` did not open them. Their features share evenly."""
+        """Groups that were not split, largest first; their features share the attribution equally.
+
+        By `PartitionShap` for lack of budget, or by `HierarchicalAblation` as unimportant.
+        """
         if self.design is None:
             return []
         found: list[UnresolvedGroup] = []
@@ -394,16 +396,16 @@ class ResultNumbers(LLMAttributionResult):
         return found
 
     def redundant_pairs(self, k: int = 5) -> list[Redundancy]:
-        """Pairs of features that say the same, which leave-one-out gives next to nothing.
+        """Pairs of redundant features, to which leave-one-out attributes next to nothing.
 
         Args:
-            k: How many at most for each target token.
+            k: Maximum number per target token.
 
         Returns:
-            By target token, the pair with most in common first.
+            Per target token, the most redundant pair first.
 
         Raises:
-            ValueError: If the coalitions do not tell, such as those of leave-one-out.
+            ValueError: If the coalitions are insufficient, such as those of leave-one-out.
         """
         found = self._evidence().redundant_pairs(k)
         first_column = {f: c for c, f in reversed(list(enumerate(self._features)))}
@@ -419,7 +421,7 @@ class ResultNumbers(LLMAttributionResult):
 
     @property
     def _is_of_gradients(self) -> bool:
-        """Whether there are no coalitions behind the numbers, but gradients."""
+        """Whether the numbers come from gradients rather than coalitions."""
         return bool(self.provenance.get("gradients"))
 
     def _evidence(self) -> Evidence:
@@ -437,7 +439,7 @@ class ResultNumbers(LLMAttributionResult):
 
 
 def _column_names(names: Sequence[str], pieces: Sequence[Piece], n: int) -> list[str]:
-    """Names of columns, with dots where the word of their first or last piece goes on."""
+    """Names of columns, with dots if the word of the first or last piece continues."""
     edges: dict[int, tuple[bool, bool]] = {}
     for _, run in groupby(pieces, key=lambda piece: piece.role):
         told = list(run)

@@ -24,10 +24,10 @@ _KIND = tensor_file.Kind(
     digest_since=1,
     oldest=1,
 )
-# A gain up to here, in the unit of the values (nats of a log-probability), is no measure to divide
-# by: what is left of it is rounding and chance.
+# Smallest gain, in the unit of values (nats of a log-probability), that effects are divided by:
+# below it, shares are mostly rounding and chance. Chosen, not measured.
 _LEAST_GAIN = 1.0
-_SHOWN = 0.005  # less is rounded to nothing
+_SHOWN = 0.005  # smaller effects are shown as 0
 _TENSORS = ("effects", "clean_values", "corrupted_values", "target", "said_at")
 _OPTIONAL = ("effects_se", "ranks")
 _REST = (
@@ -44,29 +44,29 @@ _REST = (
 
 @dataclass(frozen=True, eq=False)
 class PatchingResult:
-    """Effects of patched cells, as `ActivationPatching.trace` finds them.
+    """Effects of patched cells, as computed by `ActivationPatching.trace`.
 
     Attributes:
         effects: Shape ``(n_target, n_layers + 1, n_places)``, float64 on the CPU, in the unit of
-            the values: by how much a target token's value changes where the stream of one cell is
-            that of the other text. Exactly 0 for cells that are the same in both, and for places
-            after the one that says the token; NaN for cells that were not patched (`first`), and
-            for tokens that the replaced feature itself holds.
-        effects_se: Their standard errors over draws; None of a single draw.
-        clean_values: Values in the text as it is, ``(n_target,)``.
-        corrupted_values: In the corrupted text, a mean over draws.
+            the values: the change of a target token's value when the stream of one cell is taken
+            from the other text. Exactly 0 for cells that are equal in both, and for positions after
+            the one that predicts the token; NaN for cells that were not patched (`first`), and for
+            tokens within the replaced feature.
+        effects_se: Their standard errors over draws; None for a single draw.
+        clean_values: Values in the clean text, ``(n_target,)``.
+        corrupted_values: Values in the corrupted text, averaged over draws, ``(n_target,)``.
         target: Token ids, ``(n_target,)``.
-        said_at: Per target token the place that says it, the one before it.
-        places: Per column of `effects` the places of token ids that were patched together.
-        place_names: What stands there.
-        replaced: The places where the texts differ, or got noise.
-        feature: Names of what was replaced.
-        replacements: What stood there instead, one per draw.
+        said_at: Per target token the position that predicts it, the one before it.
+        places: Per column of `effects` the positions that were patched together.
+        place_names: The text at these positions.
+        replaced: Positions where the texts differ, or noise was added.
+        feature: Names of the replaced features.
+        replacements: The replacement texts, one per draw.
         output_tokens: A printable name per target token.
-        ranks: Where only some cells were patched, the order in which attribution patching had them,
-            ``(n_layers + 1, n_places)``: 0 for the first, -1 for cells without effect. Else None.
-        n_evaluations: Distinct rows that the model was run on.
-        provenance: What the numbers came from.
+        ranks: If only some cells were patched, their ranks by attribution patching, ``(n_layers +
+            1, n_places)``: 0 for the first, -1 for cells without effect. Otherwise None.
+        n_evaluations: Number of distinct rows scored.
+        provenance: Model, versions and settings.
     """
 
     effects: Tensor
@@ -87,7 +87,7 @@ class PatchingResult:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers; there is one stream more."""
+        """Number of layers; there is one more stream."""
         return self.effects.shape[1] - 1
 
     @property
@@ -97,23 +97,23 @@ class PatchingResult:
 
     @property
     def shares(self) -> Tensor:
-        """Effects as a part of the token's gain; NaN where that is within one nat of nothing.
+        """Effects divided by the token's gain; NaN if the gain is within one nat of 0.
 
-        (Or one of whatever else values are counted in.)
+        (Or within one unit, if values are not in nats.)
         """
         gain = self.gain
         divided = self.effects / gain[:, None, None]
         return divided.masked_fill((gain.abs() <= _LEAST_GAIN)[:, None, None], torch.nan)
 
     def strongest(self, target_token: int | str, k: int = 5) -> list[tuple[int, int, float]]:
-        """The cells with the largest effects on a token, by size: layer, column, effect.
+        """The cells with the largest effects on a token, by magnitude: layer, column, effect.
 
         Args:
             target_token: Its position in the target, or its name in `output_tokens`.
-            k: How many at most; cells without effect are left out.
+            k: Maximum number; cells without effect are left out.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         effects = self.effects[self._position(target_token)].nan_to_num()
         order = effects.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
@@ -131,24 +131,24 @@ class PatchingResult:
         ax: "Axes | None" = None,
         cmap: str | None = None,
     ) -> "Drawing":
-        """Draws the effects on one target token: layers over places.
+        """Draws the effects on one target token: layers over positions.
 
-        The places of the feature and the one that says the token are marked. Blue gives the token
-        back (or is what it needs), red is against it.
+        The positions of the feature and the one that predicts the token are marked. Blue cells
+        restore the token's value (or are needed for it), red ones work against it.
 
         Args:
             target_token: Its position in the target, or its name in `output_tokens`.
-            show: Show it, and return None.
-            every_place: Whether places before the feature and after the token, which have no
-                effect, are drawn as well.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            show: Show the figure, and return None.
+            every_place: Whether to draw positions before the feature and after the token, which
+                have no effect.
+            ax: Axes to draw in; by default a new figure of suitable size.
             cmap: A diverging colour map, centred at zero; by default ``"RdBu"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         at = self._position(target_token)
         said, replaced = int(self.said_at[at]), {*self.replaced}
@@ -175,7 +175,7 @@ class PatchingResult:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the result to one file of safetensors, which `load` reads.
+        """Writes the result to one safetensors file, which `load` reads.
 
         Raises:
             TypeError, ValueError: If JSON cannot hold its provenance.
@@ -187,11 +187,11 @@ class PatchingResult:
 
     @classmethod
     def load(cls, path: files.Path) -> "PatchingResult":
-        """Reads a result that `save` wrote.
+        """Reads a result written by `save`.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
-            ValueError: If the file is damaged, no such result, or of a later format.
+            ValueError: If the file is damaged, not such a result, or of a later format.
         """
         tensors, rest = tensor_file.read(path, _KIND)
         try:
@@ -248,7 +248,7 @@ class PatchingResult:
         """Checks that the parts fit together.
 
         Raises:
-            ValueError: If there are such.
+            ValueError: If they do not.
         """
         n_target, n_streams, n_places = self.effects.shape
         sizes = {"places": self.places, "place_names": self.place_names}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Labels(TypedDict):
-    """Names of rows and columns, as drawings of all tokens take them."""
+    """Names of rows and columns, as arguments of the heat maps."""
 
     input_labels: list[str]
     output_feature_labels: list[str] | None
@@ -32,21 +32,21 @@ _MOST_FOILS = 2
 
 
 class DrawnResult(ResultNumbers):
-    """The drawings of a result."""
+    """The plots of a result."""
 
     def plot_token_attr(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
-        """A heat map: one row per target token, prompt features left, earlier output right.
+        """Draws a heat map: one row per target token, prompt features left, earlier output right.
 
-        What may be noise (`marked_beyond`) is blank.
+        Attributions that are not significant (`marked`) are blank.
 
         Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
-                ``layout="constrained"`` leaves labels their room.
-            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
-                without a sign a sequential one, ``"Purples"``.
+            show: Show the figure, and return None.
+            ax: Axes to draw in; by default a new figure of suitable size. Your own figure should
+                have ``layout="constrained"``, which leaves room for labels.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. For unsigned
+                attributions a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -68,14 +68,14 @@ class DrawnResult(ResultNumbers):
     def plot_seq_attr(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
-        """A bar per prompt feature: its attribution for the whole target, with its error if known.
+        """Draws a bar per prompt feature: its attribution for the whole target, with its error.
 
         Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size. A figure of yours with
-                ``layout="constrained"`` leaves labels their room.
-            cmap: A colour map, by default ``"RdBu"``, or ``"Purples"`` of sizes without a sign:
-                bars have the colours of its ends.
+            show: Show the figure, and return None.
+            ax: Axes to draw in; by default a new figure of suitable size. Your own figure should
+                have ``layout="constrained"``, which leaves room for labels.
+            cmap: A colour map whose ends colour the bars; by default ``"RdBu"``, or ``"Purples"``
+                for unsigned attributions.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -105,15 +105,15 @@ class DrawnResult(ResultNumbers):
         ax: "Axes | None" = None,
         cmap: str | None = None,
     ) -> "Drawing":
-        """Prompt and answer as they read, shaded by what made the model write a token.
+        """Draws prompt and answer as running text, shaded by the attributions of a token.
 
         Args:
             target_token: The explained token: its position in the target, or its name in
-                `output_tokens`. None: all of them, summed.
-            show: Show it, and return None.
+                `output_tokens`. None: the sum over all.
+            show: Show the figure, and return None.
             ax: Axes to draw in; by default a new figure as high as the text needs.
-            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. Of sizes
-                without a sign a sequential one, ``"Purples"``.
+            cmap: A diverging colour map, centred at zero; by default ``"RdBu"``. For unsigned
+                attributions a sequential one, ``"Purples"``.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -151,21 +151,22 @@ class DrawnResult(ResultNumbers):
         total: bool = False,
         ax: "Axes | None" = None,
     ) -> "Drawing":
-        """Which parts of the prompt led to which tokens, and which of these led to later ones.
+        """Draws which prompt features led to which tokens, and which tokens to later ones.
 
-        Only what is told from noise is drawn, and of every token the few strongest causes; prompt
-        and earlier output have each a scale of their own.
+        Draws only significant attributions, and only the few strongest causes of every token;
+        prompt and earlier output have separate scales.
 
         Args:
-            target_token: Only what led to this token, directly or through earlier ones: its
+            target_token: Draw only what led to this token, directly or through earlier ones: its
                 position in the target, or its name in `output_tokens`. None: everything.
-            show: Show it, and return None.
-            least: Share of the largest attribution to the prompt, or to earlier output, below which
-                one is left out.
-            most: Causes that a token has at most.
-            total: Draw shares of what led to the token in the end, as `total` finds them, each as
-                wide as what of that passes through it; without a token, as each was led to.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            show: Show the figure, and return None.
+            least: Omit attributions below this share of the largest one to the prompt, or to
+                earlier output.
+            most: Maximum number of causes per token.
+            total: Draw total influence, as computed by `total`: with a token, edges are as wide as
+                the share of its influence that passes through them; without one, as wide as their
+                direct share.
+            ax: Axes to draw in; by default a new figure of suitable size.
 
         Returns:
             ``(figure, axes)``, or None if shown.
@@ -202,23 +203,23 @@ class DrawnResult(ResultNumbers):
         n_estimates: int = 8,
         ax: "Axes | None" = None,
     ) -> "Drawing":
-        """How the estimates of the strongest causes settled as coalitions were added.
+        """Draws how the estimates of the strongest causes converged as coalitions were added.
 
-        The solver is run again on the first coalitions alone; no model is called.
+        The solver runs again on the first coalitions only; the model is not called.
 
         Args:
-            target_token: Whose causes: its position in the target, or its name in
-                `output_tokens`. None: those of any token.
-            show: Show it, and return None.
-            k: How many causes, half of them in the prompt and half in the answer so far.
-            n_estimates: How many estimates before the last one.
+            target_token: The explained token: its position in the target, or its name in
+                `output_tokens`. None: the strongest causes of any token.
+            show: Show the figure, and return None.
+            k: Number of causes, half in the prompt and half in earlier output.
+            n_estimates: Number of estimates before the last one.
             ax: Axes to draw in; by default a new figure.
 
         Returns:
             ``(figure, axes)``, or None if shown.
 
         Raises:
-            ValueError: If there is no such token, nothing has an effect, or the estimator takes all
+            ValueError: If there is no such token, nothing has an effect, or the estimator needs all
                 of its coalitions at once.
         """
         from captum_llm_ext.result import plot
@@ -253,7 +254,7 @@ class DrawnResult(ResultNumbers):
         )
 
     def _labels(self, *, named: bool = False) -> _Labels:
-        """Names of rows and columns; with foils beside the tokens if they are to be `named`."""
+        """Names of rows and columns, with foils beside the tokens if `named`."""
         n_target, names = range(len(self.output_tokens)), self.names
         return {
             "input_labels": names.prompt,
@@ -265,7 +266,7 @@ class DrawnResult(ResultNumbers):
         }
 
     def _canvas(self, ax: "Axes | None", show: bool, token: int | None = None) -> "CanvasArguments":
-        """Arguments that all drawings share; the title names the token, if given."""
+        """Arguments common to all plots; the title names the token, if given."""
         return {"ax": ax, "show": show, "title": self._title(token), "unit": unit_of(self)}
 
     def _named(self, token: int, between: str = " rather than ", k: int = _MOST_FOILS) -> str:
@@ -274,14 +275,14 @@ class DrawnResult(ResultNumbers):
         return self.names.tokens[token] + (between + foils if foils else "")
 
     def _title(self, token: int | None) -> str | None:
-        """What is written above the drawing of one token."""
+        """The title of a plot for one token."""
         named = None if token is None else self._named(token)
         is_told = named is not None and named != self.names.tokens[token or 0]
         return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
 
     @property
     def _doubt(self) -> str | None:
-        """Note above drawings of estimates without known errors."""
+        """A note above plots of estimates without known errors."""
         n = int(self.errors_unknown.sum())
         if not n:
             return None
@@ -289,10 +290,10 @@ class DrawnResult(ResultNumbers):
         return f"Estimates {some}of unknown error: nothing tells them from noise"
 
     def _total(self, token: int | None) -> tuple[Tensor, Tensor]:
-        """Attributions of one token, or of all of them together, and their errors."""
+        """Attributions of one token, or summed over all, and their errors."""
         if token is not None:
             return self.full_attr[token], self.full_attr_se[token]
-        # An earlier version did not note what tells errors.
+        # An earlier version did not record what determines errors.
         if self.design is None and not self._is_of_gradients:
             total = self.full_attr.sum(0)
             unknown = torch.nan if self.provenance.get("estimate") else 0.0
@@ -303,7 +304,7 @@ class DrawnResult(ResultNumbers):
     def _prompt_text(self) -> Iterator[tuple[str, int | None]]:
         pieces = self.prompt_pieces or [Piece(n, i) for i, n in enumerate(self.input_tokens)]
         edges = [(one.text[-1:], other.text[:1]) for one, other in pairwise(pieces)]
-        # Names of fields rather than text: they would run together.
+        # Names of fields rather than text, which would run together.
         apart = bool(edges) and all(
             (a + b).isascii() and a.isalnum() and b.isalnum() for a, b in edges
         )
@@ -311,7 +312,7 @@ class DrawnResult(ResultNumbers):
             yield piece.text + "   " * apart, piece.feature
 
     def _output_text(self, token: int | None) -> Iterator[tuple[str, int | None]]:
-        """The answer; an explained token and what comes after it have no number."""
+        """The answer; the explained token and those after it have no attributions."""
         pieces = self.output_pieces or [Piece(f"{name} ", None) for name in self.output_tokens]
         last = {piece.feature: t for t, piece in enumerate(pieces)}
         for piece in pieces:
@@ -324,7 +325,7 @@ class DrawnResult(ResultNumbers):
     def _strongest(self, token: int | None, k: int) -> list[tuple[int, int]]:
         """Token and column of the largest attributions, half of them in the prompt.
 
-        In one list the answer's own words would leave no room for the prompt. Columns of one
+        In one list, the answer's own words would leave no room for the prompt. Columns of one
         feature count once.
         """
         size = self.full_attr.abs()

@@ -1,4 +1,4 @@
-"""Provenance: model, versions and command that numbers came from."""
+"""Provenance: model, versions and command behind the numbers."""
 
 import platform
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from captum_llm_ext.contrast import Contrast
 
 
 def model_provenance(model: nn.Module, device: torch.device | str) -> dict[str, Any]:
-    """Provenance of a model in this process.
+    """Provenance of a local model.
 
     Args:
         model: The model.
-        device: Where it reads its ids.
+        device: The model's input device.
     """
     parameter = next(model.parameters(), None)
     source, revision = _compat.model_source(model)
@@ -35,8 +35,8 @@ def target_provenance(attr_target: object, generation: Mapping[str, str] | None)
     """Provenance of the target and of the explained value.
 
     Args:
-        attr_target: What a value is: a name or a callable.
-        generation: What the target was generated with; None where it was given.
+        attr_target: The kind of value: a name or a callable.
+        generation: Settings of the target's generation; None if it was given.
     """
     return {
         "attr_target": value_name(attr_target),
@@ -45,13 +45,13 @@ def target_provenance(attr_target: object, generation: Mapping[str, str] | None)
 
 
 def value_name(attr_target: object) -> str:
-    """Name of the explained value: as given, or that of the callable."""
+    """Name of the explained value: as given, or the callable's."""
     if isinstance(attr_target, str):
         return attr_target
     if isinstance(attr_target, Contrast):
         return "contrast"
     named = str(getattr(attr_target, "__qualname__", type(attr_target).__name__))
-    # A function may be called like one of the names, which say what the numbers are.
+    # A function may have one of the reserved names, which define what the numbers are.
     return f"{named}()" if named in TARGETS else named
 
 

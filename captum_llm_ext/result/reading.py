@@ -1,7 +1,7 @@
-"""Causes as a reader wants them: of which part of the answer, among which parts of the text.
+"""Causes by parts of the answer and parts of the text, as a reader needs them.
 
-Causes come in two blocks, those in the prompt and those in the answer so far. A whole answer has
-many tokens, each caused mostly by the ones before it: in one list, nothing of the prompt is seen.
+Causes come in two blocks, those in the prompt and those in the answer so far. The tokens of an
+answer are caused mostly by the ones before them: in a single list, the prompt would not appear.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ from captum_llm_ext.text.segment import shorten
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
-_QUOTED = 40  # characters of a part's text in its name
-_NAME = 24  # characters up to which a text is a name
+_QUOTED = 40  # characters of a part's text in its name; chosen, not measured
+_NAME = 24  # characters up to which a text serves as a name; chosen, not measured
 TOKEN, WORD = "token", "word"
-CERTAIN = 1.96  # standard errors of a difference
+CERTAIN = 1.96  # standard errors of a difference: 95 %
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the causes of one block are.
+    """The parts of one block.
 
     Attributes:
         level: ``"paragraph"``, ``"word"``…
-        names: Of the parts, told apart.
-        texts: What they say.
-        part_of: Per column of `full_attr` the part it is in, -1 for none.
+        names: Unique names of the parts.
+        texts: Texts of the parts.
+        part_of: Index of the part of each column of `full_attr`, -1 for none.
     """
 
     level: str
@@ -47,20 +47,20 @@ class Parts:
         """Standard errors of the parts, summed over tokens, ``(n_parts,)``; NaN where unknown.
 
         Args:
-            replicates: ``(n_replicates, P + G)``, as `GenerationAttributionResult.replicates`
-                gives them; without them the errors of tokens are added up, which is what they are
-                at most, and those of the columns of a part as independent.
+            replicates: ``(n_replicates, P + G)``, as returned by
+                `GenerationAttributionResult.replicates`; without them, errors of tokens are summed,
+                which is an upper bound, and columns of a part count as independent.
             token_errors: ``(n_tokens, P + G)``.
         """
         bound = _by_part(token_errors.sum(0).square(), self).sqrt()
         if replicates is None:
             return bound
-        # They are without interactions, and larger for that.
+        # Replicates omit interactions, which makes their errors larger.
         return torch.minimum(jackknife_error(_by_part(replicates, self)).to(bound), bound)
 
 
 class Row(NamedTuple):
-    """A part of the answer whose causes are told: tokens from `start` up to `stop`."""
+    """A part of the answer, from token `start` up to `stop`, and its causes."""
 
     name: str
     start: int
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Causes in the prompt and in the answer so far, each by falling magnitude; zeros are none."""
+    """Causes in the prompt and in the answer so far, each by decreasing magnitude without zeros."""
 
     prompt: list[Cause]
     answer: list[Cause]
@@ -79,9 +79,9 @@ class Reading:
 
     Args:
         result: The result.
-        level: Of the prompt; None: the coarsest with at least two parts.
-        unit: Of the answer: ``"token"``, ``"word"``, ``"sentence"``…; None: words where tokens are
-            fragments of them, otherwise tokens.
+        level: Level of the prompt; None: the coarsest with at least two parts.
+        unit: Unit of the answer: ``"token"``, ``"word"``, ``"sentence"``…; None: words if tokens
+            are fragments of them, otherwise tokens.
 
     Attributes:
         prompt, answer: Parts of each side.
@@ -103,13 +103,13 @@ class Reading:
         self.answer = _answer_parts(result, unit or row_unit(result), self.rows)
 
     def causes(self, start: int, stop: int, *, precise: bool = False) -> Blocks:
-        """What led to some target tokens.
+        """The causes of some target tokens.
 
         Args:
-            start, stop: The span; `stop` is the token after it.
-            precise: Whether errors of sums are found by solving the coalitions again and again,
-                which takes some tenths of a second. Otherwise errors of tokens are added up, which
-                is what they are at most, and those of the columns of a part as independent.
+            start, stop: The span; `stop` is exclusive.
+            precise: Whether standard errors of sums are computed by a jackknife, which takes tenths
+                of a second. Otherwise errors of tokens are summed, which is an upper bound, and
+                columns of a part count as independent.
         """
         prompt, answer = (
             self._block(parts, start, stop, precise) for parts in (self.prompt, self.answer)
@@ -140,7 +140,7 @@ class Reading:
         return found
 
     def _own_parts(self, parts: Parts, start: int, stop: int) -> set[int]:
-        """Parts of the answer that lie in the span itself: of one word, its own letters."""
+        """Indices of the answer's parts within the span itself."""
         if parts is not self.answer or (start, stop) == (0, len(self._result.output_tokens)):
             return set()
         return {i for i, row in enumerate(self.rows) if start <= row.start and row.stop <= stop}
@@ -153,10 +153,10 @@ class Reading:
         return parts.errors(replicates, errors)
 
     def difference_error(self, start: int, stop: int, one: Cause, other: Cause) -> float:
-        """The standard error of how much one cause exceeds another, by absolute value.
+        """The standard error of the difference in magnitude of two causes.
 
-        0 where both are exact, NaN where it cannot be told; where nothing tells how the errors go
-        together, the sum of both, which is what it is at most.
+        0 if both are exact, NaN if unknown; if the covariance is unknown, the sum of both, an upper
+        bound.
         """
         if not one.standard_error + other.standard_error > 0:
             return one.standard_error + other.standard_error
@@ -172,12 +172,12 @@ class Reading:
         return min(found, one.standard_error + other.standard_error)
 
     def is_stronger(self, start: int, stop: int, one: Cause, other: Cause) -> bool:
-        """Whether one cause is the stronger by size, at 95 %."""
+        """Whether one cause is larger in magnitude, at 95 % confidence."""
         apart = abs(one.attribution) - abs(other.attribution)
         return apart > CERTAIN * self.difference_error(start, stop, one, other)  # false for NaN
 
     def tells_the_first(self) -> bool:
-        """Whether it is certain which part of the prompt did most for the whole answer."""
+        """Whether the part of the prompt that contributed most to the whole answer is certain."""
         n = len(self._result.output_tokens)
         first = leading(self.causes(0, n, precise=True).prompt)
         if not first or not first[0].is_marked:
@@ -185,12 +185,12 @@ class Reading:
         return len(first) < 2 or self.is_stronger(0, n, *first)
 
     def replicates(self, start: int, stop: int) -> Tensor | None:
-        """Attributions of a span by parts of the draws, ``(n_replicates, n_columns)``."""
+        """Jackknife replicates of a span's attributions, ``(n_replicates, n_columns)``."""
         return self._result.replicates(start, stop)
 
 
 def page_parts(result: "ResultNumbers") -> list[tuple[str, str, Parts]]:
-    """Side, level and parts of all levels above the finest that a page can be read by."""
+    """Side, level and parts of all levels above the finest at which a page can be read."""
     prompt = [
         ("prompt", level["name"], _prompt_parts(result, level["name"]))
         for level in prompt_levels(result)
@@ -204,12 +204,12 @@ def page_parts(result: "ResultNumbers") -> list[tuple[str, str, Parts]]:
 
 
 def leading(causes: Sequence[Cause]) -> list[Cause]:
-    """The two causes that are spoken of first: those told from nothing, then what seems strong."""
+    """The two causes to mention first: significant ones, then the strongest."""
     return sorted(causes, key=lambda cause: not cause.is_marked)[:2]
 
 
 def first_level(result: "ResultNumbers") -> str:
-    """The coarsest level that has at least two parts: what to read an answer by first."""
+    """The coarsest level with at least two parts, at which an answer is shown first."""
     for level in prompt_levels(result):
         if len(level["parts"]) > 1:
             return level["name"]
@@ -217,12 +217,12 @@ def first_level(result: "ResultNumbers") -> str:
 
 
 def finest_level(result: "ResultNumbers") -> str:
-    """What the level of the features themselves is called."""
+    """The name of the features' own level."""
     return str(result.provenance.get("unit") or "finest")
 
 
 def row_unit(result: "ResultNumbers") -> str:
-    """Words where some are written by several tokens, and values of these add up; or tokens."""
+    """Words, if some consist of several tokens and values add up; otherwise tokens."""
     if result.provenance.get("attr_target") == "prob":
         return TOKEN
     names = [level["name"] for level in answer_levels(result)]
@@ -231,7 +231,7 @@ def row_unit(result: "ResultNumbers") -> str:
 
 
 def adds_up(result: "ResultNumbers") -> bool:
-    """Whether attributions of several tokens together mean something."""
+    """Whether sums of attributions over several tokens have a meaning."""
     return len(result.output_tokens) == 1 or result.provenance.get("attr_target") != "prob"
 
 
@@ -242,7 +242,7 @@ def quoted(text: str, most: int = _QUOTED) -> str:
 
 
 def part_names(level: str, texts: Sequence[str]) -> list[str]:
-    """Names of the parts of a level: their texts where short, else ``paragraph 4 “Lake …”``."""
+    """Names of a level's parts: their texts if short, otherwise ``paragraph 4 “Lake …”``."""
     told = [one_line(" ".join(text.split())) for text in texts]
     if level in (TOKEN, WORD) or all(len(text) <= _NAME for text in told):
         return numbered_where_alike(
@@ -302,14 +302,14 @@ def _answer_parts(result: "ResultNumbers", unit: str, rows: Sequence[Row]) -> Pa
                 owners[feature] = i
     if len(set(owners)) < len(owners) or unit != TOKEN:
         names, texts = [row.name for row in rows], [row.name for row in rows]
-    else:  # features of more than a token have names of their own
+    else:  # features of more than one token have unique names
         owners = list(range(n_output))
         names, texts = result.names.output, result.output_features or []
     return Parts(unit, names, list(texts), [*[-1] * n_prompt, *owners])
 
 
 def _by_part(columns: Tensor, parts: Parts) -> Tensor:
-    """Numbers of columns added up by part, ``(..., n_parts)``."""
+    """Numbers per column summed by part, ``(..., n_parts)``."""
     kept = [column for column, part in enumerate(parts.part_of) if part >= 0]
     at = torch.tensor([parts.part_of[c] for c in kept], device=columns.device, dtype=torch.int64)
     sums = columns.new_zeros(*columns.shape[:-1], len(parts.names))

@@ -1,7 +1,7 @@
-"""Consistency of what a result holds twice: finds damage to files without a digest.
+"""Consistency of redundant numbers in a result: finds damage in files without a digest.
 
-Only what every version has written alike is compared, as closely as the type of its numbers rounds:
-a whole file never contradicts itself. Most numbers are said once only, such as single values.
+Only what all versions have written identically is compared, within rounding of its dtype: an
+undamaged file never fails. Most numbers, such as single values, are stored only once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Sums of float numbers are right to so many last digits of what they add up.
+# Sums of floats agree within this many last digits of what they sum. Chosen, not measured.
 _DIGITS = 64
 _EXACT = ("torch.float32", "torch.float64")
 
 
 def check_redundancy(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Checks that redundant numbers agree and that none is impossible.
+    """Checks that redundant numbers agree and that no number is impossible.
 
     Args:
-        tensors: By the names of the result's fields, in the shapes that belong together.
-        rest: What the file holds beside them, each of the kind that it has in its format.
+        tensors: Tensors by the names of the result's fields, with consistent shapes.
+        rest: The other content of the file, with the types of its format.
 
     Raises:
-        ValueError: If something contradicts something else.
+        ValueError: If numbers contradict each other.
     """
     _check_possible(tensors, rest)
     _check_counts(tensors, rest)
@@ -44,13 +44,13 @@ def check_redundancy(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> 
 
 
 def _check_probabilities(found: Tensor, full: Tensor, attr_target: object) -> None:
-    # Logarithms of odds, which a result was refitted to, are of probabilities found before.
+    # Log-odds, to which a result was refitted, belong to probabilities computed before.
     if attr_target not in ("log_prob", "prob"):
         return
     told, sizes = full.double(), full.double()
     if attr_target == "log_prob":
         told = full.double().exp()
-        sizes = told * (1 + full.double().abs())  # what was rounded before an exponential
+        sizes = told * (1 + full.double().abs())  # rounded before the exponential
     if _any_apart(found, told, _within(found, [sizes])):
         raise ValueError("`output_probs` are not the probabilities that `full_values` tell")
 
@@ -78,7 +78,7 @@ def _check_counts(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Non
 
 
 def _unseen(groups: Sequence[int | None], features: Sequence[str] | None) -> Tensor | None:
-    """Generated features that hold the target token or a later one, bool ``(T, G)``."""
+    """Generated features that contain the target token or a later one, bool ``(T, G)``."""
     if not groups or features is None:
         return None
     before, seen = 0, list[int]()
@@ -90,7 +90,7 @@ def _unseen(groups: Sequence[int | None], features: Sequence[str] | None) -> Ten
 
 
 def _of_features(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Tensor | None:
-    """Attributions ``(T, n_features)``; None where it cannot be told which columns share one."""
+    """Attributions ``(T, n_features)``; None if it is unknown which columns share a feature."""
     attr, output = tensors["token_attr"], tensors.get("output_attr")
     design = rest.get("design") or {}
     columns = design.get("columns", rest["provenance"].get("columns"))

@@ -27,9 +27,12 @@ Method = PerturbationAttribution | type[PerturbationAttribution]
 
 _UNIFORM_SIZES = ("paired kernel regression", "antithetic permutations", "few pairs")
 _SHAPLEY = (KernelShap, ShapleyValueSampling, ShapleyValues)
-_SAMPLED = (*_UNIFORM_SIZES, "local linear model")  # what fewer coalitions estimate as well
-# Parts that the jackknife leaves out in turn. The error of a standard error from so many is a sixth
-# of it (1 / sqrt(2 * 19)); twice as many would make it a ninth, for twice as many solutions.
+_SAMPLED = (
+    *_UNIFORM_SIZES,
+    "local linear model",
+)  # estimators that also work with fewer coalitions
+# Number of jackknife groups. The relative error of a standard error from that many is a sixth (1 /
+# sqrt(2 * 19)); twice as many would give a ninth, for twice the solving time.
 _REPLICATES = 20
 
 
@@ -38,11 +41,11 @@ class Evidence:
     """Coalitions with their values, and how they were planned and solved.
 
     Attributes:
-        design: How they came about.
+        design: How they were planned and solved.
         masks: bool, ``(n_coalitions, at least n_features)``.
         draws: ``(n_coalitions,)``.
         values: ``(n_coalitions, n_target)``.
-        scope: One entry per target.
+        scope: Visible and required features, one entry per target.
     """
 
     design: Design
@@ -52,7 +55,7 @@ class Evidence:
     scope: Scope
 
     def levels(self) -> list["Evidence"]:
-        """Independent parts whose attributions sum up: all of it, or surrogate and difference."""
+        """Independent parts whose attributions are summed: all, or surrogate and difference."""
         correction = self.design.correction
         if correction is None:
             return [self]
@@ -89,11 +92,13 @@ class Evidence:
         """The coalitions as planned."""
         design, draws = self.design, self.draws.cpu()
         if design.deterministic and design.solved in ("exact", "leave-one-out", "only one in"):
-            draws = torch.zeros_like(draws)  # the draw makes no difference: what is found is exact
+            draws = torch.zeros_like(
+                draws
+            )  # the draw makes no difference, so the solution is exact
         return Plan(self.masks[:, : design.n_features].cpu(), draws, design.n_anchors)
 
     def solve(self) -> Solution:
-        """Attributions by the estimator that the design names.
+        """Attributions by the estimator named in the design.
 
         Raises:
             ValueError: If the coalitions cannot be solved again.
@@ -111,8 +116,9 @@ class Evidence:
     def span_errors(self, spans: Sequence[range]) -> Tensor:
         """Standard errors of attributions summed over target tokens, ``(n_spans, n_features)``.
 
-        The sum of the values is solved as a target of its own. Tokens inside generated words have
-        values where their word stands only: words apart, and the errors added up.
+        The summed values are solved as a target of their own. Tokens within a generated word have
+        values only where the word is present: words are then solved separately and their errors
+        summed.
         """
         total = torch.zeros(len(spans), self.design.n_features, dtype=torch.float64, device="cpu")
         if self.design.solved not in SOLVERS:
@@ -132,11 +138,11 @@ class Evidence:
         """Standard errors of attributions summed over target tokens and over features.
 
         Args:
-            spans: Of target tokens.
-            part_of: The part that each feature is in, -1 for none.
+            spans: Spans of target tokens.
+            part_of: Index of each feature's part, -1 for none.
 
         Returns:
-            Shape ``(n_spans, n_parts)``, NaN where they cannot be told; None if none can.
+            Shape ``(n_spans, n_parts)``, NaN if unknown; None if all are.
         """
         if not self.is_estimate:
             return torch.zeros(len(spans), 1 + max(part_of), dtype=torch.float64, device="cpu")
@@ -157,15 +163,14 @@ class Evidence:
     def replicates(self, span: range) -> Tensor | None:
         """Jackknife replicates of attributions summed over target tokens.
 
-        They tell the error of whatever is made of the attributions, such as the difference of two
-        (`jackknife_error`). Regressions are without interactions, whose errors are smaller.
+        They give the standard error of any function of the attributions, such as the difference of
+        two (`jackknife_error`). Regressions omit interaction terms, which would reduce the errors.
 
         Returns:
-            Shape ``(n_replicates, n_features)``; None where coalitions are not a sample, or too
-            few.
+            Shape ``(n_replicates, n_features)``; None if coalitions are not a sample, or too few.
         """
         if self.design.correction is not None:
-            # Independent samples: what leaves out a part of either moves the sum by both.
+            # Independent samples: leaving out a part of either changes the sum of both.
             parts = [level.replicates(span) for level in self.levels()]
             known = [part for part in parts if part is not None]
             return sum(known[1:], known[0]) if len(known) == len(parts) else None
@@ -188,9 +193,9 @@ class Evidence:
         return torch.stack(found)
 
     def _by_chance(self) -> Tensor:
-        """Which sampled coalitions were chosen by chance, bool.
+        """Which coalitions were drawn at random, bool.
 
-        Those of a size that is there completely are no sample, where replacements do not vary.
+        Sizes that are complete are not a sample if replacements do not vary.
         """
         n = self.design.n_features
         sizes = self.masks[self.design.n_anchors :, :n].sum(1).cpu()
@@ -201,7 +206,7 @@ class Evidence:
         return by_size[sizes] | (is_walk or not self.design.deterministic)
 
     def _fast_sum(self, span: range) -> Tensor:
-        """Attributions summed over target tokens, without interactions, ``(n_features,)``."""
+        """Attributions summed over target tokens, without interaction terms, ``(n_features,)``."""
         total = torch.zeros(self.design.n_features, dtype=torch.float64, device="cpu")
         for column in self.scope.required.unique().tolist():
             which, of_span = self._summed([span], column)
@@ -214,7 +219,7 @@ class Evidence:
         return total
 
     def n_regressions(self, spans: Sequence[range]) -> int:
-        """How many regressions `span_errors` takes, each of which may take a tenth of a second."""
+        """Number of regressions that `span_errors` takes; each may take a tenth of a second."""
         if self.design.correction is not None:
             return sum(level.n_regressions(spans) for level in self.levels())
         if self.design.solved not in _UNIFORM_SIZES or self.is_complete:
@@ -225,7 +230,7 @@ class Evidence:
         return sum(map(len, found))
 
     def _summed(self, spans: Sequence[range], column: int) -> tuple[list[int], "Evidence"]:
-        """Which spans have tokens that require the column (-1: none), and these tokens' sums."""
+        """Which spans have tokens that require a column (-1: none), and sums of these tokens."""
         required = self.scope.required.tolist()
         ours = [[t for t in span if required[t] == column] for span in spans]
         which = [i for i, tokens in enumerate(ours) if tokens]
@@ -235,7 +240,8 @@ class Evidence:
         totals = torch.stack(values, 1) if values else self.values[:, :0]
         design = self.design
         if design.correction is None and design.solved == "paired kernel regression":
-            # Each sum gets what each token got, or it were another estimator's error.
+            # Each sum gets the effort of each token, otherwise the error would be another
+            # estimator's.
             effort = EFFORT * len(which) / max(len(required), 1)
             design = replace(design, options={**design.options, "effort": effort})
         return which, replace(self, design=design, values=totals, scope=scope)
@@ -244,8 +250,8 @@ class Evidence:
         """ContextCite's sparse fit of a statement, see `coalitions.solve_contextcite`.
 
         Raises:
-            ValueError: If the coalitions do not have each feature present with probability 1/2, or
-                the tokens see different features.
+            ValueError: If features are not present with probability 1/2 each, or the tokens see
+                different features.
         """
         if self.design.correction is not None:
             raise ValueError(
@@ -263,9 +269,9 @@ class Evidence:
         )
 
     def whole(self, *, is_joint: bool) -> "Evidence | None":
-        """Evidence for the target's values, multiplied if that is their joint one, or summed.
+        """Evidence for the whole target: its values multiplied if joint, otherwise summed.
 
-        None where generated features were switched.
+        None if generated features were players.
         """
         n_features = self.design.n_features
         if n_features > 1 + max(self.design.columns):
@@ -285,8 +291,8 @@ class Evidence:
         return find(self.plan, values, self.scope, tree=self.design.options["tree"])
 
     def additivity(self) -> Tensor:
-        """R² of attributions that add up, per target; NaN where the coalitions do not tell."""
-        if self.design.correction is not None:  # what the surrogate says of itself
+        """R² of additive attributions per target; NaN if the coalitions are insufficient."""
+        if self.design.correction is not None:  # the surrogate's own additivity
             return self.levels()[0].additivity()
         if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
             return torch.full(
@@ -295,10 +301,10 @@ class Evidence:
         return coalitions.additive_fit(self.plan, self.values.double().cpu(), self.scope)
 
     def redundant_pairs(self, most: int) -> list[list[coalitions.RedundantPair]]:
-        """Per target the pairs of redundant features.
+        """Pairs of redundant features, per target.
 
         Raises:
-            ValueError: If the coalitions do not tell.
+            ValueError: If the coalitions are insufficient.
         """
         if self.design.correction is not None:
             return self.levels()[0].redundant_pairs(most)
@@ -321,11 +327,11 @@ class Evidence:
         """The same coalitions, to be solved by another method.
 
         Args:
-            method: A captum class or an object of it.
-            levels: Nesting of the prompt's features, see `nesting`.
+            method: A captum class or an instance of it.
+            levels: Hierarchy of the prompt's features, see `nesting`.
 
         Raises:
-            ValueError: If the method is unknown, or the coalitions do not tell what it asks for.
+            ValueError: If the method is unknown, or the coalitions are insufficient for it.
         """
         kind = method if isinstance(method, type) else type(method)
         if (correction := self.design.correction) is not None:
@@ -390,7 +396,7 @@ class Evidence:
         return planned if is_walk or planned == "few pairs" else "paired kernel regression"
 
     def _law(self) -> str:
-        """Of the coalitions' sizes, for weights that turn it into Lime's."""
+        """The distribution of the coalitions' sizes, for weights that convert it to Lime's."""
         planned = self.design.planned
         if planned == "local linear model" or planned == "exact":
             return "half"
@@ -405,7 +411,7 @@ class Evidence:
 
     def _partition(self, method: PartitionShap, levels: Sequence[Sequence[int]]) -> "Evidence":
         planned, known = self.design.planned, self.design.options.get("tree")
-        if planned == "hierarchical search":  # it nests the prompt's features alone
+        if planned == "hierarchical search":  # its hierarchy has the prompt's features only
             known = None
         tree = known
         if method.hierarchy is not None or tree is None:
@@ -432,7 +438,7 @@ def _instance(method: Method) -> PerturbationAttribution:
 
 
 def _nothing(*_: Any) -> None:
-    """Stands for a forward that is not called."""
+    """A placeholder for a forward function that is not called."""
 
 
 def _solve_lime(
@@ -445,7 +451,7 @@ def _solve_lime(
     warns: bool = True,
     **rest: Any,
 ) -> Solution:
-    """Lime's fit, on coalitions of its own law or weighted to be so."""
+    """Lime's fit, on coalitions of its own distribution or reweighted to it."""
     kernel = partial(coalitions.cosine_kernel, width=kernel_width)
     if law == "uniform":
         kernel = partial(_reweighted, kernel, warns)
@@ -453,7 +459,7 @@ def _solve_lime(
 
 
 def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) -> Tensor:
-    """LIME's kernel, reweighted from the sampled sizes to those of fair coins.
+    """LIME's kernel, reweighted from the sampled sizes to independent features at 1/2.
 
     Coalitions of one size are equally likely under every plan that samples all sizes.
     """
@@ -492,15 +498,15 @@ SOLVERS: dict[str, Callable[..., Solution]] = {
 
 
 def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None = None) -> Tensor:
-    """Values in another unit.
+    """Values converted to another kind.
 
     Args:
         values: Any shape.
         given, wanted: ``"log_prob"``, ``"prob"``, ``"log_odds"`` or ``"contrast"``.
-        foil_values: Log-probabilities of all foils together, of the same shape.
+        foil_values: Log-probability of all foils together, of the same shape.
 
     Raises:
-        ValueError: If one does not tell the other: that takes logits, and so the model.
+        ValueError: If they cannot be converted: that would take logits, and so the model.
     """
     if given == wanted:
         return values
@@ -530,24 +536,24 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
         return log_prob
     if wanted == "prob":
         return log_prob.exp()
-    # log(1 - p) without cancellation; a token that is certain has finite log-odds in float64.
+    # log(1 - p) without cancellation; a certain token still has finite log-odds in float64
     rest = torch.log(-torch.expm1(log_prob.clamp_max(-1e-16)))
     return log_prob - rest
 
 
 def method_name(method: Method) -> str:
-    """The name of its class."""
+    """The name of a method's class."""
     return (method if isinstance(method, type) else type(method)).__name__
 
 
 def jackknife_error(replicates: Tensor) -> Tensor:
-    """Standard errors from `Evidence.replicates`, or from anything linear made of them.
+    """Standard errors from `Evidence.replicates`, or from any linear function of them.
 
     Args:
         replicates: Shape ``(n_replicates, ...)``.
 
     Returns:
-        Shape ``(...)``, widened so that 1.96 of them hold 95 % though replicates are few.
+        Shape ``(...)``, widened so that 1.96 of them cover 95 % despite few replicates.
     """
     n = len(replicates)
     spread = (replicates - replicates.mean(0)).square().sum(0) * (n - 1) / n

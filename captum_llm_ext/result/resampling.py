@@ -1,4 +1,4 @@
-"""How an answer varies with the coalitions it came from: solved again without some of them."""
+"""The variability of attributions with their coalitions: solved again without some of them."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.result.refit import SOLVERS, Evidence
 
-# Solvers of repeated enumerations, which miss a coalition that is left out everywhere.
+# Solvers of repeated enumerations, for which no coalition may be missing from all repetitions.
 _ENUMERATES = (
     "leave-one-out",
     "only one in",
@@ -21,20 +21,20 @@ _REGRESSIONS = ("paired kernel regression", "antithetic permutations")
 
 
 def replicates(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
-    """Attributions from all coalitions but a group of them, for every group in turn.
+    """Attributions from all coalitions but one group, for every group in turn.
 
-    The delete-a-group jackknife (Kott 2001): coalitions that share a draw are of one group, and so
-    are repetitions of the same number where coalitions are enumerated. Groups are drawn at random.
-    Regressions are without interactions, which take seconds: these tell how errors go together,
-    and are larger than those of the answer itself.
+    The delete-a-group jackknife (Kott 2001): coalitions that share a draw belong to one group, as
+    does each repetition of an enumeration. Groups are drawn at random. Regressions omit interaction
+    terms, which would take seconds: they give the correlation of errors, and errors larger than
+    those of the answer itself.
 
     Args:
         evidence: The coalitions.
-        n_groups: How many groups at most.
-        seed: Seeds the drawing.
+        n_groups: Maximum number of groups.
+        seed: Seeds the groups.
 
     Returns:
-        Shape ``(n_groups, n_target, n_features)``; None where coalitions cannot be left out.
+        Shape ``(n_groups, n_target, n_features)``; None if coalitions cannot be left out.
     """
     if evidence.design.correction is not None:
         parts = [replicates(level, n_groups, seed) for level in evidence.levels()]
@@ -50,7 +50,7 @@ def replicates(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
     n = int(groups.max()) + 1
     if evidence.design.solved in _REGRESSIONS:
         options["effort"] = 0.0
-    if options.get("law") == "uniform":  # that these are few is the point
+    if options.get("law") == "uniform":  # few coalitions are intended here
         options["warns"] = False
     evidence = replace(evidence, design=replace(evidence.design, options=options))
     found: list[Tensor] = []
@@ -67,24 +67,24 @@ def replicates(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
 
 
 def deviations(found: Tensor) -> Tensor:
-    """How far each of some `replicates` moves an answer; the sum of squares is its variance.
+    """Deviations of `replicates`; their sum of squares is the variance.
 
     Args:
         found: Shape ``(n_groups, …)``.
 
     Returns:
-        The same shape. Plus and minus 1.96 roots of the sum of squares span a 95 % interval,
-        however few the groups.
+        The same shape. Plus and minus 1.96 square roots of the sum of squares cover 95 %, however
+        few the groups.
     """
     n = len(found)
     return (found - found.mean(0)) * ((n - 1) / n) ** 0.5 * normal_scale(n - 1)
 
 
 def _groups(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
-    """Per coalition its group, -1 for those that are never left out; None where none can be."""
+    """Group of each coalition, -1 if it is never left out; None if none can be."""
     masks, draws = evidence.masks.cpu(), evidence.draws.cpu()
     n_anchors = evidence.design.n_anchors
-    # Anchors and what was scored beside them are two enumerations: each keeps one of its own.
+    # Anchors and other coalitions are two enumerations: each keeps one repetition.
     groups = torch.cat(
         [_repetitions(part, n_groups) for part in (masks[:n_anchors], masks[n_anchors:])]
     )
@@ -98,7 +98,7 @@ def _groups(evidence: Evidence, n_groups: int, seed: int) -> Tensor | None:
 
 
 def _repetitions(masks: Tensor, n_groups: int) -> Tensor:
-    """Which repetition of its coalition a row is, modulo the groups; -1 where there is but one."""
+    """Index of a row's repetition of its coalition, modulo the groups; -1 if not repeated."""
     if not len(masks):
         return torch.zeros(0, dtype=torch.int64, device="cpu")
     _, which, counts = masks.unique(dim=0, return_inverse=True, return_counts=True)

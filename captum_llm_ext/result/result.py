@@ -1,4 +1,4 @@
-"""What an attribution found: numbers, names and where they came from."""
+"""The result of an attribution: numbers, names and provenance."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from captum_llm_ext.result.refit import Evidence, Method, convert, method_name
 from captum_llm_ext.result.table import table
 from captum_llm_ext.result.total import Route, Source, TotalAttribution, total
 
-# What a refit leaves as it is.
+# Fields that a refit leaves unchanged.
 _SAME = (
     "input_tokens output_tokens output_probs inp output_features n_evaluations masks draws target "
     "prompt_pieces output_pieces levels foils foil_tokens foil_values"
@@ -31,71 +31,70 @@ _SAME = (
 
 
 class GenerationAttributionResult(ExportedResult):
-    """Attributions of every target token to the prompt and to the output before it.
+    """Attributions of every target token to the prompt and to earlier output.
 
-    Captum's fields have captum's meaning and shape; the others are new. There are ``T`` target
-    tokens, ``P`` columns of prompt features, ``G`` features made of the generated text and ``C``
-    coalitions.
+    Captum's fields have captum's meaning and shape; the others are new. ``T`` is the number of
+    target tokens, ``P`` of prompt columns, ``G`` of generated features and ``C`` of coalitions.
 
     Attributes:
-        input_tokens: ``P`` names of prompt columns, in prompt order; white space included where
-            the feature has it (``" lives"``).
+        input_tokens: ``P`` names of prompt columns, in prompt order; including white space of the
+            feature (``" lives"``).
         output_tokens: ``T`` printable names of the target tokens, stripped, as in captum.
-        output_features: ``G`` names of generated features, or None where the output is held fixed.
-        token_attr: ``(T, P)``, to the prompt features, in the unit of the value (nats).
-        output_attr: ``(T, G)``, to earlier output: exactly 0 where a feature holds the token or a
-            later one. None where the output is held fixed.
-        seq_attr: ``(P,)``, of the whole target: the sum over tokens, or for ``attr_target="prob"``
-            the attribution of its joint probability with the output held fixed. Where it is held
-            fixed, a lasso (`Lime`) and subclasses of your own (of `LimeBase`) fit the summed
-            values, as in captum: from a sum a lasso takes less than from each of its parts.
-        token_attr_se, output_attr_se: Standard errors of the same shapes: 0 where the answer is
-            exact, NaN where it cannot be told.
-        output_probs: ``(T,)``, probability of each target token, where the value tells it.
-        full_values, empty_values: ``(T,)``, the value with everything present, and with every
-            prompt feature and all earlier output absent (averaged over the baseline's draws).
-        efficiency_gap: ``(T,)``, full minus empty minus the sum of the attributions: 0 for
-            Shapley-type methods, what is left unexplained for others, NaN for those that sum to
-            nothing (`LayerSaliency`).
-        n_evaluations: Distinct rows that the model was run on.
-        masks: Bool ``(C, P' + G)``: coalitions, True = present; ``P'`` prompt features (a group of
-            columns counts once).
-        values: ``(C, T)``, the value of every target token in each; NaN where a coalition gives it
-            none.
-        draws: ``(C,)``: coalitions with equal number share one draw of replacements.
-        target: ``(T,)``, the target's token ids.
-        prompt_pieces, output_pieces: The text in reading order, with the column that each piece
-            shows.
-        levels: Coarser readings of the prompt's columns: see `at_level`.
+        output_features: ``G`` names of generated features, or None if the output is held fixed.
+        token_attr: Attributions to prompt features, ``(T, P)``, in the unit of the value (nats).
+        output_attr: Attributions to earlier output, ``(T, G)``: exactly 0 if a feature contains the
+            token or a later one. None if the output is held fixed.
+        seq_attr: Attributions of the whole target, ``(P,)``: the sum over tokens, or for
+            ``attr_target="prob"`` the attribution of its joint probability with the output held
+            fixed. With the output held fixed, a lasso (`Lime`) and custom subclasses of `LimeBase`
+            are fitted to the summed values, as in captum: a lasso shrinks a sum less than each of
+            its parts.
+        token_attr_se, output_attr_se: Standard errors of the same shapes: 0 if exact, NaN if
+            unknown.
+        output_probs: Probability of each target token, ``(T,)``, if the value determines it.
+        full_values, empty_values: Value with everything present, and with every prompt feature and
+            all earlier output absent (averaged over baseline draws), ``(T,)``.
+        efficiency_gap: Full minus empty minus the sum of the attributions, ``(T,)``: 0 for
+            Shapley-type methods, NaN for methods without completeness (`LayerSaliency`).
+        n_evaluations: Number of distinct rows scored.
+        masks: Bool ``(C, P' + G)``: coalitions, True = present; ``P'`` is the number of prompt
+            features (a group of columns counts once).
+        values: Value of every target token in each coalition, ``(C, T)``; NaN if undefined.
+        draws: ``(C,)``: coalitions with equal numbers share one draw of replacements.
+        target: Token ids of the target, ``(T,)``.
+        prompt_pieces, output_pieces: The text in reading order, with the column of each piece.
+        levels: Coarser units of the prompt's columns: see `at_level`.
         design: How the coalitions were planned, for `refit` and `attribute_span`; None for results
             of earlier versions.
-        foils: ``(T, n_foils)``, ids of the tokens that each target token is held against, -1 where
-            it has fewer; None if it is not about a `Contrast`.
+        foils: Ids of each target token's foils, ``(T, n_foils)``, padded with -1; None without a
+            `Contrast`.
         foil_tokens: Their printable names, a list per target token.
-        foil_values: ``(C, T)``, the log-probability of all foils of a token together in each
-            coalition (0 where it has none): added to its contrast it is that of the token.
-        provenance: Versions, model, method, seed, budget: what is needed to run it again.
+        foil_values: Log-probability of all foils of a token together in each coalition, ``(C, T)``
+            (0 if it has none): contrast plus this is the token's log-probability.
+        provenance: Versions, model, method, seed, budget: what is needed to reproduce it.
     """
 
     def contextcite(
         self, start: int = 0, stop: int | None = None, *, alpha: float = 0.01
     ) -> "SpanAttribution":
-        """The few features that a statement of the answer rests on: no model call is needed.
+        """The few features that a statement of the answer rests on, by ContextCite's lasso.
 
         A lasso on the log-odds of the statement (Cohen-Wang et al. 2024, arXiv 2409.00729), over
-        the coalitions of `Lime`, in which each feature is present with probability 1/2.
+        the coalitions of `Lime`, in which each feature is present with probability 1/2. The model
+        is not called.
 
         Args:
             start: The statement's first target token.
-            stop: The one after its last; by default the end of the answer.
+            stop: One past its last; by default the end of the answer.
             alpha: Strength of the penalty.
 
         Returns:
-            One attribution per column of `full_attr`, in log-odds; a lasso tells no errors (NaN).
+            One attribution per column of `full_attr`, in log-odds; a lasso has no standard errors
+            (NaN).
 
         Raises:
             ValueError: If the statement is empty, its tokens see different features (hold the
-                output fixed by ``output_unit=None``), or the coalitions or values do not serve.
+                output fixed by ``output_unit=None``), or the coalitions or values are unsuitable.
         """
         rows = self._rows(start, len(self.output_tokens) if stop is None else stop)
         evidence = replace(self._evidence(), values=self._converted("log_prob"))
@@ -109,24 +108,23 @@ class GenerationAttributionResult(ExportedResult):
     def refit(
         self, method: Method | None = None, *, attr_target: str | None = None
     ) -> "GenerationAttributionResult":
-        """Another method's answer, or that to another question, from the same coalitions.
+        """Another method's attributions, or those of another value, from the same coalitions.
 
-        Nothing is sampled and no model is called.
+        Nothing is sampled and the model is not called.
 
         Args:
-            method: A captum class, or an object of it if its settings matter (``Lime``). None: the
-                method as it was.
-            attr_target: ``"log_prob"``, ``"prob"`` or ``"log_odds"``, of which each tells the
-                others, or ``"contrast"``, which tells these and is told where foils were scored.
-                None: as it was.
+            method: A captum class, or an instance if its settings matter (``Lime``). None:
+                unchanged.
+            attr_target: ``"log_prob"``, ``"prob"`` or ``"log_odds"``, which can be converted into
+                each other, or ``"contrast"``, which needs scored foils. None: unchanged.
 
         Returns:
-            A new result. For ``attr_target="prob"`` its `seq_attr` is NaN where generated features
-            were switched as well: the joint probability with the output held fixed was not scored.
+            A new result. For ``attr_target="prob"`` its `seq_attr` is NaN if generated features
+            were players as well: the joint probability with the output held fixed was not scored.
 
         Raises:
-            ValueError: If the coalitions do not tell what is asked for, such as Shapley values
-                from leave-one-out, or logits from probabilities.
+            ValueError: If the coalitions are insufficient, e.g. for Shapley values from
+                leave-one-out, or logits from probabilities.
         """
         evidence = self._evidence()
         wanted = attr_target or str(self.provenance["attr_target"])
@@ -137,7 +135,7 @@ class GenerationAttributionResult(ExportedResult):
         return self._solved(evidence, method, wanted)
 
     def _converted(self, attr_target: str) -> Tensor:
-        """The coalitions' values in another unit."""
+        """The coalitions' values, converted to another kind."""
         given = str(self.provenance["attr_target"])
         return convert(self.values, given, attr_target, self.foil_values)
 
@@ -149,50 +147,48 @@ class GenerationAttributionResult(ExportedResult):
         n_resamples: int = 10,
         seed: int = 0,
     ) -> TotalAttribution:
-        """What led to each token in the end: the prompt's shares, through all written before.
+        """Total influence on each token: the prompt's shares, also through earlier output.
 
-        No model is called. Chains of causes are followed back to where they begin (CAGE, arXiv
+        The model is not called. Chains of causes are followed back to their origin (CAGE, arXiv
         2512.15663): see `TotalAttribution`.
 
         Args:
-            floor: Tokens whose attributions sum to less, in the unit of the value, nothing in
-                particular led to. By default 0.1 nats; of values in other units a fiftieth of the
-                largest sum.
-            level: What the prompt's parts are: as of `at_level`; None: its features.
-            n_resamples: Groups of coalitions that are left out in turn, for standard errors; 0:
-                none are told.
+            floor: A token whose attributions sum to less, in the unit of the value, has no cause.
+                Default: 0.1 nats; for other units a fiftieth of the largest sum.
+            level: Level of the prompt, as for `at_level`; None: its features.
+            n_resamples: Number of jackknife groups, for standard errors; 0: no standard errors.
             seed: Seeds the groups.
 
         Raises:
             ValueError: If an argument is out of range, there is no such level, or words of several
-                tokens are explained by their probability, which does not add up.
+                tokens are explained by their probability, which is not additive.
         """
         evidence = None if self.design is None else self._evidence
         source = Source(self._features, evidence, self._split, self._moved)
         return total(self, source, floor, level, n_resamples, seed)
 
     def route(self, token: int | str, k: int = 3) -> list[Route]:
-        """The strongest chains of causes that lead to a token, from the prompt on.
+        """The strongest chains of causes that lead to a token, starting in the prompt.
 
         Args:
             token: Its position in the target, or its name in `output_tokens`.
-            k: How many at most.
+            k: Maximum number of chains.
 
         Returns:
-            By falling share of all that led to the token: see `TotalAttribution.route`.
+            By decreasing share of the token's total influence: see `TotalAttribution.route`.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         t = self.position(token)
         return self.total(n_resamples=0).route(t, k)
 
     @property
     def additivity(self) -> Tensor:
-        """How much of the values' variation attributions that add up explain, shape ``(T,)``.
+        """How much of the values' variance additive attributions explain, shape ``(T,)``.
 
-        R², 1 where features do not interact: low, and single numbers per feature tell little. NaN
-        where the coalitions do not tell, such as those of leave-one-out.
+        R²: 1 if features do not interact; if it is low, one number per feature says little. NaN if
+        the coalitions are insufficient, such as those of leave-one-out.
         """
         if self.design is None:
             return torch.full_like(self.full_values, torch.nan)
@@ -201,7 +197,7 @@ class GenerationAttributionResult(ExportedResult):
     def _solved(
         self, evidence: Evidence, method: Method | None, attr_target: str
     ) -> "GenerationAttributionResult":
-        """The result of solving the evidence; everything else is as it is here."""
+        """The result of solving the evidence; all other fields are unchanged."""
         solution = evidence.solve()
         token_attr, output_attr = self._split(solution.attributions)
         token_attr_se, output_attr_se = self._split(solution.standard_errors)
@@ -228,7 +224,7 @@ class GenerationAttributionResult(ExportedResult):
             "provenance": self.provenance
             | {"method": name, "estimator": evidence.design.solved, "attr_target": attr_target}
             | {"estimate": evidence.is_estimate, "converged": None}
-            # In another unit rounding is another.
+            # The noise floor differs for another kind of value.
             | ({} if attr_target == self.provenance["attr_target"] else {"noise_floor": None})
             | {"refitted_from": [self.provenance["method"], self.provenance["attr_target"]]},
         }
@@ -236,27 +232,26 @@ class GenerationAttributionResult(ExportedResult):
         return GenerationAttributionResult(**same | other)
 
     def why(self, token: int | str, k: int = 5) -> list[Cause]:
-        """What made the model write one token.
+        """The strongest causes of one target token.
 
         Args:
             token: Its position in the target, or its name in `output_tokens`.
-            k: How many causes at most in each block.
+            k: Maximum number of causes in each block.
 
         Returns:
-            The strongest causes in the prompt, then those in the output before the token, each by
-            falling magnitude; zeros are no causes.
+            The strongest causes in the prompt, then those in earlier output, each by decreasing
+            magnitude; zeros are left out.
 
         Raises:
-            ValueError: If there is no such token, there are several of that name, or `k` is below
-                1.
+            ValueError: If there is no such token, several have this name, or `k` is below 1.
         """
         t = self.position(token)
         return self._causes(self.full_attr[t], self.full_attr_se[t], k)
 
     def top(self, k: int = 3) -> list[list[Cause]]:
-        """The strongest causes of every target token, as `why` gives them.
+        """The strongest causes of every target token, as by `why`.
 
-        Those of the whole answer are ``attribute_span(0, T).top(k)``.
+        For the whole answer, use ``attribute_span(0, T).top(k)``.
 
         Raises:
             ValueError: If `k` is below 1.
@@ -284,13 +279,15 @@ class GenerationAttributionResult(ExportedResult):
         *,
         level: str | None = None,
     ) -> str:
-        """What led to a token, a span or the answer, how it was measured and how sure it is.
+        """Describes the causes of a token, a span or the answer in plain sentences.
 
-        In plain sentences, each built from the numbers of the result and from nothing else.
+        Also how they were measured and how certain they are. Each sentence is built only from the
+        numbers of the result.
 
         Args:
-            token: Its position or its name; ``(start, stop)`` of a span. None: the whole answer.
-            level: By which parts of the prompt: as for `at_level`. None: the largest there are.
+            token: Position or name of a token, or ``(start, stop)`` of a span. None: the whole
+                answer.
+            level: Level of the prompt, as for `at_level`. None: the coarsest.
 
         Raises:
             ValueError: If there is no such token, span or level.
@@ -299,10 +296,10 @@ class GenerationAttributionResult(ExportedResult):
         return " ".join(sentences(self, start, stop, level))
 
     def span_of(self, token: int | str | tuple[int, int] | None) -> tuple[int, int]:
-        """The target tokens that are meant, from the first to the one after the last.
+        """The selected target tokens, as (start, stop).
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there is no such token or span.
         """
         if token is None:
             return 0, len(self.output_tokens)
@@ -325,7 +322,8 @@ class GenerationAttributionResult(ExportedResult):
             level: As for `narrative`.
 
         Returns:
-            ``prompt`` and ``answer``, each by falling magnitude, with errors of the sums.
+            ``prompt`` and ``answer``, each by decreasing magnitude, with standard errors of the
+            sums.
 
         Raises:
             ValueError: If there is no such token, span or level, or values do not add up.
@@ -341,12 +339,11 @@ class GenerationAttributionResult(ExportedResult):
     def at_level(self, name: str) -> tuple[list[str], Tensor]:
         """Prompt attributions summed over the parts of a coarser level.
 
-        For additive methods (Shapley values) that is what the part contributes.
+        For additive methods (Shapley values) this is the part's contribution.
 
         Args:
-            name: A name of `levels`, such as ``"sentence"`` or ``"turn"``; the unit of the
-                features themselves; or any other that the page offers, whose parts the features
-                nest in.
+            name: A name in `levels`, such as ``"sentence"`` or ``"turn"``; the unit of the features
+                themselves; or any other unit in which the features nest.
 
         Returns:
             The names of the parts, and their attributions ``(T, n_parts)``.
@@ -361,13 +358,13 @@ class GenerationAttributionResult(ExportedResult):
         return parts, sums.index_add(1, at, attr)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the result to one safetensors file: tensors as they are, the rest as JSON.
+        """Writes the result to one safetensors file: tensors unchanged, the rest as JSON.
 
-        The interpretable input is not a part of it. `captum_llm_ext.result.files` tells the layout.
+        The interpretable input is not stored. `captum_llm_ext.result.files` documents the format.
 
         Raises:
-            TypeError, ValueError: If `provenance` holds what JSON cannot.
-            OSError: If the file cannot be written; one that was there is left as it was.
+            TypeError, ValueError: If JSON cannot hold `provenance`.
+            OSError: If the file cannot be written; an existing one is unchanged.
         """
         write(path, self)
 
@@ -375,18 +372,18 @@ class GenerationAttributionResult(ExportedResult):
     def load(
         cls, path: str | os.PathLike[str], *, unverified: bool = False
     ) -> "GenerationAttributionResult":
-        """Reads a result that `save` wrote; `inp` is None.
+        """Reads a result written by `save`; its `inp` is None.
 
         Args:
             path: The file.
-            unverified: Whether a file of an early version (format 1 or 2) is read, which has no
-                digest. Shapes, types and what is written twice are checked then; damage that leaves
-                them alone, such as to one value, a standard error or a name, cannot be told.
+            unverified: Whether to read a file of an early version (format 1 or 2), which has no
+                digest. Shapes, types and redundant numbers are checked; other damage, such as to a
+                single value, a standard error or a name, is not detected.
 
         Raises:
             OSError: If there is no such file, or it cannot be read.
-            ValueError: If the file is damaged, no result, of a later format, or of one without a
-                digest and `unverified` is false.
+            ValueError: If the file is damaged, not a result, of a later format, or has no digest
+                and `unverified` is false.
 
         Warns:
             UserWarning: If the file has no digest.
@@ -395,7 +392,7 @@ class GenerationAttributionResult(ExportedResult):
 
     @property
     def summary(self) -> str:
-        """How much of what was attributed, by what, in a line."""
+        """One line on what was attributed and how."""
         features = len(self.output_features or ())
         return (
             f"GenerationAttributionResult({len(self.output_tokens)} target tokens × "
@@ -406,7 +403,7 @@ class GenerationAttributionResult(ExportedResult):
     def __repr__(self) -> str:
         if not self.output_features or len(self.output_tokens) < 2:
             return self.summary
-        # Nothing else tells who comes from captum why these numbers are not those of captum.
+        # Only this explains to captum users why numbers differ from captum's.
         return (
             f"{self.summary}: earlier output takes part as a cause; `output_unit=None` holds it "
             "fixed and gives captum's own quantity"
@@ -426,25 +423,24 @@ class GenerationAttributionResult(ExportedResult):
         width: int | None = None,
         unit: str | None = None,
     ) -> str:
-        """The strongest causes of every part of the answer, a line each.
+        """The strongest causes of every part of the answer, one line each.
 
-        First what was measured and, by the largest parts of the prompt, where the whole answer
-        comes from. In each line the causes in the prompt stand before those in the answer so far.
-        What is not told from noise (`marked`), or lies below a hundredth of the largest
-        attribution, is left out. Estimates of unknown error are marked ± ?, and painted as nothing
-        certain. ``print(result)`` shows it in the colours and the width of the terminal;
-        elsewhere, and in ``f"{result}"``, it is plain.
+        First come the settings and the causes of the whole answer, by the largest parts of the
+        prompt. Each line has the causes in the prompt, then those in the answer so far.
+        Attributions that are not significant (`marked`), or below a hundredth of the largest, are
+        left out. Estimates of unknown error are marked ± ? and not coloured. ``print(result)`` uses
+        the colours and width of the terminal; elsewhere, and in ``f"{result}"``, it is plain.
 
         Args:
-            k: Causes per line in each block, at most.
-            paint: From a text and its kind (``"token"``, ``"raises"``, ``"lowers"``,
-                ``"nothing"``) to what is shown, such as the text in a terminal's colours.
-            width: Columns that a line may take: weaker causes that do not fit give way to " …".
-                None: as many as needed.
-            unit: What has a line: ``"token"``, ``"word"``, ``"sentence"``… None: words where
-                tokens are fragments of them, otherwise tokens.
+            k: Maximum number of causes per line in each block.
+            paint: Maps a text and its kind (``"token"``, ``"raises"``, ``"lowers"``, ``"nothing"``)
+                to the displayed text, such as with terminal colours.
+            width: Maximum width of a line: weaker causes that do not fit become " …". None:
+                unlimited.
+            unit: Unit of the lines: ``"token"``, ``"word"``, ``"sentence"``… None: words if tokens
+                are fragments of them, otherwise tokens.
 
         Raises:
-            ValueError: If `k` is below 1, or the answer cannot be read by such units.
+            ValueError: If `k` is below 1, or the answer has no such units.
         """
         return table(self, k, paint, width, unit)

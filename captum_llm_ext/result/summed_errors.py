@@ -1,7 +1,7 @@
 """Standard errors of sums: over target tokens, and over the features of a part.
 
-Tokens share their coalitions, features of one walk what they add up to: their errors are not
-independent. What can be told from the coalitions is told here, within the size of a page.
+Tokens share coalitions, and features of one order share their sum, so their errors are correlated.
+Computes what the coalitions determine, within the size limit of a page.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +14,16 @@ from torch import Tensor
 from captum_llm_ext.result.refit import Evidence
 from captum_llm_ext.text.inputs import Piece
 
-_MOST_NUMBERS = 60_000  # of them, some five letters each
-# Regressions for sums over parts of the answer, the whole answer's not counted: .01 to .08 s each
-# (12 to 100 features, 16 rows a feature), so that they add a third of a second at most. Parts
-# beyond them, the smaller ones, are told without an error of their own.
+_MOST_NUMBERS = (
+    60_000  # maximum numbers on a page, of about five characters each; chosen, not measured
+)
+# Regressions for sums over parts of the answer, besides the whole answer's: .01 to .08 s each (12
+# to 100 features, 16 rows per feature), so a third of a second at most. Smaller parts beyond them
+# have no error of their own.
 _MOST_REGRESSIONS = 4
-_MOST_OF_ALL_SPANS = 20_000  # up to which every span of the answer has its own
+_MOST_OF_ALL_SPANS = (
+    20_000  # answer size up to which every span has its own errors; chosen, not measured
+)
 Span = tuple[int, int]
 
 
@@ -36,17 +40,17 @@ def summed_errors(
 
     Args:
         evidence: The coalitions.
-        columns: Per column of the result its feature.
-        n_prompt: Columns of the prompt, which come first.
+        columns: Feature of each column of the result.
+        n_prompt: Number of prompt columns, which come first.
         output_pieces: The target tokens.
-        levels, output_levels: As `reading` gives them.
+        levels, output_levels: As returned by `page_levels`.
         token_errors: Standard errors per target token and column of the result.
 
     Returns:
         Per side (``"prompt"`` or ``"answer"``) and level (None: the finest) an object with
-        ``side``, ``level``, ``spans`` (of target tokens, ``[start, stop]``) and ``se``: per span
-        a number per column, or per part of the level. Spans that take a regression, which is
-        slow, are the whole answer and a few of the largest parts.
+        ``side``, ``level``, ``spans`` (of target tokens, ``[start, stop]``) and ``se``: per span a
+        number per column, or per part of the level. Spans that need a regression, which is slow,
+        are limited to the whole answer and a few of the largest parts.
     """
     runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
     tokens = [(t, t + 1) for t in range(len(output_pieces))]
@@ -60,7 +64,7 @@ def summed_errors(
         if len(columns) > n_prompt:
             told.append(_entry("answer", None, spans, found[:, n_prompt:]))
     room = _MOST_NUMBERS - len(spans) * len(columns)
-    if len(set(columns)) < len(columns):  # captum's groups have columns for their members
+    if len(set(columns)) < len(columns):  # captum's groups have a column per member
         return told
     nestings = [
         *(("prompt", one["name"], list(one["part_of"]), len(one["parts"])) for one in levels),
@@ -89,11 +93,11 @@ def summed_error_bounds(
 
     Args:
         token_errors: Standard errors per target token and column of the result.
-        n_prompt: Columns of the prompt, which come first.
-        output_levels: As `reading` gives them.
+        n_prompt: Number of prompt columns, which come first.
+        output_levels: As returned by `page_levels`.
 
     Returns:
-        As `summed_errors`, for the finest level.
+        As for `summed_errors`, at the finest level.
     """
     n_target, n_columns = token_errors.shape
     runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
@@ -113,10 +117,13 @@ def capped(errors: Tensor, summed: Tensor) -> Tensor:
 def _spans(
     evidence: Evidence, n_target: int, n_columns: int, runs: Mapping[str, list[Span]]
 ) -> list[Span]:
-    """Spans of several tokens whose regressions are affordable, the most wanted first."""
+    """Spans of several tokens whose regressions are affordable, by priority."""
     wanted = _wanted(n_target, n_columns, runs)
     costs = [evidence.n_regressions([range(*span)]) for span in wanted]
-    spent = [0, *accumulate(costs[1:])]  # the whole answer's, which always comes, is not counted
+    spent = [
+        0,
+        *accumulate(costs[1:]),
+    ]  # the whole answer's regression is always done and not counted
     return [
         span
         for i, (span, cost) in enumerate(zip(wanted, costs, strict=True))
@@ -125,7 +132,7 @@ def _spans(
 
 
 def _wanted(n_target: int, n_columns: int, runs: Mapping[str, list[Span]]) -> list[Span]:
-    """Of several tokens, the most wanted first: the whole answer, then parts from large to small.
+    """Spans of several tokens by priority: the whole answer, then parts from large to small.
 
     A short answer has all spans.
     """
@@ -137,7 +144,7 @@ def _wanted(n_target: int, n_columns: int, runs: Mapping[str, list[Span]]) -> li
 
 
 def _runs(part_of: Sequence[int]) -> Iterator[Span]:
-    """Neighbouring tokens of one part."""
+    """Runs of neighbouring tokens in one part."""
     start = 0
     for _, run in groupby(part_of):
         stop = start + len(list(run))
@@ -146,7 +153,7 @@ def _runs(part_of: Sequence[int]) -> Iterator[Span]:
 
 
 def _owners(pieces: Sequence[Piece], runs: Sequence[Span]) -> list[int]:
-    """Per generated feature the run that it is in."""
+    """The run of each generated feature."""
     owners: dict[int, int] = {}
     for number, (start, stop) in enumerate(runs):
         for piece in pieces[start:stop]:
@@ -156,13 +163,13 @@ def _owners(pieces: Sequence[Piece], runs: Sequence[Span]) -> list[int]:
 
 
 def _wide(errors: Tensor, width: int) -> Tensor:
-    """Padded with zeros for columns that were no players."""
+    """Padded with zeros for columns that were not players."""
     return torch.nn.functional.pad(errors, (0, max(width - errors.shape[1], 0)))
 
 
 def _entry(side: str, level: str | None, spans: Sequence[Span], errors: Tensor) -> dict[str, Any]:
     rounded = [
-        [float(f"{error:.3g}") if error == error else None for error in row]  # NaN is None
+        [float(f"{error:.3g}") if error == error else None for error in row]  # NaN becomes None
         for row in errors.tolist()
     ]
     return {"side": side, "level": level, "spans": [list(span) for span in spans], "se": rounded}

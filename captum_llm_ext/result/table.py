@@ -1,4 +1,4 @@
-"""A result as text: the strongest causes of every part of the answer, and what to know of them."""
+"""A result as text: the strongest causes of every part of the answer, and remarks."""
 
 import math
 import re
@@ -26,12 +26,12 @@ _LONGEST_NAME = 24
 _ARROW = "  ←  "
 _SO_FAR = "so far: "
 _BETWEEN = " | "
-_LEAST_ROOM = 20  # for causes: below that, lines are longer than the terminal is wide
-_ROOM_FOR_TWO = 50  # columns below which a line has the stronger of its two blocks
-_LEAST_SHOWN = 0.005  # what is smaller is 0 in the table
+_LEAST_ROOM = 20  # minimum width for causes, even if lines exceed the terminal; chosen
+_ROOM_FOR_TWO = 50  # width below which a line shows only the stronger block; chosen
+_LEAST_SHOWN = 0.005  # smaller attributions are shown as 0
 _NOTHING = "nothing in particular"
 _WHOLE = "whole answer"
-_TELLING = 0.01  # share of the largest attribution of a block below which one is left out
+_TELLING = 0.01  # attributions below this share of their block's largest are left out; chosen
 
 
 def table(
@@ -73,8 +73,8 @@ def table(
 def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> list[str]:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
-    Where the answer follows from its own words, first what it goes back to in the end. Nothing
-    where the values of tokens do not add up.
+    If the answer follows mostly from its own words, its total causes come first. Empty if values of
+    tokens do not add up.
     """
     if not adds_up(result):
         return []
@@ -101,7 +101,7 @@ def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:
 
 
 def _is_shown(cause: Cause) -> bool:
-    """Whether the table has it: what is told from nothing, and what nothing tells."""
+    """Whether the table lists a cause: if significant, or of unknown error."""
     return cause.is_marked or math.isnan(cause.standard_error)
 
 
@@ -110,7 +110,7 @@ def _largest(attr: "Tensor | None") -> float:
 
 
 def _row(blocks: Sequence[Sequence[Cause]], room: int | None, show: "Paint") -> tuple[str, int]:
-    """Causes in the prompt, and behind them those in the answer so far; how wide they are."""
+    """Causes in the prompt, then those in the answer so far; and their width."""
     prompt, answer = blocks
     if not prompt and not answer:
         return show(_NOTHING, "nothing"), columns(_NOTHING)
@@ -137,7 +137,7 @@ def _row(blocks: Sequence[Sequence[Cause]], room: int | None, show: "Paint") -> 
 
 
 def _causes_text(causes: Sequence[Cause], room: int | None, show: "Paint") -> str:
-    """As many of the causes as there is room for, the first in any case."""
+    """As many causes as fit, but at least the first."""
     parts: list[str] = []
     for i, cause in enumerate(causes):
         name = shorten((cause.label or cause.name).strip()) or cause.name
@@ -145,12 +145,12 @@ def _causes_text(causes: Sequence[Cause], room: int | None, show: "Paint") -> st
         text = cause.describe()
         if room is not None:
             room -= len(", ") if parts else 0
-            # What is left out is told by " …".
+            # Omitted causes are marked by " …".
             most = room if i == len(causes) - 1 else room - len(" …")
             if columns(text) > most and parts:
                 return f"{', '.join(parts)} …"
             if columns(text) > most:
-                # The name gives way to its number.
+                # The name is shortened in favour of its number.
                 rest = columns(cause._replace(label="x").describe()) - 1
                 text = cause.describe(most=max(most - rest, 2))
             room -= columns(text)
@@ -165,7 +165,7 @@ def _painted(cause: Cause, text: str, show: "Paint") -> str:
 
 
 def _beside(foils: str, room: int | None, show: "Paint") -> str:
-    """What a token was held against, where there is room for it behind the causes."""
+    """A token's foils, if they fit beside the causes."""
     said = f"  (rather than {foils})"
     if not foils or (room is not None and columns(said) > room):
         return ""
@@ -173,7 +173,7 @@ def _beside(foils: str, room: int | None, show: "Paint") -> str:
 
 
 def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
-    """Lines no wider than the terminal, in its columns: a Chinese letter takes two."""
+    """Lines wrapped to the terminal's width; a Chinese character takes two columns."""
     if width is None:
         return list(lines)
     return [part for line in lines for part in _broken(line, max(width, _LEAST_ROOM))]
@@ -189,7 +189,7 @@ def _broken(line: str, width: int) -> list[str]:
 
 
 def _remarks(result: "ResultNumbers") -> list[str]:
-    """What a reader of the numbers should know."""
+    """Remarks for readers of the numbers."""
     remarks: list[str] = []
     n_unknown, n = int(result.errors_unknown.sum()), int((result.full_attr != 0).sum())
     if n_unknown:
@@ -203,7 +203,7 @@ def _remarks(result: "ResultNumbers") -> list[str]:
             f"{len(groups)} groups were not told apart and share {share:.0%} of all "
             f"attributions evenly: see `unresolved`, or {_more(result)}."
         )
-    # Where every coalition was scored, it costs nothing to look.
+    # If every coalition was scored, this is free.
     if result.design is not None and result.design.planned == "exact":
         gained = (result.full_values - result.empty_values).tolist()
         said = {
@@ -241,7 +241,7 @@ def _remarks(result: "ResultNumbers") -> list[str]:
 
 def _unsettled(result: "ResultNumbers") -> str:
     rule, settled = result.provenance.get("stop") or "of='all'", result.settled or ()
-    if "of='all'" in rule:  # a `Precision`, most often given as `tol`
+    if "of='all'" in rule:  # a `Precision`, usually given as `tol`
         return "`tol` was not met: see the standard errors."
     if len(settled) < 2:
         return f"{rule} was not met: see the standard errors."
@@ -252,7 +252,7 @@ def _unsettled(result: "ResultNumbers") -> str:
 
 
 def _errors(result: "ResultNumbers") -> str:
-    """What would tell errors, where something would."""
+    """What would give standard errors, if anything would."""
     orders = ("antithetic permutations", "nested orders")
     by = result.provenance.get("estimator")
     known = {"local linear model": " (a lasso has none; a ridge has)"}
@@ -264,7 +264,7 @@ def _errors(result: "ResultNumbers") -> str:
 
 
 def _more(result: "ResultNumbers") -> str:
-    """What would tell more groups apart."""
+    """What would split more groups."""
     is_search = result.design is not None and result.design.solved == "hierarchical search"
     return "give a smaller `share`" if is_search else "give more `n_samples`"
 

@@ -8,19 +8,19 @@ from captum_llm_ext.text.segment.graphemes import joints
 from captum_llm_ext.text.segment.rules import UNSPACED
 
 GOES_ON = "·"
-_IN_NUMBERS = ".,"  # between two digits they are a part of the number
+_IN_NUMBERS = ".,"  # between two digits they are part of the number
 _JOINERS = "\u200c\u200d"
-_FAR = 4  # characters on each side that tell whether a reader sees one or two
-_WORD_PART = 12  # characters of its word that are shown on each side of a fragment
+_FAR = 4  # characters on each side that decide whether a reader sees one word or two; chosen
+_WORD_PART = 12  # characters of its word shown on each side of a fragment; chosen
 
 
 def fragment_names(names: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Names of tokens, with a dot on each side where the word goes on: ``"est·"``, ``"·es"``.
+    """Names of tokens, with a dot on each side where the word continues: ``"est·"``, ``"·es"``.
 
     Args:
         names: A printable name of each token.
-        texts: What each token shows, white space included; put together they are the text. A token
-            that holds only a part of a character shows nothing; its name tells already.
+        texts: The text of each token, white space included; concatenated, they are the whole text.
+            A token that is only part of a character has an empty text; its name shows this.
 
     Returns:
         One name per token.
@@ -32,7 +32,7 @@ def fragment_names(names: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def going_on(texts: Sequence[str]) -> list[tuple[bool, bool]]:
-    """Per text whether its first word began before it, and whether its last goes on after it."""
+    """Per text whether its first word began before it, and whether its last continues after it."""
     shown = [i for i, text in enumerate(texts) if text]
     found = [(False, False)] * len(texts)
     left = False
@@ -45,14 +45,14 @@ def going_on(texts: Sequence[str]) -> list[tuple[bool, bool]]:
 
 
 def is_fragmented(texts: Sequence[str]) -> bool:
-    """Whether some word of the text is made of several tokens; as `fragment_names`."""
+    """Whether some word consists of several tokens; texts as for `fragment_names`."""
     return any(not text for text in texts) or any(left for left, _ in going_on(texts))
 
 
 def words_around(texts: Sequence[str]) -> list[tuple[str, str]]:
-    """Per text the rest of the word that it is a fragment of: what is before it, and after.
+    """Per text the rest of the word that it is a fragment of, before and after.
 
-    Of long words the nearest characters; both are empty where a text is no fragment.
+    For long words the nearest characters; both are empty if a text is not a fragment.
     """
     edges = going_on(texts)
     found: list[tuple[str, str]] = []
@@ -74,7 +74,7 @@ def words_around(texts: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def numbered_where_alike(names: Sequence[str]) -> list[str]:
-    """The same names, with their place (from 1) where several are alike: ``"the #4"``."""
+    """The same names, numbered from 1 where several are equal: ``"the #4"``."""
     count = Counter(name.strip() for name in names)
     return [
         name if count[name.strip()] == 1 else f"{name} #{i}"
@@ -100,7 +100,7 @@ def _is_inside_word(texts: Sequence[str], here: int, after: int) -> bool:
 
 
 def _is_spelled(character: str) -> bool:
-    """Whether it is a letter, a mark on one, or a digit, of a script that parts words by spaces."""
+    """Whether a character is a letter, mark or digit of a script that separates words by spaces."""
     if character in _JOINERS:
         return True
     return unicodedata.category(character)[0] in "LMN" and not UNSPACED.match(character)

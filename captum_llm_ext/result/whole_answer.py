@@ -1,10 +1,10 @@
-"""What a whole answer is owed to in the end, and whether that is what to read first.
+"""Total shares of a whole answer, and whether they should be read first.
 
-A long answer follows mostly from its own words. What the prompt does to each token directly, summed
-over the answer, is nearly its whole effect on the probability of the answer as it is: by the chain
-rule of probability that is the sum of what it does to each token after those before it. So direct
-effects are read first (they agree better with that effect: benchmarks/first_view.py), unless they
-do not tell which part did most, as their errors add up over a long answer.
+A long answer follows mostly from its own words. The direct effects of the prompt on each token,
+summed over the answer, are nearly its whole effect on the answer's probability: by the chain rule,
+this is the sum of its effects on each token given those before it. So direct effects are read first
+(they agree better with that effect: benchmarks/first_view.py), unless they are too uncertain to say
+which part contributed most, as errors add up over a long answer.
 """
 
 from collections.abc import Sequence
@@ -18,23 +18,25 @@ from captum_llm_ext.result.total import Share, TotalAttribution
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
-# Of what led to the tokens: beyond, an answer is said to follow from its own words. A guess: what
-# real models said lies between 0.59 and 0.93, of the demo at 0.53.
+# Share of direct influence from the answer itself beyond which an answer is said to follow from its
+# own words. Chosen: answers of real models lie between 0.59 and 0.93, the demo's at 0.53.
 OWN_WORDS = 0.75
-LEAST = 0.05  # share of the whole answer below which a part is not told of in a line
-_SURE = 1.96  # standard errors that tell one share from none
-_MOST_CELLS = 1_000_000  # of tokens times columns: errors of single tokens are told up to there
+LEAST = 0.05  # share of the whole answer below which a part is not listed; chosen, not measured
+_SURE = 1.96  # standard errors for significance: 95 %
+# Target tokens times columns up to which errors of single tokens are computed; chosen, not
+# measured.
+_MOST_CELLS = 1_000_000
 
 
 @dataclass(frozen=True)
 class WholeAnswerShares:
-    """What the whole answer is owed to, through its own words.
+    """The causes of the whole answer, including those through its own words.
 
     Attributes:
-        level: What the parts of the prompt are: the coarsest that are at least two.
-        shares: Of them, and of words of the answer that chains begin with, by size.
-        directly: The prompt's share of what led directly to the tokens.
-        is_first: Whether this is what to read first.
+        level: Level of the prompt's parts: the coarsest with at least two.
+        shares: Shares of these parts, and of words of the answer at which chains begin, by size.
+        directly: The prompt's share of the direct influence on the tokens.
+        is_first: Whether these should be read first.
     """
 
     level: str
@@ -44,12 +46,12 @@ class WholeAnswerShares:
 
     @property
     def is_listed(self) -> bool:
-        """Whether a line tells of it: the answer follows from its own words."""
+        """Whether a line lists them: if the answer follows mostly from its own words."""
         return self.directly < 1 - OWN_WORDS
 
     @property
     def listed(self) -> list[Share]:
-        """Those that a line has: large enough, and told from nothing where errors are known."""
+        """The shares to list: large enough and, if errors are known, significant."""
         return [
             share
             for share in self.shares
@@ -57,7 +59,7 @@ class WholeAnswerShares:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """The fields as plain data."""
         return {
             "level": self.level,
             "shares": [_plain(share) for share in self.shares],
@@ -69,11 +71,11 @@ class WholeAnswerShares:
 def whole_answer_shares(
     result: "ResultNumbers", level: str | None = None
 ) -> WholeAnswerShares | None:
-    """What the answer is owed to in the end; None where it has no chains.
+    """Total shares of the whole answer; None if it has no chains.
 
     Args:
         result: The result.
-        level: Of the prompt; None: the coarsest with at least two parts.
+        level: Level of the prompt; None: the coarsest with at least two parts.
     """
     totals_of = totals(result, [level or first_level(result)])
     if not totals_of:
@@ -92,18 +94,18 @@ def whole_answer_shares(
 
 
 def _is_certain(found: WholeAnswerShares) -> bool:
-    """Whether some part of the prompt is told from none, with an error that is known."""
+    """Whether some part of the prompt has a significant share of known error."""
     return any(not share.is_output and share.standard_error >= 0 for share in found.listed)
 
 
 def totals(result: "ResultNumbers", levels: Sequence[str]) -> dict[str, TotalAttribution]:
-    """Totals by levels of the prompt; none where the answer was held fixed or came of nothing."""
+    """Totals by levels of the prompt; empty if the output was held fixed or has no causes."""
     whole = cast(Any, result)
     if not result.output_features or len(result.output_tokens) < 2:
         return {}
     try:
         found: dict[str, TotalAttribution] = {name: whole.total(level=name) for name in levels}
-    except ValueError:  # probabilities of a word's tokens do not add up
+    except ValueError:  # probabilities of a word's tokens are not additive
         return {}
     return found if all(bool((one.strength > 0).any()) for one in found.values()) else {}
 
@@ -112,9 +114,9 @@ def share_errors(result: "ResultNumbers", total: TotalAttribution) -> list[dict[
     """Standard errors of shares in every part of the answer, and in the whole.
 
     Returns:
-        Per level that the answer can be read by its name as ``level``, ``spans`` of tokens, and per
-        span in ``se`` the columns that have an error (the prompt's parts, then the answer's by
-        that level) and these; None for an error that nothing tells.
+        Per level of the answer its name as ``level``, ``spans`` of tokens, and per span in ``se``
+        the columns that have an error (the prompt's parts, then the answer's at that level) and the
+        errors; None if unknown.
     """
     n = len(result.output_tokens)
     is_large = n * (len(total.names) + len(total.output_names)) > _MOST_CELLS
@@ -140,7 +142,7 @@ def share_errors(result: "ResultNumbers", total: TotalAttribution) -> list[dict[
 
 
 def _parts_of_features(result: "ResultNumbers", runs: Sequence[range]) -> list[int]:
-    """Per feature of the answer the run that it is in."""
+    """The run of each feature of the answer."""
     owner = {t: i for i, run in enumerate(runs) for t in run}
     found = [0] * len(result.output_features or ())
     for t, piece in enumerate(result.output_pieces):

@@ -1,8 +1,8 @@
-"""A result as one self-contained web page: running text that lights up.
+"""A result as one self-contained HTML page: running text, highlighted interactively.
 
-Knows only the plain data of a result (see `page`), neither torch nor the model. The page holds that
-data once, as JSON, and draws everything from it; it asks for nothing over the network, which its
-own content security policy enforces.
+Uses only the plain data of a result (see `page`), neither torch nor the model. The page contains
+that data once, as JSON, and draws everything from it; it makes no network request, which its own
+content security policy enforces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from captum_llm_ext.result.page.provenance import provenance_rows
 __all__ = ["fragment", "page"]
 
 _FORMAT = 1
-_DIGITS = 5  # significant digits kept: more than any error bar supports, half the bytes
+_DIGITS = 5  # significant digits kept: more than standard errors justify, half the bytes
 _MATRICES = ("token_attr", "token_attr_se", "output_attr", "output_attr_se")
 _OTHER = "other"  # the same numbers for another value
 _REQUIRED = (
@@ -39,54 +39,56 @@ _REQUIRED = (
     "token_attr",
     "output_attr",
 )
-# One closure, in this order.
+# Concatenated into one closure, in this order.
 _SCRIPTS = ("model", "through", "words", "text", "links", "panel", "map", "page")
-_LEAST = 0.01  # share of the largest attribution below which that telling leaves one out
+# Share of the largest attribution below which the summary omits one; chosen, not measured.
+_LEAST = 0.01
 _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
-# Written out, not kept as data.
+# Written as HTML, not kept as data.
 _TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "in_the_end", "column_features")
-_USED = ("unit", "noise_floor")  # of provenance, by the scripts
-_MOST_SHARES, _LEAST_SHARE = 3, 0.05  # of the whole answer, in a line
-_SINGLE = 1.96  # standard errors that tell one value from zero
-_PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
+_USED = ("unit", "noise_floor")  # parts of the provenance that scripts use
+# Number of listed shares of the whole answer, and the smallest; chosen, not measured.
+_MOST_SHARES, _LEAST_SHARE = 3, 0.05
+_SINGLE = 1.96  # standard errors at which a single value is significant
+_PLAIN_ROWS = 500  # tokens listed if scripts are disabled; chosen, not measured
 
 
 def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     """A complete HTML file that shows a result.
 
     Args:
-        data: A result's plain data, as its ``to_dict()`` gives it: the pieces of the prompt and of
-            the output in reading order, the names of the features, and per explained token the
+        data: A result's plain data, as returned by its ``to_dict()``: the pieces of the prompt and
+            of the output in reading order, the names of the features, and per explained token the
             attributions ``token_attr`` ``(n_target, n_prompt_features)`` and ``output_attr``
             ``(n_target, n_output_features)`` or ``None``, with standard errors where known.
-            ``levels``, from coarse to fine, are larger parts that the prompt can be read by, and
-            ``output_levels`` the same for the output (``part_of`` per token). A piece's ``role``
-            says whose message of a chat it is in, or ``"template"``. ``sums`` are errors of sums,
-            for a ``side`` and ``level``: per entry of ``spans`` (``[start, stop]`` of tokens) in
-            ``se`` one per column; the page takes what it adds up beside these as independent, and
-            says so. ``unresolved`` lists the columns of each group that was not told apart; below
-            ``noise_floor`` nothing is certain. ``foils`` names, per token, what it is held against
-            where the value is a contrast; ``other`` has attributions, errors, ``full_values``,
-            ``empty_values`` and ``sums`` of another ``attr_target``, to which the page can be
-            switched. ``is_unsigned`` says that attributions are sizes, ``fixed_share`` per token
-            what part fixed text has. ``about``, ``narrative``, ``summary``, ``causes`` and
-            ``marked_beyond`` are what ``to_dict()`` tells in words; ``around`` has per column of a
-            side (``prompt``, ``output``) the rest of the word that it is a fragment of, before and
-            after; ``answer_unit`` is the level that the answer is read by at first.
-            ``total`` has, per level of the prompt, the links of chains as `TotalAttribution.links`
-            tells them and ``errors`` of shares as `share_errors` does, and ``in_the_end`` shares of
-            the whole answer by the largest parts, and whether they come ``first``.
-            ``counterfactuals`` (`Counterfactual.to_dict`) would have changed the answer,
-            ``column_features`` the feature of each column of the prompt, by which they number.
-            ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"`` (names
-            that stand apart); without it, names that would run together are set apart.
-        title: Heading of the page; by default what was generated.
+            ``levels``, from coarse to fine, are larger parts of the prompt, and ``output_levels``
+            the same for the output (``part_of`` per token). A piece's ``role`` is that of its chat
+            message, or ``"template"``. ``sums`` are standard errors of sums, for a ``side`` and
+            ``level``: per entry of ``spans`` (``[start, stop]`` of tokens) in ``se`` one per
+            column; for other sums the page assumes independence, and says so. ``unresolved`` lists
+            the columns of each group that was not split; values below ``noise_floor`` may be
+            rounding. ``foils`` lists the foils of each token, for a contrast; ``other`` has
+            attributions, errors, ``full_values``, ``empty_values`` and ``sums`` of another
+            ``attr_target``, to which the page can be switched. ``is_unsigned`` says that
+            attributions have no sign, ``fixed_share`` is the share of fixed text per token.
+            ``about``, ``narrative``, ``summary``, ``causes`` and ``marked_beyond`` are the
+            descriptions of ``to_dict()``; ``around`` has per column of a side (``prompt``,
+            ``output``) the rest of the word that it is a fragment of, before and after;
+            ``answer_unit`` is the level at which the answer is shown first. ``total`` has, per
+            level of the prompt, the edges of chains as from `TotalAttribution.links` and ``errors``
+            of shares as from `share_errors`; ``in_the_end`` has total shares of the whole answer by
+            the largest parts, and whether they come ``first``. ``counterfactuals`` are from
+            `Counterfactual.to_dict`, ``column_features`` has the feature index of each prompt
+            column, which they refer to. ``prompt_layout`` may say ``"text"`` (the pieces are
+            running text) or ``"list"`` (separate names); by default names that would run together
+            are separated.
+        title: Heading of the page; by default the generated text.
 
     Returns:
         The file's content, to be written as UTF-8; numbers are rounded to five significant digits.
 
     Raises:
-        ValueError: If the data is of an unknown format, incomplete, or does not fit together.
+        ValueError: If the data has an unknown format, is incomplete or inconsistent.
     """
     data = {**data, **_missing_pieces(data)}
     _check(data)
@@ -114,15 +116,15 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
 def fragment(data: Mapping[str, Any], text: str = "") -> str:
     """The same page as one element of another page, such as a notebook.
 
-    A frame of its own keeps styles, scripts and ids apart, so several can share a page.
+    An ``<iframe>`` isolates styles, scripts and ids, so several can share a page.
 
     Args:
         data: As for `page`.
-        text: What stands beside the frame, for viewers that strip frames; its first lines are seen
-            in any case.
+        text: Text shown beside the frame, for viewers that strip frames; its first lines are always
+            visible.
 
     Returns:
-        One ``<iframe>`` element, and the text as another.
+        HTML of an ``<iframe>`` element and of one with the text.
     """
     beside = ""
     if text:
@@ -142,25 +144,25 @@ def _asset(name: str) -> str:
 
 
 def _script() -> str:
-    """The page's scripts as one, with a scope of their own."""
+    """The page's scripts as one, in their own scope."""
     parts = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     return f'(() => {{\n"use strict";\n\n{parts}}})();'
 
 
 def _source(content: str) -> str:
-    """What a content security policy calls this inline script or style, and no other."""
+    """The hash by which a content security policy allows exactly this inline script or style."""
     digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
 def _escaped(text: str) -> str:
-    """Text as HTML; half a surrogate pair, which UTF-8 cannot write, as a reference."""
+    """Text as HTML; lone surrogates, which UTF-8 cannot encode, as character references."""
     return html.escape(text).encode("utf-8", "xmlcharrefreplace").decode("utf-8")
 
 
 def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     said = (piece["text"] for piece in output if piece.get("role") != "template")
-    # Of an answer that is no text, such as the token that ends it, the tokens' names are told.
+    # If the answer has no text, such as a single end token, its tokens' names are shown.
     answer = " ".join("".join(said).split()) or " ".join(" ".join(names).split())
     if len(answer) > 60:
         answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
@@ -168,7 +170,7 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 
 def _first_lines(data: Mapping[str, Any]) -> str:
-    """Where the whole answer comes from, directly and in the end, in the order to be read."""
+    """Direct and total causes of the whole answer, in reading order."""
     if not _is_through_first(data):
         return _summary(data) + _total(data, "through the answer")
     whole = "whole answer, through its own words"
@@ -180,7 +182,7 @@ def _is_through_first(data: Mapping[str, Any]) -> bool:
 
 
 def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
-    """Where the whole answer comes from, by the largest parts of the prompt, in a line."""
+    """One line on the causes of the whole answer, by the largest parts of the prompt."""
     found = data.get("summary")
     if not found:
         return ""
@@ -191,7 +193,7 @@ def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
 
 
 def _total(data: Mapping[str, Any], name: str) -> str:
-    """What the whole answer is owed to in the end, in a line."""
+    """One line on the total shares of the whole answer."""
     told = (data.get("in_the_end") or {}).get("shares") or ()
     shares = [
         f'<span class="cause size"><bdi>{_escaped(one["name"])}</bdi> <b>{_share(one)}</b></span>'
@@ -211,7 +213,7 @@ def _is_told(cause: Mapping[str, Any]) -> bool:
 
 
 def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
-    """A cause as HTML: coloured if it is told from nothing."""
+    """A cause as HTML, coloured if significant."""
     value, error = cause["attribution"], cause["standard_error"]
     number = f"{value:.2f}" if is_unsigned else f"{value:+.2f}".replace("-", "−")
     spread = _escaped(plus_minus(error))
@@ -223,7 +225,7 @@ def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
 
 
 def _plain(data: Mapping[str, Any]) -> str:
-    """All that the page tells, as text: for where scripts are switched off."""
+    """The content of the page as text, for disabled scripts."""
     texts = (_escaped("".join(p["text"] for p in data[name])) for name in ("prompt", "output"))
     prompt, output = texts
     rows = data.get("causes") or _strongest(data)
@@ -262,7 +264,7 @@ def _plain(data: Mapping[str, Any]) -> str:
 
 
 def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Causes of every token in two blocks, where the data does not tell them."""
+    """Causes of every token in two blocks, if the data has none."""
     beyond = data.get("marked_beyond") or _SINGLE
     sides = (
         ("prompt", data["input_tokens"], "token_attr"),
@@ -292,7 +294,7 @@ def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _missing_pieces(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The names of features and tokens, where a result does not know how they make up the text."""
+    """The names of features and tokens, if a result does not know how they form the text."""
     names, tokens, columns = (
         data.get(name) or () for name in ("input_tokens", "output_tokens", "output_features")
     )
@@ -305,12 +307,12 @@ def _missing_pieces(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layout(prompt: Sequence[Mapping[str, Any]]) -> str:
-    """``"list"`` where the pieces are names that would run together if set as text."""
+    """``"list"`` if the pieces are names that would run together as text."""
     texts = [piece["text"] for piece in prompt if piece["feature"] is not None]
     if len(texts) < 2 or len(texts) < len(prompt):
         return "text"
     edges = ((left[-1:], right[:1]) for left, right in pairwise(texts))
-    # Scripts that are written without spaces are left alone: there this is how text looks.
+    # Scripts written without spaces are exempt.
     return (
         "list"
         if all((a + b).isascii() and a.isalnum() and b.isalnum() for a, b in edges)
@@ -319,7 +321,7 @@ def _layout(prompt: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """JSON that stays inside its script element, whatever the strings hold."""
+    """JSON that is safe inside a script element, whatever the strings contain."""
     text = _object(data)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -343,7 +345,7 @@ def _matrix(rows: Sequence[Sequence[float | None]] | None) -> str:
 
 
 def _row(numbers: Sequence[float | None]) -> str:
-    """As `_dumps` would, ten times faster where all are known: a long answer has millions."""
+    """Like `_dumps`, ten times faster if all numbers are finite: a long answer has millions."""
     if numbers and None not in numbers:
         text = ",".join([f"{number:.{_DIGITS}g}" for number in numbers])
         if "n" not in text:  # neither nan nor inf
@@ -352,7 +354,7 @@ def _row(numbers: Sequence[float | None]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """A copy with floats cut to what is shown, and NaN and infinities as null, as JSON needs."""
+    """A copy with floats rounded, and NaN and infinities as null, as JSON needs."""
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -404,7 +406,7 @@ def _check(data: Mapping[str, Any]) -> None:
 
 
 def _check_shape(data: Mapping[str, Any], name: str, rows: int, columns: int | None) -> None:
-    """The matrix and its standard errors, if any, have this many rows and columns."""
+    """Checks that the matrix and its standard errors, if any, have this many rows and columns."""
     if (data[name] is None) != (columns is None):
         raise ValueError(f"`{name}` and the names of its columns must be both given or both None.")
     for key in (name, f"{name}_se"):
@@ -446,7 +448,7 @@ def _check_features(data: Mapping[str, Any], name: str, count: int) -> None:
 
 
 def _check_level(level: Mapping[str, Any], n_prompt: int) -> None:
-    """Every feature of the prompt is in one of its parts."""
+    """Checks that every feature of the prompt is in one of the level's parts."""
     part_of, n_parts = level["part_of"], len(level["parts"])
     if len(part_of) != n_prompt or not all(0 <= part < n_parts for part in part_of):
         raise ValueError(

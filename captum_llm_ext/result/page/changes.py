@@ -1,4 +1,4 @@
-"""Counterfactuals in words: what would have stood in the prompt, and what the model writes then."""
+"""Counterfactuals in words: what was replaced in the prompt, and what the model then generates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from captum_llm_ext.base.terminal import spelled
 
-_LONGEST = 80  # characters of a text that was changed
+_LONGEST = 80  # displayed characters of a changed text; chosen, not measured
 _LONGEST_ANSWER = 200
 
 
 def change_sentences(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a page shows of ``counterfactuals``.
+    """The content of a page on ``counterfactuals``.
 
     Returns:
-        For each its ``token``, the ``columns`` of the prompt that it changes, what it ``said`` in a
-        sentence, and the ``answer`` that the model writes then.
+        For each its ``token``, the changed ``columns`` of the prompt, a sentence under ``said``,
+        and the model's new ``answer``.
 
     Raises:
-        ValueError: If one is about another answer.
+        ValueError: If one belongs to another answer.
     """
     return [_told(one, data) for one in data.get("counterfactuals") or ()]
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Of provenance: tables of candidates and numbers of every token, no lines of text.
+# Entries of the provenance that are tables of candidates or numbers per token.
 _LONG = ("matches", "fixed_attr", "fixed_share", "constant_attr")
 _FIRST = ("method", "attr_target", "n_evaluations", "estimate")
 _NAMES = {
@@ -23,7 +23,7 @@ _NAMES = {
     "generation": "how the answer was generated",
     "probe": "what the model was found to do",
 }
-# Of what is noted together, such as of the answer's generation and of the model.
+# Names of entries within dictionaries, such as on generation and on the model.
 _PARTS = {
     "eos_token_id": "ends at token",
     "max_new_tokens": "tokens at most",
@@ -35,7 +35,7 @@ _PARTS = {
     "couples_rows": "sees other rows of a batch",
     "mixes_lengths": "changes with the length of a batch",
     "reuses_beginnings": "reuses beginnings",
-    "lends_beginnings": "shares beginnings",  # as files of before have it
+    "lends_beginnings": "shares beginnings",  # as older files have it
     "shares_beginnings": "shares beginnings",
     "packs_rows": "reads several rows as one",
 }
@@ -43,7 +43,7 @@ _VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", 
 
 
 def provenance_rows(data: Mapping[str, Any]) -> list[list[str]]:
-    """Pairs of a name and what is noted, in the order in which they are told."""
+    """Pairs of a name and a value, in display order."""
     entries = {name: data[name] for name in _FIRST if name in data}
     entries |= {
         name: value for name, value in data.get("provenance", {}).items() if name not in _LONG
@@ -53,7 +53,7 @@ def provenance_rows(data: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _spelled(value: Any) -> str:
-    """A value as text; empty where it says nothing."""
+    """A value as text; empty if it carries no information."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -70,7 +70,7 @@ def _spelled(value: Any) -> str:
 
 
 def _listed(values: list[Any]) -> str:
-    """Many numbers by their range: one for every token is no line of text."""
+    """Many numbers as their range: one per token would be too long."""
     known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     if len(values) > 1 and len(known) == len(values):
         low, high = _spelled(float(min(known))), _spelled(float(max(known)))

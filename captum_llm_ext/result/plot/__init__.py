@@ -1,8 +1,8 @@
-"""Drawings of attributions. The only part that imports matplotlib, and only when it draws.
+"""Plots of attributions. The only part that imports matplotlib, and only when it draws.
 
-Plain arrays in, ``(fig, ax)`` out; all take `ax`, `show`, `title` and `unit` (see `axes.Canvas`).
-Red lowers and blue raises, as in Captum's bars; a sign can also be read without colour. Global
-matplotlib settings are read, never written.
+Plain arrays in, ``(fig, ax)`` out; all functions take `ax`, `show`, `title` and `unit` (see
+`axes.Canvas`). Red lowers and blue raises, as in captum's bars; signs can also be read without
+colour. Global matplotlib settings are read, never changed.
 """
 
 from captum_llm_ext.result.plot.bars import bars, convergence

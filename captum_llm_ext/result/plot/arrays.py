@@ -1,4 +1,4 @@
-"""Arrays as they are drawn."""
+"""Arrays as needed for plotting."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Array = npt.NDArray[np.float64]
 
 
 def numbers(values: Any) -> Array:
-    """The values as float64, of whatever shape they have."""
-    if hasattr(values, "detach"):  # a tensor: numpy knows neither bfloat16 nor gradients
+    """The values as a float64 array of any shape."""
+    if hasattr(values, "detach"):  # a tensor: numpy supports neither bfloat16 nor gradients
         values = values.detach().double().cpu()
     return np.asarray(values, dtype=np.float64)
 
 
 def array(name: str, values: Any, shape: tuple[int, ...]) -> Array:
-    """The values as float64, of the shape that the labels ask for."""
+    """The values as a float64 array of the shape that the labels require."""
     array = numbers(values)
     if array.shape != shape and (array.size or math.prod(shape)):
         raise ValueError(
@@ -31,12 +31,12 @@ def array(name: str, values: Any, shape: tuple[int, ...]) -> Array:
 
 
 def standard_errors(name: str, errors: Any, values: Array) -> Array:
-    """Standard errors of the shape of the values; NaN where there are none."""
+    """Standard errors of the shape of the values; NaN if there are none."""
     return np.full_like(values, np.nan) if errors is None else array(name, errors, values.shape)
 
 
 def output_array(values: Any, labels: Sequence[str] | None, n_target: int) -> Array:
-    """Attributions to earlier output; no columns where it was held fixed."""
+    """Attributions to earlier output; no columns if it was held fixed."""
     if (values is None) != (labels is None):
         raise ValueError(
             "`output_attr` and `output_feature_labels` belong together: give both, or neither "
@@ -50,7 +50,7 @@ def output_array(values: Any, labels: Sequence[str] | None, n_target: int) -> Ar
 def open_columns(output: Array, features: Sequence[int | None] | None) -> npt.NDArray[np.intp]:
     """How many of the generated columns lie wholly before each row's token, shape (n_target,)."""
     n_target, n_output = output.shape
-    if not n_output:  # held fixed: no column may be a cause, whatever tokens make up
+    if not n_output:  # held fixed: there are no columns
         return np.zeros(n_target, dtype=np.intp)
     if features is None:
         if n_target == n_output:
@@ -82,7 +82,7 @@ def scale(*parts: Array) -> float:
 
 
 def notable(values: Array) -> list[int]:
-    """Columns by falling magnitude, down to a fifth of the largest: whose labels come first."""
+    """Columns by decreasing magnitude, down to a fifth of the largest: those to label first."""
     peaks = np.abs(np.nan_to_num(np.atleast_2d(values))).max(axis=0, initial=0)
     order = np.argsort(-peaks, kind="stable")
     least = max(0.2 * float(peaks.max(initial=0)), np.finfo(float).tiny)

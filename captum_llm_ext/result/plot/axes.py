@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     Drawing = tuple[Figure, Axes] | None
 
-_LABEL_PITCH = 0.14  # inches from one label to the next
-_SHORTEST, _LONGEST = 8, 22  # characters that labels of columns have at most
-_LETTER = 0.56  # width of a letter, on average and with some room, in letter sizes
-KEY_LINE = 1.35 * LABEL_POINTS  # points from one line of a key to the next
+_LABEL_PITCH = 0.14  # inches between labels
+_SHORTEST, _LONGEST = 8, 22  # limits of characters in column labels
+_LETTER = 0.56  # width of a character including spacing, in font sizes
+KEY_LINE = 1.35 * LABEL_POINTS  # points between lines of a key
 
 
 class CanvasArguments(TypedDict, total=False):
-    """The arguments that all drawings share: those of `Canvas`."""
+    """The arguments that all plots share: those of `Canvas`."""
 
     ax: Axes | None
     show: bool
@@ -36,13 +36,14 @@ class CanvasArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
-    """Where a drawing goes, and what is written around it.
+    """The axes of a plot, and what is written around it.
 
     Args:
-        ax: Axes to draw into; by default a new figure whose size follows what is drawn.
-        show: Show the figure and return ``None``, as in Captum; else figure and axes are returned.
-        title: Title above the drawing.
-        unit: Of the values.
+        ax: Axes to draw into; by default a new figure of suitable size.
+        show: Show the figure and return ``None``, as in captum; otherwise figure and axes are
+            returned.
+        title: Title above the plot.
+        unit: Unit of the values.
     """
 
     ax: Axes | None = None
@@ -51,7 +52,7 @@ class Canvas:
     unit: str | None = None
 
     def open(self, width: float, height: float) -> tuple[Figure, Axes]:
-        """The axes to draw into; a new figure stays between postcard and poster, in inches."""
+        """The axes to draw into; a new figure's size in inches is limited to a readable range."""
         if self.ax is not None:
             return self.ax.figure, self.ax  # pyright: ignore[reportReturnType]
         import matplotlib.pyplot as plt
@@ -73,18 +74,18 @@ class Canvas:
         return None
 
     def with_unit(self, what: str) -> str:
-        """What an axis shows, with its unit."""
+        """An axis label with its unit."""
         return f"{what} ({self.unit})" if self.unit else what
 
     def label_values(self, ax: Axes, what: str, *, has_errors: bool = True) -> None:
-        """Says beside the axes what their height shows."""
+        """Labels the value axis."""
         settle(ax)
         more = self.with_unit("± standard error" if has_errors else "").strip()
         ax.set_ylabel(label_along(what, more, inches(ax)[1]), size=LABEL_POINTS + 1)
 
 
 def inches(ax: Axes) -> tuple[float, float]:
-    """Width and height of the axes as laid out so far."""
+    """Width and height of the axes in inches, in the current layout."""
     fig = ax.get_figure(root=True)
     if fig is None:
         raise ValueError("`ax` belongs to no figure: pass axes made by `plt.subplots()`.")
@@ -92,13 +93,13 @@ def inches(ax: Axes) -> tuple[float, float]:
 
 
 def inches_per_unit(ax: Axes) -> tuple[float, float]:
-    """Width and height of one cell as laid out so far."""
+    """Width and height of one cell in inches, in the current layout."""
     (width, height), (left, right), (low, high) = inches(ax), ax.get_xlim(), ax.get_ylim()
     return width / max(abs(right - left), 1.0), height / max(abs(high - low), 1.0)
 
 
 def settle(ax: Axes) -> None:
-    """Lays the figure out, where it has a layout engine, so that sizes are those to be drawn."""
+    """Runs the figure's layout engine, if any, so that sizes are final."""
     fig = ax.get_figure(root=True)
     engine = None if fig is None else fig.get_layout_engine()
     if fig is not None and engine is not None:
@@ -108,10 +109,10 @@ def settle(ax: Axes) -> None:
 def label_columns(
     ax: Axes, places: Array, names: Sequence[str], wanted: Iterable[int] = ()
 ) -> None:
-    """Labels above the columns; where not all have room, `wanted` before others."""
+    """Labels above the columns; if not all fit, `wanted` come first."""
     cell = inches_per_unit(ax)[0] * 0.9
     kept = thinned(len(names), cell, wanted)
-    # No longer than the axes are high: in small ones labels would leave nothing to be labelled.
+    # No longer than the axes are high: otherwise labels would leave no room for the plot.
     longest = int(inches(ax)[1] * 72 / (_LETTER * LABEL_POINTS))
     texts = [label(names[i], min(max(longest, _SHORTEST), _LONGEST)) for i in kept]
     steep = cell < 0.3
@@ -128,7 +129,7 @@ def label_columns(
 
 
 def label_rows(ax: Axes, names: Sequence[str], what: str = "explained token") -> None:
-    """Labels left of the rows, as many as have room."""
+    """Labels left of the rows, as many as fit."""
     kept = thinned(len(names), inches_per_unit(ax)[1] * 0.9)
     texts = [label(names[i]) for i in kept]
     ax.set_yticks(kept, labels=texts, **text_style(texts))
@@ -138,13 +139,13 @@ def label_rows(ax: Axes, names: Sequence[str], what: str = "explained token") ->
 
 
 def label_along(what: str, more: str, length: float) -> str:
-    """The words beside an axis of this length in inches: on two lines if one is too long."""
+    """An axis label for this length in inches: on two lines if one is too long."""
     needed = _LETTER * (LABEL_POINTS + 1) / 72 * len(f"{what} {more}")
     return what if not more else f"{what}{' ' if needed <= length else chr(10)}{more}"
 
 
 def key_lines(parts: Sequence[str], width: float) -> str:
-    """What signs mean, one after another, on as many lines as a width in points asks for."""
+    """The explanation of signs, wrapped to a width in points."""
     lines: list[str] = []
     for part in parts:
         longer = f"{lines[-1]}    {part}" if lines else part
@@ -156,7 +157,7 @@ def key_lines(parts: Sequence[str], width: float) -> str:
 
 
 def thinned(n: int, pitch: float, wanted: Iterable[int] = ()) -> list[int]:
-    """Indices so far apart that labels do not run into each other: first `wanted`, then others."""
+    """Indices far enough apart that labels do not overlap: first `wanted`, then others."""
     step = max(1, math.ceil(_LABEL_PITCH / max(pitch, 1e-6)))
     kept: list[int] = []
     for i in (*wanted, *range(0, n, step)):
@@ -174,6 +175,6 @@ def headings(ax: Axes, parts: dict[str, tuple[float, int]]) -> None:
             ax.plot(ends, [-0.012] * 2, transform=across, color=MUTED, lw=1.0, clip_on=False)
             middle = (ends[0] + ends[1]) / 2
             if _LETTER * (LABEL_POINTS + 1) / 72 * len(name) > inches_per_unit(ax)[0] * width:
-                name = name.replace(" ", "\n")  # else it would run into its neighbour
+                name = name.replace(" ", "\n")  # otherwise it would overlap its neighbour
             heading = ax.text(middle, -0.02, name, transform=across, ha="center", va="top")
             heading.set(size=LABEL_POINTS + 1, color=MUTED)

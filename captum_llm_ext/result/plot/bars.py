@@ -1,4 +1,4 @@
-"""One number per feature, and how it settles."""
+"""Bars of one number per feature, and convergence plots."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def bars(
         labels: Text of the features.
         errors: Standard errors, shape ``(n_features,)``, drawn as whiskers of one standard error
             where known (not NaN). A bar within `sure` of them, or of unknown error, is pale.
-        sure: Standard errors beyond which something is told from nothing.
-        cmap: A colour map: bars have the colours of its ends. By default ``"RdBu"``, or
-            ``"Purples"`` of what has no sign.
-        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
+        sure: Number of standard errors beyond which a value is significant.
+        cmap: A colour map whose ends colour the bars. By default ``"RdBu"``, or ``"Purples"`` if
+            unsigned.
+        is_unsigned: Whether attributions are magnitudes without a sign.
         **canvas: See `Canvas`.
 
     Raises:
@@ -97,14 +97,14 @@ def convergence(
     errors: npt.ArrayLike | None = None,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws how estimates settle as coalitions are added.
+    """Draws how estimates converge as coalitions are added.
 
     Args:
-        n_coalitions: How many each estimate was made from, rising, shape ``(n_estimates,)``.
+        n_coalitions: Increasing numbers of coalitions of the estimates, shape ``(n_estimates,)``.
         attributions: Shape ``(n_estimates, n_causes)``.
         labels: Names of the causes, written beside their last estimates.
         errors: Standard errors of the shape of `attributions`, drawn as bands of one standard error
-            where known (not NaN).
+            if known (not NaN).
         **canvas: See `Canvas`.
 
     Raises:
@@ -132,17 +132,17 @@ def convergence(
 
 
 def _log_counts(ax: Axes, counts: Array) -> None:
-    """Each estimate takes a good part more coalitions than the one before it."""
+    """A logarithmic axis of the numbers of coalitions."""
     from matplotlib.ticker import NullLocator
 
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
-    kept = [*range(len(counts) - 1, -1, -2)][::-1]  # the last one certainly
+    kept = [*range(len(counts) - 1, -1, -2)][::-1]  # always the last one
     ax.set_xticks(counts[kept], labels=[f"{count:,.0f}" for count in counts[kept]])
 
 
 def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
-    """Names on the right, at the height of the last estimates as far as they leave room."""
+    """Names on the right, at the height of the last estimates as far as there is room."""
     texts = [label(text, _LONGEST) for text in labels]
     settle(ax)
     low, high = ax.get_ylim()
@@ -160,8 +160,8 @@ def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
 
 
 def _apart(places: Array, pitch: float) -> Array:
-    """The nearest places that are at least `pitch` apart, in the same order; `places` rise."""
-    # Distances above the pitch are what may be pooled: isotonic regression.
+    """The nearest positions that are at least `pitch` apart, in the same, increasing order."""
+    # Solved as isotonic regression on distances beyond the pitch.
     blocks: list[tuple[float, int]] = []
     for place in places - pitch * np.arange(len(places)):
         blocks.append((float(place), 1))

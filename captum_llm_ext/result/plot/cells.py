@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-_CHAR = 0.063  # inches one character of a number in a cell takes, with some air around it all
-_NUMBER_HEIGHT = 0.17  # inches that its line takes
+_CHAR = 0.063  # inches per character of a number in a cell, including spacing
+_NUMBER_HEIGHT = 0.17  # inches per line of numbers
 
 
 def hatch_closed(ax: Axes, open_columns: npt.NDArray[np.intp], start: float, n_output: int) -> None:
-    """Covers each row from its first closed column on: one staircase, whatever its size."""
+    """Hatches each row from its first closed column on, as one staircase."""
     from matplotlib.patches import Polygon
 
     right = start + n_output - 0.5
@@ -55,7 +55,7 @@ def images(
     parts: Sequence[tuple[float, Array]],
     shades: Sequence[Array] | None = None,
 ) -> bool:
-    """Draws each part from its column on, all in one scale; returns whether there was any."""
+    """Draws each part from its column on, on one scale; returns whether there was any."""
     drawn = False
     for i, (left, values) in enumerate(parts):
         if values.size:
@@ -74,11 +74,11 @@ def images(
 
 
 def colour_bar(fig: Figure, ax: Axes, colours: Colours, *, below: float | None = None) -> Colorbar:
-    """The scale, beside the axes, or below them at this share of their width."""
+    """The colour bar, beside the axes, or below them at this share of their width."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    # Not made of an image, which may be shaded.
+    # Not made from an image, which may be shaded.
     shown = ScalarMappable(Normalize(colours.low, colours.scale), colours.cmap)
     look: dict[str, Any] = {}
     if below is not None:
@@ -97,15 +97,15 @@ def mark_cells(
     colours: Colours | Sequence[Colours],
     shade: Array | None = None,
 ) -> bool:
-    """Numbers where all of them fit, else a minus sign on what lowers: colour is not enough.
+    """Writes numbers if all fit, otherwise minus signs: colour alone does not show the sign.
 
     Args:
         ax: The axes.
-        places: Middle of each column.
+        places: Centre of each column.
         cells: Shape ``(n_rows, n_columns)``.
         shown: Which cells are drawn.
-        colours: Of all cells, or one per column.
-        shade: What is below 1 is pale.
+        colours: Colour scale of all cells, or one per column.
+        shade: Opacity of the cells.
 
     Returns:
         Whether the cells hold numbers.
@@ -114,7 +114,7 @@ def mark_cells(
     each = [colours] * len(places) if isinstance(colours, Colours) else list(colours)
     scales = np.array([own.scale for own in each])
     needed = _CHAR * (max((len(_number(-own.scale, own)) for own in each), default=0) + 0.4)
-    if inches_per_unit(ax)[0] > 0.5 * needed:  # else no layout would make them fit
+    if inches_per_unit(ax)[0] > 0.5 * needed:  # otherwise no layout would make them fit
         settle(ax)
     width, height = inches_per_unit(ax)
     fits = width >= needed and height >= _NUMBER_HEIGHT
@@ -138,7 +138,7 @@ def mark_cells(
 
 def _write_cell(ax: Axes, x: float, y: float, text: str, ink: str) -> None:
     if not text.strip("0."):
-        return  # a page of zeros hides what is none
+        return  # zeros everywhere carry no information
     number = ax.text(x, y, text, ha="center", va="center", size=LABEL_POINTS - 1, color=ink)
     number.set_in_layout(False)  # within its cell anyway, and measuring hundreds is slow
 
@@ -155,21 +155,21 @@ def frame(ax: Axes, cells: Sequence[tuple[float, float]]) -> None:
 
 
 def write_marks(ax: Axes, x: float, y: float, text: str) -> None:
-    """Muted text where a cell would be."""
+    """Muted text in place of a cell."""
     if text:
         mark = ax.text(x, y, text, ha="center", va="center", color=MUTED, **text_style([text]))
         mark.set_in_layout(False)
 
 
 def mark_columns(ax: Axes, places: Array, row: float) -> None:
-    """A line in a row below each of the columns."""
+    """A line below each of the columns."""
     ax.vlines(places, row - 0.3, row + 0.3, color=MUTED, linewidth=0.8)
 
 
 class Colours:
-    """A diverging colour map with zero in its middle, and the ink that reads on it.
+    """A diverging colour map centred at zero, and the text colour that is readable on it.
 
-    Of what has no sign, a map with zero at its beginning.
+    For unsigned values, a map that begins at zero.
     """
 
     def __init__(
@@ -183,15 +183,15 @@ class Colours:
         self.scale = scale
 
     def rgba(self, value: float) -> tuple[float, float, float, float]:
-        """The colour of a value; grey where it is unknown."""
+        """The colour of a value; grey if unknown."""
         return self.cmap(float("nan") if math.isnan(value) else self._part(value))
 
     def _part(self, value: float) -> float:
-        """Where a value lies in the map, from 0 to 1."""
+        """The position of a value in the map, from 0 to 1."""
         return (value - self.low) / (self.scale - self.low)
 
     def ink(self, value: float) -> str:
-        """Dark or white, whichever reads better on the cell of this value."""
+        """Dark or white, whichever is more readable on the cell of this value."""
         if math.isnan(value):
             return MUTED
         red, green, blue, _ = self.rgba(value)
@@ -199,7 +199,7 @@ class Colours:
 
 
 def _number(value: float, colours: Colours) -> str:
-    """Signed, with as many decimals as give the largest value two or three digits."""
+    """A signed number, with as many decimals as give the largest value two or three digits."""
     if math.isnan(value):
         return "?"
     scale = colours.scale

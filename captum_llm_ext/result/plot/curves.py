@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.plot.axes import Drawing
 
 _LONGEST = 40  # characters
-_MOST_MARKS = 25  # marks of a line; more of them would be a bar
+_MOST_MARKS = 25  # markers of a line at most
 
 
 def perturbation_curves(
@@ -38,15 +38,15 @@ def perturbation_curves(
     """Draws values along orders of features, beside those along random orders.
 
     Args:
-        sizes: How many features have been removed or added, shape ``(n_points,)``.
+        sizes: Numbers of removed or added features, shape ``(n_points,)``.
         values: With the largest attributions first, shape ``(n_curves, n_points)``.
         labels: Names of the curves.
-        errors: Standard errors of that shape, drawn as bands where known (not NaN).
+        errors: Standard errors of that shape, drawn as bands if known (not NaN).
         dashed: With the smallest attributions first, of that shape.
-        dashed_errors: Theirs.
+        dashed_errors: Standard errors of `dashed`.
         reference: The mean over random orders, shape ``(n_points,)``.
-        reference_errors: Theirs.
-        what: The axis of sizes.
+        reference_errors: Standard errors of `reference`.
+        what: Label of the axis of sizes.
         **canvas: See `Canvas`.
 
     Raises:
@@ -95,7 +95,7 @@ def _curve(
 ) -> None:
     ax.fill_between(x, y - spread, y + spread, color=colour, alpha=0.18, linewidth=0)
     every = max(1, -(-len(x) // _MOST_MARKS))
-    # What comes later would hide those below it where they are equal.
+    # Later lines would hide equal ones below.
     ax.plot(
         x,
         y,

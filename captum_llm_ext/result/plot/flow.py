@@ -1,4 +1,4 @@
-"""Which parts of the prompt led to which tokens, and which of these led to later ones."""
+"""Draws which parts of the prompt led to which tokens, and which of these to later ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from captum_llm_ext.result.plot.axes import Drawing
 
-_FEW = 30  # features of a prompt that are all shown, whatever they led to
-_FEW_TOKENS = 60  # the same of an answer, which is read as a whole
-_MOST_LINKS = 200  # more are no picture any more
+_FEW = 30  # prompts of up to this many features are shown completely; chosen, not measured
+_FEW_TOKENS = 60  # answers of up to this many tokens are shown completely; chosen, not measured
+_MOST_LINKS = 200  # maximum number of links, for readability; chosen, not measured
 _MOST_PER_TOKEN = 3
 _WIDEST = 6.0  # points
-_PITCH = 0.21  # inches from one token to the next
+_PITCH = 0.21  # inches between tokens
 _APART = 0.13  # rows
 _MARGIN = 0.32  # inches above and below, for headings and key
 _GAP = 0.06  # inches between a word and a curve
@@ -60,35 +60,34 @@ def flow(
 ) -> Drawing:
     """Draws causes as curves: from the prompt to a generated token, and on to later ones.
 
-    Prompt and answer stand beside each other, both read downwards. Curves from the prompt end on
-    the left of a token; arcs on the right lead from a token down to one that it was a cause of. The
-    wider, the larger the attribution, prompt and earlier output each on a scale of its own; what
-    lowers is dashed. A token has its few strongest causes only. Of a long prompt, only features
-    that led somewhere are shown, of a long answer only tokens that something led to or that led to
-    something. Of very many links the 200 largest are drawn.
+    Prompt and answer are columns side by side, both read downwards. Curves from the prompt end on
+    the left of a token; arcs on the right lead from a token to a later one that it caused. Widths
+    are proportional to attributions, on separate scales for prompt and earlier output; negative
+    ones are dashed. Each token has only its strongest causes. Of a long prompt or answer, only
+    features and tokens with links are shown. At most the 200 largest links are drawn.
 
     Args:
         prompt_attr: Attributions to the prompt, shape ``(n_target, n_prompt_features)``.
         output_attr: Attributions to earlier output, shape ``(n_target, n_output_features)``, or
-            ``None`` where the output was held fixed.
+            ``None`` if the output was held fixed.
         input_labels: Text of the prompt features.
         output_feature_labels: Text of the output features; ``None`` without `output_attr`.
         output_labels: Text of the explained tokens.
         output_features: Column of `output_attr` that each explained token belongs to. Not needed
-            where there is one column per token.
-        prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown. What
-            lies within `sure` of them is left out.
-        towards: Only what led to this token, by whatever way.
-        least: Share of the largest attribution of the prompt, or of earlier output, below which
-            one is left out.
-        most: Causes that a token has at most, the strongest on their scales.
-        sure: Standard errors beyond which something is told from nothing.
-        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
+            with one column per token.
+        prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown.
+            Attributions within `sure` of them are left out.
+        towards: Draw only what led to this token, directly or indirectly.
+        least: Leave out attributions below this share of the largest one of the prompt, or of
+            earlier output.
+        most: Maximum number of causes per token, the strongest on their scales.
+        sure: Number of standard errors beyond which a value is significant.
+        is_unsigned: Whether attributions are magnitudes without a sign.
         **canvas: See `Canvas`.
 
     Raises:
-        ValueError: If labels and arrays do not match in number, or it is not known which tokens
-            make up an output feature.
+        ValueError: If labels and arrays do not match in number, or the tokens of output features
+            are unknown.
     """
     from captum_llm_ext.result.plot.responsive import Fitted
 
@@ -141,23 +140,23 @@ def flow(
 
 @dataclass(frozen=True)
 class _Flow:
-    """What is drawn, whatever the size of the axes.
+    """The content of the plot, independent of the size of the axes.
 
     Attributes:
         links: The strongest first.
         words: Text of the prompt's features that are shown.
         tokens: Text of the tokens that are shown.
-        led, taken: Which of these are linked, in the order in which they get room.
+        led, taken: Which of these are linked, by priority for room.
         owned: The tokens of each output feature.
         towards: The token that is explained, if only one is.
         has_arcs: Whether there may be links from earlier output.
         widest: The largest attribution to the prompt, and to earlier output.
-        least: Share of it that is left out.
-        most: Causes per token.
-        n_links: How many there are, those included that are too many to be drawn.
-        n_tokens: How many there are, if not all are shown; else 0.
-        unit: Of the attributions.
-        is_unsigned: Whether these are sizes.
+        least: Share of it below which links are left out.
+        most: Maximum number of causes per token.
+        n_links: Number of links, including those that are not drawn.
+        n_tokens: Number of tokens, if not all are shown; otherwise 0.
+        unit: Unit of the attributions.
+        is_unsigned: Whether these have no sign.
     """
 
     links: Sequence[_Link]
@@ -178,11 +177,11 @@ class _Flow:
 
     @property
     def height(self) -> int:
-        """Rows."""
+        """Height in rows."""
         return max(len(self.words), len(self.tokens), 1)
 
     def lay_out(self, ax: Axes, renderer: Any) -> None:
-        """Draws it into the axes."""
+        """Draws the plot into the axes."""
         width, tall = inches(ax)
         key = self._key(width * 72)
         below = _MARGIN + key.count("\n") * KEY_LINE / 72
@@ -225,13 +224,13 @@ class _Flow:
 
 
 class _Link(NamedTuple):
-    """An attribution that is drawn: to a feature of the prompt, or one of the output."""
+    """A drawn attribution: to a feature of the prompt, or one of the output."""
 
     is_prompt: bool
     feature: int
     token: int
     value: float
-    share: float  # of the largest of its kind
+    share: float  # relative to the largest of its kind
 
 
 def _owned(features: Sequence[int | None] | None, n_target: int, n_output: int) -> list[list[int]]:
@@ -290,7 +289,7 @@ def _joined(link: _Link, owned: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _spread(n: int, height: int) -> Array:
-    """`n` rows in the middle of all, a little apart where there is room."""
+    """`n` rows centred in the height, spread a little if there is room."""
     pitch = min(2.0, (height - 1) / max(n - 1, 1))
     places = (height - 1) / 2 + (np.arange(n) - (n - 1) / 2) * pitch
     return np.asarray(places, dtype=np.float64)
@@ -301,13 +300,13 @@ def _spread(n: int, height: int) -> Array:
 
 @dataclass
 class _Column:
-    """What is written below one another.
+    """A column of words.
 
     Attributes:
         rows: Row of each item, from the top.
-        texts: The items that are written; others have no room.
-        widths: Inches that each of them takes.
-        edge: Inches from the left: where curves on the side of the other column end.
+        texts: The items that fit.
+        widths: Widths of the texts in inches.
+        edge: Inches from the left at which curves to the other column end.
     """
 
     rows: dict[int, float]
@@ -323,7 +322,7 @@ class _Column:
 def _written(
     ax: Axes, texts: dict[int, str], rows: Array, linked: Sequence[int], renderer: Any
 ) -> _Column:
-    """Writes what has room, what is linked first; `_place` moves it to where it belongs."""
+    """Writes the texts that fit, linked ones first; `_place` positions them later."""
     items, style = list(texts), text_style(texts.values())
     pitch = inches_per_unit(ax)[1] * (rows[1] - rows[0] if len(rows) > 1 else 1.0)
     kept = thinned(len(items), pitch, [items.index(item) for item in linked])
@@ -339,7 +338,7 @@ def _written(
 
 
 def _place(ax: Axes, words: _Column, tokens: _Column, has_arcs: bool) -> None:
-    """The prompt on the left, the answer in the middle, room for arcs on the right."""
+    """Places the prompt on the left, the answer in the middle, and leaves room for arcs."""
     free = max(inches(ax)[0] - words.width - tokens.width - 4 * _GAP, 1.0)
     words.edge = words.width + _GAP
     tokens.edge = words.edge + free * (0.5 if has_arcs else 1.0)
@@ -373,7 +372,7 @@ def _draw(
         xs = (words.edge, middle, middle, tokens.edge)
     else:
         own = owned[link.feature]
-        # What a token passes on leaves it below what it received.
+        # Outgoing curves start below incoming ones.
         start = float(np.mean([tokens.rows[token] for token in own])) + _APART
         end -= _APART
         left = max(_right(tokens, token) for token in own)
@@ -402,7 +401,7 @@ def _right(tokens: _Column, token: int) -> float:
 
 
 def _bulge(ax: Axes, tokens: _Column, start: float, rows: float) -> float:
-    """How far the handles of an arc reach: far arcs pass outside of near ones."""
+    """How far the control points of an arc extend: far arcs pass outside near ones."""
     room = inches(ax)[0] - start
     share = rows / max(max(tokens.rows.values()) - min(tokens.rows.values()), 1.0)
     return 0.2 + 1.2 * room * share**0.8

@@ -1,4 +1,4 @@
-"""What the heads of all layers look at where one token is written."""
+"""Attention weights of all heads of all layers at one position."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.plot.axes import Drawing
 
 _GAP = 0.6  # columns
-_FIXED = "Greys"  # in a scale of its own: it takes most of what many heads have
-_HIGHEST = 9.0  # inches of all rows, beyond which these become lower
+_FIXED = "Greys"  # on a separate scale, since it takes most of the weight in many heads
+_HIGHEST = 9.0  # maximum height of all rows in inches
 
 
 def head_map(
@@ -41,15 +41,15 @@ def head_map(
     cmap: str | Colormap | None = None,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws the attention weights of one token, a row per head, in bands by layer.
+    """Draws the attention weights of one token, a row per head, grouped by layer.
 
-    Fixed text has the first column, in grey from 0 to 1; the features have one scale of their own.
+    Fixed text is the first column, in grey from 0 to 1; the features have a scale of their own.
 
     Args:
-        weights: Shape ``(n_layers, n_heads, n_features)``; NaN where a layer has no such head.
+        weights: Shape ``(n_layers, n_heads, n_features)``; NaN if a layer has no such head.
         fixed: Shape ``(n_layers, n_heads)``.
         labels: Text of the features.
-        n_prompt: How many of them are the prompt's; they come first.
+        n_prompt: Number of prompt features, which come first.
         cmap: A sequential colour map, by default ``"Purples"``.
         **canvas: See `Canvas`.
 
@@ -62,7 +62,7 @@ def head_map(
     cells = cells.reshape(n_layers * n_heads, len(labels))
     held = array("fixed", fixed, (n_layers, n_heads)).reshape(-1, 1)
     n_output = len(labels) - n_prompt
-    # Fixed text, a gap, the prompt, a gap, what was generated before.
+    # Fixed text, a gap, the prompt, a gap, earlier output.
     prompt_at = 1 + _GAP
     output_at = prompt_at + n_prompt + (_GAP if n_output else 0)
     columns = [prompt_at + np.arange(float(n_prompt)), output_at + np.arange(float(n_output))]
@@ -102,7 +102,7 @@ def head_map(
 
 
 def _label_layers(ax: Axes, n_layers: int, n_heads: int) -> None:
-    """Numbers layers beside their bands, and draws a line between one and the next."""
+    """Numbers the layers, and draws a line between them."""
     kept = thinned(n_layers, inches_per_unit(ax)[1] * n_heads * 0.9)
     middles = [(layer + 0.5) * n_heads - 0.5 for layer in kept]
     texts = [str(layer) for layer in kept]

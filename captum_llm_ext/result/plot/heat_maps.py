@@ -1,4 +1,4 @@
-"""Heat maps: what every token, or one token under several baselines, owes to each feature."""
+"""Heat maps of attributions: for every token, or for one token under several baselines."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.plot.axes import Drawing
 
 _WHERE = ("to the prompt", "to the answer so far")
-_SIGN = 0.13  # inches that a sign below a column takes
+_SIGN = 0.13  # inches for a sign below a column
 
 
 def heat_map(
@@ -70,30 +70,30 @@ def heat_map(
     has_common_scale: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws what every generated token owes to the prompt and to the tokens before it.
+    """Draws the attributions of every generated token to the prompt and to earlier output.
 
-    One row per explained token; the prompt's columns, a gap, then the generated columns, each on a
-    scale of their own: the tokens before weigh far more in most answers. What a
-    token cannot owe anything to (itself and what follows) is hatched. Cells hold numbers while
-    they fit, beyond that lowering cells carry a minus sign. Unknown (NaN) cells are plain grey.
+    One row per explained token; the prompt's columns, a gap, then the generated columns, each on
+    its own scale, since earlier tokens dominate in most answers. Impossible causes (the token
+    itself and later ones) are hatched. Cells hold numbers if they fit, otherwise negative cells
+    carry a minus sign. Unknown (NaN) cells are grey.
 
     Args:
         prompt_attr: Attributions to the prompt, shape ``(n_target, n_prompt_features)``.
         output_attr: Attributions to earlier output, shape ``(n_target, n_output_features)``, or
-            ``None`` where the output was held fixed.
+            ``None`` if the output was held fixed.
         input_labels: Text of the prompt features.
         output_feature_labels: Text of the output features; ``None`` without `output_attr`.
         output_labels: Text of the explained tokens.
-        output_features: Column of `output_attr` that each explained token belongs to. Without it,
-            a square `output_attr` is taken to have one column per token, and in any other a column
-            counts as a possible cause from the first row on that it, or one after it, affects.
-        prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown. What
-            lies within `sure` of them is blank, as zeros are.
-        sure: Standard errors beyond which something is told from nothing.
-        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
-            has no sign a sequential one, by default ``"Purples"``.
-        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
-        has_common_scale: Whether both parts are shares of the same whole.
+        output_features: Column of `output_attr` that each explained token belongs to. Without it, a
+            square `output_attr` is assumed to have one column per token; otherwise a column counts
+            as a possible cause from the first row on in which it, or a later one, is not zero.
+        prompt_errors, output_errors: Standard errors of the same shapes, NaN where unknown. Values
+            within `sure` of them are blank, like zeros.
+        sure: Number of standard errors beyond which a value is significant.
+        cmap: A diverging colour map, centred at zero, by default ``"RdBu"``; if unsigned a
+            sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are magnitudes without a sign.
+        has_common_scale: Whether both parts share a scale, as shares of the same whole.
         **canvas: See `Canvas`.
 
     Raises:
@@ -113,14 +113,14 @@ def heat_map(
             ("output_errors", output_errors, output),
         )
     ]
-    noise = np.abs(cells) < sure * np.concatenate(errors, axis=1)  # not where an error is unknown
+    noise = np.abs(cells) < sure * np.concatenate(errors, axis=1)  # false if an error is unknown
     cells = np.where(noise, 0.0, cells)
     columns = _Columns(n_prompt, n_output)
 
     paper = Canvas(**canvas)
     fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
     told = np.where(shown, cells, 0.0)
-    # What no token owes anything to needs no scale: a first token has nothing before it.
+    # Columns without any cause need no scale: a first token has nothing before it.
     is_one = has_common_scale or not told[:, n_prompt:].any()
     parts = [told] if is_one else columns.parts(told)
     colours = [Colours(cmap, scale(part), is_unsigned=is_unsigned) for part in parts]
@@ -155,24 +155,23 @@ def baseline_map(
     cmap: str | Colormap | None = None,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws what one token is attributed to under several baselines.
+    """Draws the attributions of one token under several baselines.
 
-    One row per baseline; the prompt's columns, a gap, then the generated columns, all rows in one
-    scale for each of these. The strongest
-    cause of each row is framed, ``±`` stands below features that change sign and ``⇅`` below those
-    that change rank; below columns too narrow for these, lines in two rows. Numbers and minus signs
-    as in `heat_map`.
+    One row per baseline; the prompt's columns, a gap, then the generated columns, each with one
+    scale for all rows. The strongest cause of each row is framed; ``±`` below a feature means that
+    it changes sign, ``⇅`` that it changes rank; columns too narrow for these have lines in two
+    rows. Numbers and minus signs as in `heat_map`.
 
     Args:
         attr: Attributions, shape ``(n_baselines, n_features)``.
         labels: Text of the features.
         row_labels: Names of the baselines.
-        n_prompt: How many of the features are the prompt's; they come first.
-        pale: What lies within its error, bool of the shape of `attr`.
-        strongest: Per row the column to be framed, or None.
+        n_prompt: Number of prompt features, which come first.
+        pale: Which values are not significant, bool of the shape of `attr`.
+        strongest: Per row the column to frame, or None.
         changes_sign: Columns that change sign.
         changes_rank: Columns that change rank.
-        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``.
+        cmap: A diverging colour map, centred at zero, by default ``"RdBu"``.
         **canvas: See `Canvas`.
 
     Raises:
@@ -189,7 +188,7 @@ def baseline_map(
     parts = columns.parts(cells) if cells[:, n_prompt:].any() else [cells]
     colours = [Colours(cmap, scale(part)) for part in parts]
     bars = columns.draw(fig, ax, colours, cells, shade)
-    # Rows more for what changes: one of signs, or where these would touch two of lines.
+    # Further rows for the changes: one of signs or, if these would touch, two of lines.
     is_narrow = inches_per_unit(ax)[0] < _SIGN
     kinds: dict[str, Collection[int]] = {"changes": ()}
     if is_narrow:
@@ -224,7 +223,7 @@ def baseline_map(
 
 
 def _label_bars(ax: Axes, bars: Sequence[Colorbar], paper: Canvas, what: str) -> None:
-    """Says beside each scale of what it is."""
+    """Labels each colour bar."""
     settle(ax)
     for bar, where in zip(bars, _WHERE, strict=False):
         said = what if len(bars) < 2 else label_along(what, where, inches(ax)[1])
@@ -240,27 +239,27 @@ class _Columns:
 
     @property
     def start(self) -> float:
-        """Place of the first generated column."""
+        """Position of the first generated column."""
         n = self.n_prompt + self.n_output
         return self.n_prompt + (max(0.6, 0.015 * n) if self.n_output else 0.0)
 
     @property
     def width(self) -> float:
-        """Of all columns, in cells."""
+        """Total width in cells."""
         return self.start + self.n_output
 
     @property
     def places(self) -> Array:
-        """Middle of each column, shape ``(n_columns,)``."""
+        """Centre of each column, shape ``(n_columns,)``."""
         prompt = np.arange(float(self.n_prompt))
         return np.concatenate([prompt, self.start + np.arange(self.n_output)])
 
     def parts(self, cells: Array) -> list[Array]:
-        """Cells ``(n_rows, n_columns)`` of the prompt, and those that were generated."""
+        """Cells ``(n_rows, n_columns)`` of the prompt, and generated ones."""
         return np.split(cells, [self.n_prompt], axis=1)
 
     def each(self, colours: Sequence[Colours]) -> list[Colours]:
-        """Per column its scale."""
+        """The scale of each column."""
         return [colours[0]] * self.n_prompt + [colours[-1]] * self.n_output
 
     def draw(
@@ -271,18 +270,18 @@ class _Columns:
         cells: Array,
         shade: Array | None = None,
     ) -> list[Colorbar]:
-        """Draws cells ``(n_rows, n_columns)``, and what the columns are.
+        """Draws cells ``(n_rows, n_columns)`` and the headings of the columns.
 
         Args:
-            fig, ax: Where.
+            fig, ax: Figure and axes.
             colours: One scale for all, or one for each part.
             cells: The values.
-            shade: How opaque each is.
+            shade: Opacity of each cell.
 
         Returns:
-            The bars of the scales.
+            The colour bars.
 
-        The axes are as wide as the columns from then on; their height is left to be set.
+        Afterwards the axes are as wide as the columns; their height is to be set by the caller.
         """
         parts = list(zip((0.0, self.start), self.parts(cells), strict=True))
         shades = None if shade is None else self.parts(shade)
@@ -292,7 +291,7 @@ class _Columns:
             drawn = False
             for i, own in enumerate(colours):
                 drawn |= images(ax, own, [parts[i]], None if shades is None else [shades[i]])
-        # The last bar stands next to the axes: they are read from the prompt's on.
+        # The last bar is next to the axes: they are read from the prompt's on.
         bars = [colour_bar(fig, ax, own) for own in reversed(colours)] if drawn else []
         ax.set_xlim(-0.5, max(self.width, 1) - 0.5)
         ax.set_autoscale_on(False)

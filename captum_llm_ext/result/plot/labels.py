@@ -1,4 +1,4 @@
-"""Token text as labels, and the fonts that can draw it."""
+"""Token text as labels, and the fonts that can render it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from captum_llm_ext.result.plot.style import LABEL_POINTS
 
-# Asked for only when the text needs them and only if installed; emoji fonts made of bitmaps cannot
-# be drawn by matplotlib, so they are not among these.
+# Used only when the text needs them and if installed; bitmap emoji fonts, which matplotlib cannot
+# draw, are not among them.
 _FALLBACK_FONTS = (
-    "DejaVu Sans",  # comes with matplotlib: has the marks for white space
+    "DejaVu Sans",  # comes with matplotlib; has the marks for white space
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "Noto Sans CJK KR",
@@ -34,14 +34,14 @@ _FALLBACK_FONTS = (
 
 
 def label(text: str, width: int = 22) -> str:
-    """A token's text on one line: white space visible where it matters, long text cut.
+    """A token's text on one line: white space visible where it matters, long text truncated.
 
     Args:
-        text: Of the token.
-        width: Letters that it may take; those of Chinese, Japanese and Korean count twice.
+        text: The token's text.
+        width: Maximum width in characters; Chinese, Japanese and Korean ones count twice.
     """
     inner = text.strip(" ")
-    if len(inner) > width:  # of a passage, the line breaks around it say nothing
+    if len(inner) > width:  # line breaks around a passage carry no information
         inner = text.strip()
     if not inner:
         inner = "␣" * len(text) or "∅"
@@ -49,19 +49,19 @@ def label(text: str, width: int = 22) -> str:
     shown = [drawable(char) for char in inner[: width + 1]]
     if sum(map(_width, shown)) <= width:
         return "".join(shown)
-    # An escape is six to ten letters long: what is cut is what is shown.
+    # Escapes are six to ten characters long: what is truncated is the displayed text.
     while shown and sum(map(_width, shown)) > width - 1:
         shown.pop()
     return "".join(shown) + "…"
 
 
 def _width(shown: str) -> int:
-    """Of a character or its escape, in letters."""
+    """Width of a character or its escape."""
     return len(shown) + sum(unicodedata.east_asian_width(char) in "WF" for char in shown)
 
 
 def drawable(char: str) -> str:
-    """The character, or its escape where no font here can draw it."""
+    """The character, or its escape if no font here can render it."""
     if " " <= char <= "~":  # in every font
         return char
     if char.isprintable() and any(ord(char) in _glyphs(name) for name in _fonts()):
@@ -70,7 +70,7 @@ def drawable(char: str) -> str:
 
 
 def text_style(texts: Iterable[str]) -> dict[str, Any]:
-    """Text properties under which token text is drawn as it is: ``$`` and ``_`` mean themselves."""
+    """Text properties that render token text literally, including ``$`` and ``_``."""
     needed = {ord(char) for text in texts for char in text}
     family: list[str] = []
     for name in _fonts():
@@ -81,7 +81,7 @@ def text_style(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def _fonts() -> list[str]:
-    """The user's font, then those installed here that may have what it lacks."""
+    """The user's font, then installed fallback fonts."""
     from matplotlib import font_manager
 
     default = font_manager.FontProperties()  # follows rcParams at the time of drawing
@@ -93,7 +93,7 @@ def _fonts() -> list[str]:
 
 @functools.cache
 def _glyphs(name: str) -> frozenset[int]:
-    """The code points that a font of this name can draw."""
+    """The code points that a font can render."""
     from matplotlib import font_manager
 
     path = font_manager.findfont(name)

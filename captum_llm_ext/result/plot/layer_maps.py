@@ -1,4 +1,4 @@
-"""Layers over places: what a patched cell does to one token."""
+"""Effects of patched cells on one token: layers over positions."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def patching_map(
 ) -> Drawing:
     """Draws the effects of patched cells on one token.
 
-    One row per stream, the one that enters the first layer at the bottom; one column per place.
-    Numbers and minus signs as in `heat_map`; cells that were not patched are plain grey.
+    One row per stream, the one that enters the first layer at the bottom; one column per position.
+    Numbers and minus signs as in `heat_map`; cells that were not patched are grey.
 
     Args:
         effects: Shape ``(n_layers + 1, n_places)``.
-        place_names: What stands in each place.
-        replaced: Columns of what was replaced.
-        saying: The column that says the token.
-        what: What an effect is: what is given back, or lost.
-        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``.
+        place_names: The text at each position.
+        replaced: Columns of the replaced feature.
+        saying: The column that predicts the token.
+        what: The meaning of an effect: value restored, or lost.
+        cmap: A diverging colour map, centred at zero, by default ``"RdBu"``.
         **canvas: See `Canvas`.
 
     Raises:

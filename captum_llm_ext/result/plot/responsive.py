@@ -1,7 +1,7 @@
-"""What is laid out for the size of its axes, and anew where that has changed when it is drawn.
+"""Artists that are laid out for the size of their axes, and again when it changes.
 
-Axes shrink when other plots join their figure, when a window does, and letters have other widths at
-other resolutions. Imported where something is drawn, because it needs matplotlib to exist.
+Axes shrink when other plots join their figure or a window is resized, and text has other widths at
+other resolutions. Imported when something is drawn, because it needs matplotlib.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from captum_llm_ext.result.plot.axes import inches
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIRST = -1e3  # before everything else of its axes is drawn
+_FIRST = -1e3  # drawn before all other artists of the axes
 
 
 class Fitted(Artist):
-    """Draws nothing itself; keeps what `lay_out` adds to the axes in step with their size.
+    """Draws nothing itself; keeps the artists added by `lay_out` in step with the axes' size.
 
     Args:
         ax: The axes.
-        lay_out: Adds artists to the axes, which it is given with a renderer, or None for the
+        lay_out: Adds artists to the axes; called with the axes and a renderer, or None for the
             figure's own.
     """
 
@@ -38,11 +38,11 @@ class Fitted(Artist):
         self._renew(None)
 
     def draw(self, renderer: Any) -> None:
-        """Lays out anew where the size or the resolution has changed."""
+        """Lays out again if the size or the resolution has changed."""
         if self._size() == self._laid_out_for:
             return
         for artist in self._made:
-            # The axes are about to draw it all the same: hidden, and with the figure it asks for.
+            # The axes draw it in any case: hidden, and with the required figure.
             artist.set_visible(False)
             figure = artist.get_figure()
             artist.remove()

@@ -1,4 +1,4 @@
-"""Running text, shaded by what each part of it is attributed."""
+"""Running text, shaded by the attributions of its parts."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.plot.axes import Drawing
 
 _SIZES = (11.0, 9.5, 8.0, 7.0, 6.0)  # points, the largest at which all of the text fits
-_LINE = 1.75  # height of a line in letter sizes, with room for an underline
+_LINE = 1.75  # line height in font sizes, with room for an underline
 _MOST_INCHES = 12.0
-_BAR_INCHES = 0.7  # that a scale takes below the text
+_BAR_INCHES = 0.7  # height of a colour bar below the text
 _WHERE = (" to the prompt", " to the answer so far")
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
@@ -65,28 +65,27 @@ def running_text(
     is_unsigned: bool = False,
     **canvas: Unpack[CanvasArguments],
 ) -> Drawing:
-    """Draws text as it reads, each part shaded by its value; new lines and indentation stay.
+    """Draws running text, each part shaded by its value; line breaks and indentation are kept.
 
-    A solid line below a part says that it raises, a dashed one that it lowers. White space around a
-    part stays unshaded; a part of nothing else is marked.
+    A solid line below a part means that it raises, a dashed one that it lowers. White space around
+    a part is not shaded; parts of white space alone are marked.
 
     Args:
-        pieces: The text in reading order: each with the number of its value, or None if it has
-            none.
+        pieces: The text in reading order, each piece with the index of its value, or None.
         values: Shape ``(n_values,)``.
-        errors: Standard errors of the same shape, NaN where unknown; what lies within `sure` of
-            them is pale and not underlined.
-        n_first: So many values, such as those of the prompt, have a scale of their own, and the
-            rest another. None: all have one.
-        sure: Standard errors beyond which something is told from nothing.
-        headings: Headings, by the piece that each stands above.
-        explained: Pieces that are framed: what the values are about.
-        later: Pieces that are grey: what comes after it.
-        cmap: A diverging colour map, whose middle is put at zero, by default ``"RdBu"``; of what
-            has no sign a sequential one, by default ``"Purples"``.
-        is_unsigned: Whether attributions are sizes, which neither raise nor lower.
-        **canvas: See `Canvas`. In given axes letters get smaller, down to 6 points, and the end of
-            what has no room is left out.
+        errors: Standard errors of the same shape, NaN if unknown; values within `sure` of them are
+            pale and not underlined.
+        n_first: This many first values, such as those of the prompt, have their own scale, the rest
+            another. None: one scale.
+        sure: Number of standard errors beyond which a value is significant.
+        headings: Headings, by the index of the piece below.
+        explained: Explained pieces, which are framed.
+        later: Later pieces, which are grey.
+        cmap: A diverging colour map, centred at zero, by default ``"RdBu"``; if unsigned a
+            sequential one, by default ``"Purples"``.
+        is_unsigned: Whether attributions are magnitudes without a sign.
+        **canvas: See `Canvas`. In given axes the font shrinks to 6 points at least, and text that
+            does not fit is cut at the end.
 
     Raises:
         ValueError: If values and errors do not match in number.
@@ -100,7 +99,7 @@ def running_text(
     paper = Canvas(**canvas)
     fig, ax = paper.open(9.0, 4.0)
     ax.set_axis_off()
-    # The last bar stands next to the text.
+    # The last bar is next to the text.
     for colours, where in reversed(list(zip(shades.scales, _WHERE, strict=False))):
         bar = colour_bar(fig, ax, colours, below=1.0)
         what = paper.with_unit("Attribution" + where * (len(shades.scales) > 1))
@@ -116,7 +115,7 @@ def running_text(
 
 @dataclass(frozen=True)
 class _Passage:
-    """The text, and what is to be seen of it, whatever the size of the axes."""
+    """The text and its shading, independent of the size of the axes."""
 
     atoms: Sequence[_Atom]
     shades: _Shades
@@ -125,13 +124,13 @@ class _Passage:
     later: frozenset[int]
 
     def height(self, ax: Axes, most: float) -> float:
-        """Points that the text takes in the width of the axes, at most about `most`."""
+        """Height of the text in points at the width of the axes, limited to about `most`."""
         width, _ = _points(ax)
         lines, size = self._fitted(ax, width, most, None)
         return len(lines) * _LINE * size + self._key(width)[1]
 
     def lay_out(self, ax: Axes, renderer: Any) -> None:
-        """Writes it into the axes; what has no room is left out at the end."""
+        """Draws the text into the axes; what does not fit is cut at the end."""
         width, room = _points(ax)
         key, below = self._key(width)
         lines, size = self._fitted(ax, width, room, renderer)
@@ -148,7 +147,7 @@ class _Passage:
     def _fitted(
         self, ax: Axes, width: float, room: float, renderer: Any
     ) -> tuple[list[list[_Run]], float]:
-        """The lines, and the size of the letters: the largest that fits, or the smallest."""
+        """The lines, and the largest font size that fits, or the smallest."""
         below = self._key(width)[1]
         lines: list[list[_Run]] = []
         size, probe = _SIZES[0], ax.text(0, 0, "", **self.style)
@@ -161,7 +160,7 @@ class _Passage:
         return lines, size
 
     def _key(self, width: float) -> tuple[str, float]:
-        """What the signs mean, in lines, and points that they take below the text."""
+        """The explanation of signs in lines, and its height in points."""
         shades = self.shades
         signs = {shades.sign(i) for i in range(len(shades.values))}
         said = {
@@ -178,21 +177,21 @@ class _Passage:
 
 
 def _points(ax: Axes) -> tuple[float, float]:
-    """Width and height of the axes as laid out so far, in points."""
+    """Width and height of the axes in points, in the current layout."""
     width, height = inches(ax)
     return width * 72, height * 72
 
 
 @dataclass(frozen=True)
 class _Shades:
-    """What is known of each value.
+    """Colours and significance of the values.
 
     Attributes:
         scales: One for all values, or one for the first `n_first` and one for the rest.
-        n_first: So many values are on the first scale.
+        n_first: Number of values on the first scale.
         values: Shape ``(n_values,)``.
-        pale: bool, ``(n_values,)``: within its error, or that is unknown.
-        unknown: bool, ``(n_values,)``: of which no error is known where there should be one.
+        pale: bool, ``(n_values,)``: within the error, or of unknown error.
+        unknown: bool, ``(n_values,)``: estimates of unknown error.
     """
 
     scales: Sequence[Colours]
@@ -217,7 +216,7 @@ class _Shades:
         return DARK if self.pale[i] or np.isnan(value) else self.colours(i).ink(value)
 
     def sign(self, i: int) -> int:
-        """1 or -1 where a line says so, 0 where the colour is too pale to need one."""
+        """1 or -1 if a line shows the sign, 0 if the colour is too pale to need one."""
         value = self.values[i]
         if self.colours(i).is_unsigned:
             return 0
@@ -241,7 +240,7 @@ def _shades(
         pale = ~(np.abs(known) >= sure * told)
         unknown = np.isnan(told) & (known != 0)
     first = len(known) if n_first is None else n_first
-    # What nothing is attributed to needs no scale: the first token, or an answer held fixed.
+    # No scale without attributions: for the first token, or an answer held fixed.
     parts = [known[:first], known[first:]] if known[first:].any() else [known]
     scales = [Colours(cmap, scale(part), is_unsigned=is_unsigned) for part in parts]
     return _Shades(scales, first, known, pale, unknown)
@@ -255,10 +254,10 @@ class _Atom:
     """A word, white space, a new line (``"\\n"``) or a heading.
 
     Attributes:
-        text: As drawn.
-        piece: Its piece, -1 for a heading.
-        value: The number of its value.
-        is_edge: Whether it is white space before or after the words of its piece.
+        text: The drawn text.
+        piece: Index of its piece, -1 for a heading.
+        value: Index of its value.
+        is_edge: Whether it is white space at an end of its piece.
     """
 
     text: str
@@ -273,7 +272,7 @@ class _Atom:
 
 @dataclass(frozen=True)
 class _Run:
-    """What one piece has on one line, from `left` to `right` in points."""
+    """The part of one piece on one line, from `left` to `right` in points."""
 
     text: str
     piece: int
@@ -289,7 +288,7 @@ def _atoms(
         if i in headings:
             yield from (_Atom("\n", -1, None),) * (2 if i else 0)
             yield from (_Atom(headings[i], -1, None), _Atom("\n", -1, None))
-            text = text.removeprefix(" ") or text  # no indentation was meant
+            text = text.removeprefix(" ") or text  # not indentation
         text = text.replace("\r\n", "\n").replace("\t", "    ")
         words: list[str] = _WORDS.findall(text)
         if not text.strip():
@@ -304,7 +303,7 @@ def _atoms(
 
 
 def _marked(words: list[str], piece: int, value: int | None) -> Iterator[_Atom]:
-    """A piece of white space alone: seen where it has a value, as it is where not."""
+    """A piece of white space alone: visible if it has a value, otherwise unchanged."""
     for word in words or ["∅"]:
         if value is None or word == "∅":
             yield from [_Atom(word, piece, value)] if value is not None or words else []
@@ -315,7 +314,7 @@ def _marked(words: list[str], piece: int, value: int | None) -> Iterator[_Atom]:
 
 
 def _lines(atoms: Sequence[_Atom], width: float, measure: _Measure) -> list[list[_Run]]:
-    """Wraps at white space, and within what would not fit a line by itself."""
+    """Wraps at white space, and within words that do not fit a line."""
     lines: list[list[_Atom]] = [[]]
     x = 0.0
     for group in _groups(atoms):
@@ -328,7 +327,7 @@ def _lines(atoms: Sequence[_Atom], width: float, measure: _Measure) -> list[list
             lines.append([])
             x = 0.0
             if group[0].is_space:
-                continue  # white space at a break is the break
+                continue  # white space at a line break is dropped
         for atom in group if x + wide <= width else _letters(group):
             step = measure(atom.text)
             if x and x + step > width:
@@ -340,7 +339,7 @@ def _lines(atoms: Sequence[_Atom], width: float, measure: _Measure) -> list[list
 
 
 def _groups(atoms: Sequence[_Atom]) -> Iterator[list[_Atom]]:
-    """What no line break may separate: words of neighbouring pieces without space in between."""
+    """Atoms that no line break may separate: adjacent words without space in between."""
     group: list[_Atom] = []
     for atom in atoms:
         if atom.is_space and group:
@@ -361,7 +360,7 @@ def _letters(group: Sequence[_Atom]) -> Iterator[_Atom]:
 
 
 def _runs(line: Sequence[_Atom], measure: _Measure) -> list[_Run]:
-    """Joins what belongs to one piece, so that shading covers the space between its words."""
+    """Joins atoms of one piece, so that shading covers the space between words."""
     runs: list[_Run] = []
     x, start = 0.0, 0
     for stop in range(1, len(line) + 1):
@@ -381,12 +380,12 @@ def _key(atom: _Atom) -> tuple[int, bool]:
 
 
 def _measure(probe: Text, renderer: Any) -> _Measure:
-    """Width of text in points: how far it moves the pen, white space included."""
+    """Measures the advance width of text in points, white space included."""
     dpi = fig.dpi if (fig := probe.get_figure(root=True)) else 72.0
 
     @functools.cache
     def extent(text: str) -> float:
-        probe.set_text(f"|{text}|")  # spaces at an end have no extent of their own
+        probe.set_text(f"|{text}|")  # trailing spaces have no extent of their own
         return probe.get_window_extent(renderer).width * 72 / dpi
 
     return lambda text: extent(text) - extent("")
@@ -411,7 +410,7 @@ def _draw(
         ink = MUTED if run.piece < 0 or run.value is None else shades.ink(run.value)
         ink = DARK if run.piece in explained else FAINT if run.piece in later else ink
         text = ax.text(run.left, base, run.text, va="baseline", color=ink, **style)
-        text.set_in_layout(False)  # its place is found, and measuring hundreds is slow
+        text.set_in_layout(False)  # its place is known, and measuring hundreds is slow
     _draw_shades(ax, placed, shades, size)
     _draw_signs(ax, placed, shades, size)
     boxes = [_box(run, base, size) for run, base in placed if run.piece in explained]
@@ -452,7 +451,7 @@ def _box(run: _Run, base: float, size: float) -> list[tuple[float, float]]:
 
 
 def _add_boxes(ax: Axes, boxes: Sequence[list[tuple[float, float]]], **look: Any) -> None:
-    """One collection for all: hundreds of patches are slow to add."""
+    """Adds one collection for all boxes: hundreds of patches are slow."""
     from matplotlib.collections import PolyCollection
 
     if boxes:

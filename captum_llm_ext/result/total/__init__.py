@@ -1,6 +1,6 @@
-"""What led to each token in the end: shares of the prompt, through all that was written before.
+"""Total influence on each token: shares of the prompt, also through earlier output.
 
-`total` is the whole interface; `attribution` has what it gives, `graph` the links that it follows.
+`total` is the whole interface; `attribution` has its result class, `graph` the edges of chains.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
 
 __all__ = ["FLOOR", "Route", "Share", "Source", "TotalAttribution", "total"]
 
-# Of values in nats: what changes a probability by less than a tenth has no cause worth following.
+# In nats: a change of a probability by less than a tenth has no cause worth following. Chosen, not
+# measured.
 FLOOR = 0.1
 _IN_NATS = ("log_prob", "log_odds", "contrast", "logit")
-_RELATIVE_FLOOR = 0.02  # of the largest sum of a token, for values in other units
+# Relative to the largest sum of a token, for values in other units; chosen, not measured.
+_RELATIVE_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
 class Source:
-    """What totals ask of a result's coalitions.
+    """What `total` needs of a result's coalitions.
 
     Attributes:
-        features: Per column of `full_attr` its feature.
-        evidence: The coalitions; None where there are none.
-        split: What a solver says of features, at the columns of prompt and output.
-        known: What `moved` found before, by its arguments.
+        features: Feature of each column of `full_attr`.
+        evidence: The coalitions, or None.
+        split: Maps a solver's numbers per feature to columns of prompt and output.
+        known: Cache of `moved`, by its arguments.
     """
 
     features: Sequence[int]
@@ -46,10 +48,10 @@ class Source:
     known: dict[tuple[int, int], Tensor | None]
 
     def moved(self, n_resamples: int, seed: int) -> Tensor | None:
-        """How far leaving out each group of coalitions moves attributions, for all levels at once.
+        """Changes of attributions when each group of coalitions is left out, for all levels.
 
         Returns:
-            Shape ``(n_groups, T, columns)``; None where no group can be left out.
+            Shape ``(n_groups, T, columns)``; None if no group can be left out.
         """
         key = n_resamples, seed
         if key not in self.known:
@@ -65,7 +67,7 @@ class Source:
                 return None
             found = torch.stack([torch.cat(self.split(solved), 1) for solved in found])
         except (ValueError, IndexError):
-            # Of a file that another program wrote, whose design is about other coalitions.
+            # From a file of another program, whose design does not match its coalitions.
             return None
         return deviations(found.double().cpu())
 

@@ -1,4 +1,4 @@
-"""`TotalAttribution`: shares of the prompt in every token, and the chains that they came by."""
+"""`TotalAttribution`: shares of the prompt in every token, and their causal chains."""
 
 import html
 from collections.abc import Callable
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 _LONGEST_NAME = 24
 _LEAST_SHOWN = 0.005
 _MOST_CHIPS, _LONGEST_CHIP = 3, 120
-_DIGITS = 5  # significant digits of what a page is given
+_DIGITS = 5  # significant digits in a page's data
 _NBSP = "\u00a0"
 _ARROW = "  ⇐  "
 Paint = Callable[[str, str], str]
 
 
 class Share(NamedTuple):
-    """One feature's share in what led to a token in the end.
+    """One feature's share of the total influence on a token.
 
     Attributes:
         name: The feature.
         share: From 0 to 1.
-        standard_error: 0 where it is exact, NaN where it cannot be told.
-        column: Of `TotalAttribution.shares`, or of its `output_shares`.
-        is_output: Whether it is a word of the answer that nothing in particular led to.
+        standard_error: 0 if exact, NaN if unknown.
+        column: Column of `TotalAttribution.shares`, or of its `output_shares`.
+        is_output: Whether it is a word of the answer without a cause.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Route(NamedTuple):
     """A chain of causes that leads to a token.
 
     Attributes:
-        share: Of all that led to the token; the shares of all routes sum to 1.
-        names: From where it begins up to the token itself.
+        share: Share of the token's total influence; the shares of all routes sum to 1.
+        names: Names from its beginning up to the token itself.
         begins_in_prompt: Whether it begins in the prompt. Otherwise it begins with a word of the
-            answer that nothing in particular led to.
-        column: Where it begins: of `TotalAttribution.shares` or of `output_shares`.
-        through: The features of the output that it goes through, in reading order.
+            answer without a cause.
+        column: Column of its beginning in `TotalAttribution.shares` or `output_shares`.
+        through: The output features that it passes, in reading order.
         token: Position of the target token that it leads to.
     """
 
@@ -79,35 +79,36 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class TotalAttribution:
-    """Shares of the prompt's features in every target token, through all that was written before.
+    """Shares of the prompt's features in every target token, also through earlier output.
 
-    A word of the answer that led to a token was itself led to by something. Followed back, with
-    ``G`` the non-negative influence of earlier output and ``A`` that of the prompt as shares of
-    what led to each token, the total is ``(I - G)^-1 A`` (arXiv 2512.15663). Shares, not nats: of
-    all that raised the token. How far a token would move if the answer were written anew without a
-    feature, `GenerationAttribution.total_effect` measures.
+    A word of the answer that causes a token has causes itself. Followed back, with ``G`` the
+    non-negative influence of earlier output and ``A`` that of the prompt, as shares of each token's
+    causes, the total is ``(I - G)^-1 A`` (arXiv 2512.15663). These are shares of all positive
+    attributions, not nats. How far a token would fall if the answer were regenerated without a
+    feature is measured by `GenerationAttribution.total_effect`.
 
-    What lies within its error (two standard errors, or more where so many features could be
-    mistaken for causes), or is negative, is left out, and told in `uncertain` and `negative`.
-    Tokens whose attributions then sum to less than `floor` nothing in particular led to: their
-    rows are 0, and what they led to begins with them (`output_shares`).
+    Attributions within their error (two standard errors, or more to correct for many features) or
+    negative ones are left out, and counted in `uncertain` and `negative`. Tokens whose attributions
+    then sum to less than `floor` have no cause: their rows are 0, and chains begin with them
+    (`output_shares`).
 
-    There are ``T`` target tokens, ``P`` features or parts of the prompt, ``G`` of the output.
+    ``T`` is the number of target tokens, ``P`` of prompt features or parts, ``G`` of output
+    features.
 
     Attributes:
-        names: ``P`` names.
-        output_tokens: ``T`` names.
-        output_names: ``G`` names.
+        names: Names of the prompt's features or parts, ``P``.
+        output_tokens: Names of the target tokens, ``T``.
+        output_names: Names of output features, ``G``.
         shares: ``(T, P)``, from 0 to 1.
-        output_shares: ``(T, G)``: what begins in the answer itself, at words that nothing in
-            particular led to. Rows of both together sum to 1, or to 0.
-        direct: ``(T, P)``, shares that did not go through earlier output.
-        direct_output: ``(T, G)``, what earlier output has of a token directly.
-        strength: ``(T,)``: what led to a token, in the unit of the attributions.
-        negative, uncertain: ``(T,)``: shares of the attributions' sizes that were left out.
-        floor: Below this `strength` nothing in particular led to a token.
-        level: What the prompt's parts are: ``"word"``, ``"paragraph"``…
-        method: Of the attributions.
+        output_shares: ``(T, G)``: shares that begin in the answer itself, at words without a cause.
+            Rows of both together sum to 1, or to 0.
+        direct: ``(T, P)``: direct shares of the prompt, not through earlier output.
+        direct_output: ``(T, G)``: direct shares of earlier output.
+        strength: ``(T,)``: sum of a token's kept attributions, in their unit.
+        negative, uncertain: ``(T,)``: shares of absolute attributions that were left out.
+        floor: Tokens of lower `strength` have no cause.
+        level: Unit of the prompt's parts: ``"word"``, ``"paragraph"``…
+        method: The attribution method.
     """
 
     names: list[str]
@@ -130,7 +131,7 @@ class TotalAttribution:
 
     @cached_property
     def spread(self) -> Spread:
-        """What tells standard errors of shares; a second or so when it is first asked for."""
+        """Computes standard errors of shares; takes about a second on first use."""
         return self._spread()
 
     @cached_property
@@ -139,15 +140,12 @@ class TotalAttribution:
 
     @property
     def shares_se(self) -> Tensor:
-        """Standard errors of `shares`, by leaving out groups of coalitions in turn.
-
-        0 where attributions are exact, NaN where they cannot be told.
-        """
+        """Jackknife standard errors of `shares`: 0 if exact, NaN if unknown."""
         return self._full_errors[:, : len(self.names)]
 
     @property
     def output_shares_se(self) -> Tensor:
-        """Those of `output_shares`."""
+        """Standard errors of `output_shares`."""
         return self._full_errors[:, len(self.names) :]
 
     @property
@@ -156,18 +154,18 @@ class TotalAttribution:
         return torch.cat([self.shares, self.output_shares], 1)
 
     def why(self, token: int | str | tuple[int, int] | None, k: int = 5) -> list[Share]:
-        """What a token, a span or the whole answer is owed to in the end.
+        """The largest total shares of a token, a span or the whole answer.
 
         Args:
             token: Its position in the target, or its name in `output_tokens`; ``(start, stop)`` of
                 a span; None: the whole answer.
-            k: How many at most.
+            k: Maximum number.
 
         Returns:
-            The largest shares, by size; zeros are none.
+            The largest shares, in decreasing order; zeros are left out.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         n = len(self.names)
         if token is None or isinstance(token, tuple):
@@ -185,7 +183,7 @@ class TotalAttribution:
         ]
 
     def top(self, k: int = 3) -> list[list[Share]]:
-        """The `k` largest shares of every target token, as `why` gives them."""
+        """The `k` largest shares of every target token, as by `why`."""
         return [self.why(t, k) for t in range(len(self.output_tokens))]
 
     def route(self, token: int | str, k: int = 3) -> list[Route]:
@@ -193,10 +191,10 @@ class TotalAttribution:
 
         Args:
             token: Its position in the target, or its name in `output_tokens`.
-            k: How many at most.
+            k: Maximum number.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         t = self._position(token)
         found = strongest_chains(self._tokens, t, self._features, k)
@@ -217,7 +215,7 @@ class TotalAttribution:
         ]
 
     def span(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Shares in several target tokens together, each with the weight of its `strength`.
+        """Shares in several target tokens together, weighted by their `strength`.
 
         Args:
             start, stop: The span, as in a slice; by default the whole answer.
@@ -230,16 +228,16 @@ class TotalAttribution:
         return weights @ self.shares[start:stop], weights @ self.output_shares[start:stop]
 
     def span_se(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Standard errors of `span`: 0 where attributions are exact, NaN where nothing tells."""
+        """Standard errors of `span`: 0 if exact, NaN if unknown."""
         span = range(*slice(start, stop).indices(len(self.output_tokens)))
         errors = self.spread.spans([span])[0]
         return errors[: len(self.names)], errors[len(self.names) :]
 
     def flow(self, token: int | str | None = None) -> tuple[Tensor, Tensor]:
-        """What passes along each edge, from the prompt or earlier output to a token.
+        """Shares along each edge, from the prompt or earlier output to a token.
 
         Args:
-            token: Of all that led to this token; None: of what led to each token directly.
+            token: Relative to the total influence on this token; None: direct shares of each token.
 
         Returns:
             Shares ``(T, P)`` and ``(T, G)``.
@@ -257,13 +255,13 @@ class TotalAttribution:
         return prompt, output
 
     def links(self) -> dict[str, Any]:
-        """What chains are made of, as plain data: all that a page follows.
+        """The edges of all chains as plain data, for a page.
 
         Returns:
-            ``tokens``: per target token the prompt's parts that led to it, their shares, the
-            features of the output that did, and theirs. ``features``: the same per feature of the
-            output, None where each of them is one token. ``strength`` per token; ``negative`` and
-            ``uncertain``: shares of the attributions' sizes that were left out of the whole answer.
+            ``tokens``: per target token its causes among the prompt's parts, their shares, its
+            causes among output features, and theirs. ``features``: the same per output feature,
+            None if each is one token. ``strength`` per token; ``negative`` and ``uncertain``:
+            shares of absolute attributions that were left out of the whole answer.
         """
         tokens, features = _sparse(self._tokens), _sparse(self._features)
         rows = [
@@ -285,11 +283,11 @@ class TotalAttribution:
     def plot(
         self, show: bool = False, *, ax: "Axes | None" = None, cmap: str | None = None
     ) -> "Drawing":
-        """A heat map of the shares: a row per target token, the prompt left, the answer right.
+        """Draws a heat map of the shares: a row per target token, prompt left, answer right.
 
         Args:
-            show: Show it, and return None.
-            ax: Axes to draw in; by default a new figure of fitting size.
+            show: Show the figure, and return None.
+            ax: Axes to draw in; by default a new figure of suitable size.
             cmap: A sequential colour map; by default ``"Purples"``.
 
         Returns:
@@ -322,21 +320,21 @@ class TotalAttribution:
         most: int = 3,
         ax: "Axes | None" = None,
     ) -> "Drawing":
-        """The chains that lead to a token, each link as wide as what passes through it.
+        """Draws the chains that lead to a token, each link as wide as its share.
 
         Args:
             target_token: The token: its position in the target, or its name in `output_tokens`.
-                None: every token with what led to it directly, as shares.
-            show: Show it, and return None.
-            least: Share of the widest link below which one is left out.
-            most: Links into a token at most.
-            ax: Axes to draw in; by default a new figure of fitting size.
+                None: every token with its direct causes, as shares.
+            show: Show the figure, and return None.
+            least: Leave out links below this share of the widest one.
+            most: Maximum number of links into a token.
+            ax: Axes to draw in; by default a new figure of suitable size.
 
         Returns:
             ``(figure, axes)``, or None if shown.
 
         Raises:
-            ValueError: If there is no such token, or several of that name.
+            ValueError: If there is no such token, or several have this name.
         """
         from captum_llm_ext.result import plot
 
@@ -360,11 +358,11 @@ class TotalAttribution:
         )
 
     def table(self, k: int = 3, *, paint: Paint | None = None) -> str:
-        """The largest shares of every target token, a line each.
+        """The largest shares of every target token, one line each.
 
         Args:
-            k: Shares per token, at most.
-            paint: As of `GenerationAttributionResult.table`.
+            k: Maximum number of shares per token.
+            paint: As for `GenerationAttributionResult.table`.
         """
         show = paint or _plain
         names = [shortened(one_line(name), _LONGEST_NAME) for name in self.output_tokens]
@@ -379,7 +377,7 @@ class TotalAttribution:
 
     @property
     def summary(self) -> str:
-        """What these are, in a line."""
+        """One line on what the shares are."""
         return (
             f"Total shares of {len(self.names)} features of the prompt in "
             f"{len(self.output_tokens)} target tokens, through earlier output, from {self.method}"
@@ -404,7 +402,7 @@ class TotalAttribution:
         return [f"Left out of the attributions: {', '.join(told)}."] if told else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as lists, numbers and text that JSON can hold."""
+        """All fields as values that JSON can hold."""
         plain = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain |= {"shares_se": self.shares_se, "output_shares_se": self.output_shares_se}
         return {n: _lists(v) if isinstance(v, Tensor) else v for n, v in plain.items()}
@@ -416,9 +414,9 @@ class TotalAttribution:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: per token of the answer its largest shares, the darker the larger.
+        """A table for notebooks: the largest shares of each token, shaded by size.
 
-        Without errors, which take a second.
+        Without standard errors, which take a second.
         """
         named = [*self.names, *(f"{name} (begins there)" for name in self.output_names)]
         rows = [
@@ -446,7 +444,7 @@ class TotalAttribution:
 
 
 def _chips(names: list[str], shares: Tensor) -> str:
-    """The largest shares as shaded names; a shade lets the notebook's own letters be read."""
+    """The largest shares as shaded names, readable in the notebook's own text colour."""
     found = shares.argsort(descending=True, stable=True)[:_MOST_CHIPS].tolist()
     return ", ".join(
         f"<span style='background:rgba(140,110,200,{0.1 + 0.4 * float(shares[i]):.2f});"
@@ -463,7 +461,7 @@ def _html(text: str) -> str:
 
 
 def _sparse(influence: Influence) -> list[list[list[Any]]]:
-    """Per row the columns of its shares and these, of the prompt and of the output."""
+    """Per row the columns and values of its nonzero shares, for the prompt and for the output."""
     found: list[list[list[Any]]] = []
     for row in zip(influence.prompt, influence.output, strict=True):
         kept = [own.nonzero()[:, 0] for own in row]

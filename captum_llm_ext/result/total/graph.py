@@ -1,4 +1,4 @@
-"""Which attributions count as links of chains: how columns are put together, and what is noise."""
+"""Which attributions are edges of chains: how columns are merged, and what is noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """How columns of a result are put together.
+    """How columns of a result are merged.
 
     Attributes:
-        names: Of the prompt's parts.
-        level: What these are.
-        columns: Per column of `full_attr` the one of the parts, or of the output behind them; -1
-            for a copy of another column.
-        feature_of: Per target token the feature of the output that it is in.
-        n_output: Features of the output.
+        names: Names of the prompt's parts.
+        level: Unit of the parts.
+        columns: Per column of `full_attr` its part, or output feature after the parts; -1 for a
+            copy of another column.
+        feature_of: Per target token its output feature.
+        n_output: Number of output features.
     """
 
     names: list[str]
@@ -36,16 +36,16 @@ class View:
 
     @classmethod
     def of(cls, result: "ResultNumbers", every: Sequence[int], level: str | None) -> "View":
-        """Of a result, by parts of a level (None: by features).
+        """The view of a result by parts of a level (None: by features).
 
         Args:
             result: The result.
-            every: Per column of `full_attr` its feature.
+            every: Feature of each column of `full_attr`.
             level: The level's name.
 
         Raises:
-            ValueError: If there is no such level, or probabilities of a word's tokens do not add
-                up.
+            ValueError: If there is no such level, or a word's tokens are explained by
+                probabilities, which are not additive.
         """
         n_columns, n_output = len(result.input_tokens), len(result.output_features or ())
         features = every[:n_columns]
@@ -65,7 +65,7 @@ class View:
         columns += range(len(names), len(names) + n_output)
         pieces = [piece.feature for piece in result.output_pieces] if n_output else []
         n_target = len(result.output_tokens)
-        if n_output and not pieces:  # of an early version: tokens
+        if n_output and not pieces:  # an early version: features are tokens
             pieces = [t if t < n_output else None for t in range(n_target)]
         owned: list[int | None] = list(pieces) if n_output else [None] * n_target
         counts = [owned.count(feature) for feature in range(n_output)]
@@ -78,18 +78,18 @@ class View:
 
     @property
     def n_prompt(self) -> int:
-        """Parts of the prompt."""
+        """Number of parts of the prompt."""
         return len(self.names)
 
     def tokens(self, attributions: Tensor) -> Tensor:
-        """Per token, ``(..., T, columns)`` to ``(..., T, n_prompt + n_output)``."""
+        """Merged columns per token: ``(..., T, columns)`` to ``(..., T, n_prompt + n_output)``."""
         used = [c for c, part in enumerate(self.columns) if part >= 0]
         at = torch.tensor([self.columns[c] for c in used], dtype=torch.int64, device="cpu")
         wide = attributions.new_zeros(*attributions.shape[:-1], self.n_prompt + self.n_output)
         return wide.index_add_(-1, at, attributions[..., used])
 
     def features(self, attributions: Tensor) -> Tensor:
-        """Per feature of the output, that of all its tokens."""
+        """Sums over the tokens of each output feature."""
         tokens = self.tokens(attributions)
         summed = tokens.new_zeros(*tokens.shape[:-2], self.n_output, tokens.shape[-1])
         for t, feature in enumerate(self.feature_of):
@@ -98,7 +98,7 @@ class View:
         return summed
 
     def noise(self, rounding: Tensor) -> Tensor:
-        """What rounding may do to the value of each feature of the output."""
+        """Rounding error of the value of each output feature."""
         summed = rounding.new_zeros(self.n_output)
         for t, feature in enumerate(self.feature_of):
             if feature is not None:
@@ -108,13 +108,12 @@ class View:
 
 @dataclass(frozen=True)
 class Graph:
-    """How attributions become influence.
+    """Converts attributions to influence.
 
     Attributes:
-        view: How their columns are put together.
-        errors: Standard errors of tokens and of features of the output. What is added up is taken
-            as independent.
-        rounding: What rounding may do to the value of each token, and of each feature.
+        view: How columns are merged.
+        errors: Standard errors of tokens and of output features; sums assume independence.
+        rounding: Rounding error of the value of each token, and of each feature.
         floor: See `kept`.
     """
 
@@ -125,7 +124,7 @@ class Graph:
 
     @classmethod
     def of(cls, result: "ResultNumbers", view: View, floor: float) -> "Graph":
-        """Of a result, put together as `view` says."""
+        """The graph of a result, merged by `view`."""
         squares = result.full_attr_se.double().cpu().square()
         noise = result.noise_floor
         rounding = squares.new_zeros(len(squares)) if noise is None else noise.double().cpu()
@@ -137,8 +136,7 @@ class Graph:
         )
 
     def kept(self, attributions: Tensor, errors: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Which attributions of tokens and of features count; with `errors` and floor as many times
-        as large."""
+        """Which attributions of tokens and features count, with errors and floor scaled."""
         sums = self.view.tokens(attributions), self.view.features(attributions)
         first, second = (
             kept(found, errors * told, noise, errors * self.floor)
@@ -147,7 +145,7 @@ class Graph:
         return first, second
 
     def influence(self, attributions: Tensor) -> tuple[Influence, Influence]:
-        """Influence on tokens and on features of the output."""
+        """Influence on tokens and on output features."""
         keep, keep_features = self.kept(attributions)
         n = self.view.n_prompt
         return (

@@ -1,4 +1,4 @@
-"""How far shares vary with the coalitions that attributions came from."""
+"""The spread of shares over the coalitions behind the attributions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,22 @@ from torch import Tensor
 from captum_llm_ext.result.influence import passed_back
 from captum_llm_ext.result.total.graph import Graph
 
-# Of attributions, for the spread of shares; an error from 50 is off by a tenth of itself, and each
-# takes a triangular solve, of 500 tokens a thirtieth of a second.
+# Draws of attributions for the spread of shares; an error from 50 draws is off by a tenth, and each
+# takes a triangular solve, a thirtieth of a second for 500 tokens.
 _N_DRAWS, _N_DRAWS_OF_LONG = 200, 50
-_LONG = 2e7  # multiplications of such a solve
-_AT_ONCE = 4_000_000  # numbers: 32 MB of them, where small results are solved in one go
+_LONG = 2e7  # multiplications of such a solve from which the smaller number is used; chosen
+_AT_ONCE = 4_000_000  # numbers per chunk: 32 MB, so that small results take one
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Attributions as other coalitions might have given them, and what becomes of their shares.
+    """Draws attributions as other coalitions might have given, and the spread of their shares.
 
     Attributes:
         graph: How attributions become shares.
-        attributions: As they are, ``(T, columns)``.
-        errors: Their standard errors; NaN where unknown.
-        moved: How far leaving out each group of coalitions moves them, ``(n_groups, T, columns)``;
-            None where that cannot be told.
+        attributions: The attributions, ``(T, columns)``.
+        errors: Their standard errors; NaN if unknown.
+        moved: Jackknife deviations, ``(n_groups, T, columns)``, or None.
         seed: Seeds the draws.
     """
 
@@ -43,20 +42,18 @@ class Spread:
         """Standard errors of the shares in several target tokens together.
 
         Args:
-            spans: Of target tokens.
-            part_of: Per feature of the output the part whose shares are added up; None: each its
-                own.
+            spans: Spans of target tokens.
+            part_of: Per output feature the part in which shares are summed; None: each its own.
 
         Returns:
-            Shape ``(n_spans, P + n_parts)``: 0 where attributions are exact, NaN where nothing
-            tells.
+            Shape ``(n_spans, P + n_parts)``: 0 if attributions are exact, NaN if unknown.
         """
         return self.readings([(spans, part_of)])[0]
 
     def readings(
         self, asked: Sequence[tuple[Sequence[range], Sequence[int] | None]]
     ) -> list[Tensor]:
-        """As `spans`, of several lists of them by other parts at once: the draws are the same."""
+        """Like `spans`, for several lists of spans and parts at once, from the same draws."""
         view, n_tokens = self.graph.view, len(self.attributions)
         found: list[_Moments] = []
         for spans, part_of in asked:
@@ -80,7 +77,7 @@ class Spread:
         return [own.error(n) for own in found]
 
     def _draw(self, moved: Tensor, found: Sequence["_Moments"], n: int) -> None:
-        """Adds up what becomes of the shares in `n` draws of the attributions."""
+        """Accumulates moments of shares over `n` draws of the attributions."""
         moved, rest = _as_told(moved, self.errors)
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -102,9 +99,9 @@ class _Moments:
     """The first two moments of shares in some spans, by parts.
 
     Args:
-        inside: Which tokens a span has, ``(n_spans, T)``.
-        parts: Per feature of the output its part.
-        n_prompt: Parts of the prompt.
+        inside: Which tokens are in each span, ``(n_spans, T)``.
+        parts: Per output feature its part.
+        n_prompt: Number of prompt parts.
     """
 
     def __init__(self, inside: Tensor, parts: Sequence[int], n_prompt: int) -> None:
@@ -115,7 +112,7 @@ class _Moments:
         self._second = torch.zeros_like(self.first)
 
     def add(self, strength: Tensor, prompt: Tensor, output: Tensor) -> None:
-        """Adds shares in tokens, each with the weight of its strength: a row per draw."""
+        """Adds shares in tokens, weighted by strength: a row per draw."""
         weights = self.inside * strength[:, None, :]
         tiny = torch.finfo(weights.dtype).tiny
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(tiny)
@@ -126,20 +123,21 @@ class _Moments:
         self._second += shares.square().sum(0)
 
     def error(self, n: int) -> Tensor:
-        """Standard deviations of what was added `n` times."""
-        # Shares lie between 0 and 1: float64 keeps 8 digits of their spread.
+        """Standard deviations over `n` draws."""
+        # Shares lie between 0 and 1: float64 keeps 8 digits of their variance.
         variance = (self._second / n - (self.first / n).square()).clamp_min(0) * n / (n - 1)
         return variance.sqrt().where(variance > 1e-15, 0)
 
 
 def _as_told(moved: Tensor, errors: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Deviations that are as large as the standard errors say, where these are known.
+    """Deviations scaled to the standard errors, if these are known.
 
-    Groups left out tell how errors go together. How large they are, the solver knows better, which
-    takes interactions into account.
+    Jackknife groups give the correlation of errors. The solver, which accounts for interactions,
+    gives better magnitudes.
 
     Returns:
-        Deviations, and errors of what never moved; None where all that has an error did.
+        Deviations, and errors of entries that no group changed; None if every entry with an error
+        was changed.
     """
     size = moved.square().sum(0).sqrt()
     is_told = errors.isfinite() & (size > 0)
