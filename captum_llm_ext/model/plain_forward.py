@@ -26,6 +26,10 @@ def plain_log_probs(model: nn.Module, row: TokenRow) -> Tensor:
     ids = torch.tensor([row.ids], dtype=torch.int64, device=_compat.input_device(model))
     with exclusive_use(model):
         logits = _compat.sequence_logits(_compat.called(model, ids, **arguments))[0]
-    # Counted from the end: a soft prompt adds logits in front.
+    # The probe: what a model does, found in a few forward passes over rows of the run.  Does a
+    # token's value depend on what follows it, on the other rows of its batch, on the lengths of
+    # these rows; where are the logits of an id; how far does rounding alone change a value. Nothing
+    # is inferred from a model's name. `findings` runs the probe once for a model in one state (see
+    # `state`), and again for longer rows; its findings decide how the model is run.
     places = [place - len(row.ids) for place in row.positions]
     return logits[places].double().cpu().log_softmax(1)

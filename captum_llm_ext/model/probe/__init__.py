@@ -1,9 +1,9 @@
-"""The probe of a model: what this very model does, seen in a few passes over rows of the run.
+"""The probe: what a model does, found in a few forward passes over rows of the run.
 
-Does a token's value depend on what follows it, on the other rows of its batch, on how long the rows
-of the batch are; where are the logits of an id; how far does rounding alone move a value. Nothing
-of it is inferred from what a model is called. `findings` runs the probe once for a model in one
-state (see `state`), with longer rows once more; what it finds decides how the model may be asked.
+Does a token's value depend on what follows it, on the other rows of its batch, on the lengths of
+these rows; where are the logits of an id; how far does rounding alone change a value. Nothing is
+inferred from a model's name. `findings` runs the probe once for a model in one state (see `state`),
+and again for longer rows; its findings decide how the model is run.
 """
 
 from captum_llm_ext.model.probe.differences import FINE

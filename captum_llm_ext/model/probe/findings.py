@@ -1,4 +1,4 @@
-"""What a probe has found of a model, and how the model may then be asked."""
+"""Findings of a probe, and how the model can be run accordingly."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,14 +9,14 @@ from captum_llm_ext.model.forward.rounding import Apart
 
 @dataclass(frozen=True)
 class Packing:
-    """What a comparison of a row in a pack with the same row alone has shown of a model.
+    """Findings of a comparison of a row in a pack with the same row alone.
 
     Attributes:
         longest: Number of ids of the row.
-        reason: Why it is not given packs; None where it may be.
-        chains: Whether packs can go on from the state after another.
-        spares_ends: Whether tokens can be left out at its first and its last layer.
-        differs: Whether it was read otherwise than alone, which something that follows may explain.
+        reason: Why the model cannot read packs; None if it can.
+        chains: Whether packs can continue from the cache after another.
+        spares_ends: Whether tokens can be skipped at its first and its last layer.
+        differs: Whether values differed from those of the row alone, perhaps due to what follows.
     """
 
     longest: int
@@ -26,7 +26,7 @@ class Packing:
     differs: bool
 
     def joined(self, other: "Packing") -> "Packing":
-        """What both have shown."""
+        """The findings of both."""
         return Packing(
             max(self.longest, other.longest),
             self.reason or other.reason,
@@ -38,34 +38,30 @@ class Packing:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a model was seen to do. Differences are between log-probabilities, in nats.
+    """Findings on a model. Differences are between log-probabilities, in nats.
 
     Attributes:
-        shortest: Number of ids of the shortest row it was seen with in batches.
-        longest: Of the longest one; 0: it was not.
-        dtype: Of its logits.
-        vocabulary: Number of logits at a place.
-        kept: How it can be asked for the logits of some places only, as `_compat.kept_logits` says.
-        last_digit: What the last digit of its logits is worth.
-        n_before: Number of logits in front of those of the first id (a soft prompt's).
-        last_only: Whether it gives the logits of the last place alone.
-        sees_ahead: Whether what follows a token changes what is said at it.
-        couples_rows: Whether the other rows of a batch change what is said in one.
-        mixes_lengths: Whether the length of a batch changes what is said in its shorter rows.
-        ahead: The largest difference seen that what follows makes; None: not looked for.
-        coupling: The same of other rows.
-        rounding: The largest difference seen that is left where neither of these is at work: of a
-            row alone, and in a batch.
-        draws: How the model draws at random, so that a value is that of one pass; None: not.
-        moved: How far other last digits move what it says, where these are of 16 bits; None: not
-            known.
-        jumps: By how much of themselves numbers within are moved until values jump; 0: they only
-            follow, or it is not known.
-        is_rough: Whether values have a noise floor worth telling.
-        packing: How it reads packs; None: not looked for.
-        packed: Up to so many ids a row that is read in packs alone, which are one row each, needs
-            no look at batches.
-        reasons: What else is known of the model, in words.
+        shortest: Number of ids of the shortest row probed in batches.
+        longest: Number of ids of the longest one; 0: none was probed.
+        dtype: Dtype of its logits.
+        vocabulary: Number of logits per position.
+        kept: How logits of some positions can be requested, see `_compat.kept_logits`.
+        last_digit: Spacing of its logits.
+        n_before: Number of logits before those of the first id (of a soft prompt).
+        last_only: Whether it returns the logits of the last position only.
+        sees_ahead: Whether the output at a token depends on what follows it.
+        couples_rows: Whether the output of a row depends on the other rows of its batch.
+        mixes_lengths: Whether the output of shorter rows depends on the length of the batch.
+        ahead: The largest difference due to what follows; None: not probed.
+        coupling: The largest difference due to other rows.
+        rounding: The largest difference without either: of a row alone, and in a batch.
+        draws: How the model draws at random; None: not at all.
+        moved: How far perturbed last digits change the output, for 16 bits; None: unknown.
+        jumps: Relative perturbation of internal numbers at which values jump; 0: never, or unknown.
+        is_rough: Whether values have a relevant noise floor.
+        packing: Findings on packs; None: not probed.
+        packed: Number of ids up to which rows that are only read in packs need no probe of batches.
+        reasons: Further findings, in words.
     """
 
     shortest: int
@@ -92,43 +88,43 @@ class Findings:
 
     @property
     def batches_known(self) -> bool:
-        """Whether it was seen with several rows in a batch."""
+        """Whether it was probed with several rows in a batch."""
         return self.longest > 0
 
     @property
     def step_by_step(self) -> bool:
-        """Whether every target token needs a pass of its own, with nothing after it."""
+        """Whether every target token needs its own pass, with nothing after it."""
         return self.sees_ahead or self.last_only
 
     @property
     def even(self) -> bool:
-        """Whether only rows of one length may be asked together."""
+        """Whether only rows of equal length may share a batch."""
         return self.step_by_step or self.mixes_lengths
 
     @property
     def apart(self) -> bool:
-        """Whether rows may share nothing at all: no batch, no beginning, no pack.
+        """Whether rows may share nothing: no batch, no prefix, no pack.
 
-        What is drawn at random would be drawn for all of them at once.
+        Random draws would be common to all of them.
         """
         return self.couples_rows or self.draws is not None
 
     @property
     def seeds(self) -> bool:
-        """Whether all that it draws can be drawn again from a seed."""
+        """Whether all random draws can be repeated from a seed."""
         return self.draws == "seeded"
 
     def covers(self, shortest: int, longest: int, *, packs: object = None) -> bool:
-        """Whether rows of these lengths are no news, nor in packs if such are made."""
+        """Whether rows of these lengths need no further probe, nor packs if used."""
         in_batches = self.shortest <= shortest and longest <= self.longest
         if packs is None:
             return in_batches
         return self.packs_known(longest) and (in_batches or longest <= self.packed)
 
     def packs_known(self, longest: int) -> bool:
-        """Whether it is known how rows up to this length are read in packs, or that they are not.
+        """Whether packs of rows up to this length have been probed, or are not used.
 
-        A model that asks for a pass of each row, or token, is given none.
+        A model that needs a pass per row, or per token, is given none.
         """
         if self.even or self.apart or self.n_before:
             return True
@@ -136,9 +132,9 @@ class Findings:
         return found is not None and (found.reason is not None or longest <= found.longest)
 
     def provenance(self) -> dict[str, Any]:
-        """As results keep it in their provenance: the same for the same run, whatever came before.
+        """As provenance: equal for equal runs, whatever happened before.
 
-        Differences are told where they decide something.
+        Differences are included where they decide something.
         """
         names = ("dtype", "n_before", "last_only", "sees_ahead", "couples_rows", "mixes_lengths")
         names += ("draws",)
@@ -152,7 +148,7 @@ class Findings:
 
     @property
     def batching(self) -> str | None:
-        """How the model is asked, and why, where that is not the usual way."""
+        """How the model is run and why, if not as usual."""
         said = [*self.reasons]
         if self.draws is not None:
             how = ", its draws seeded" if self.seeds else ""

@@ -1,4 +1,4 @@
-"""`findings`: what a model does, looked at once for a model in one state."""
+"""`findings`: what a model does, probed once for a model in one state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +13,13 @@ from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.probing import Probe, ReadPacked
 from captum_llm_ext.model.probe.state import State, differences, state_of
 
-# The less is known of what is drawn, the later.
+# Kinds of drawing, in order of decreasing knowledge.
 _HOW = (None, "seeded", "free", "unseen")
 
 
 @dataclass
 class _Known:
-    """What was found of a model, the state it was in, and what in that its own passes change."""
+    """Findings on a model, its state, and the part of the state that its own passes change."""
 
     state: State
     passing: frozenset[tuple[Any, ...]]
@@ -35,27 +35,27 @@ def findings(
     extras: Mapping[str, Any] | None = None,
     read_packed: ReadPacked | None = None,
 ) -> Findings:
-    """What a model does on rows such as these.
+    """What a model does on rows like these.
 
-    It is looked at in some ten rows' time, and five more where it does not read packs, once for a
-    model in one state; again where rows are longer, or shorter, than any before, and then at some
-    half as long again, or half as long.
+    The probe takes about the time of ten rows, and of five more if packs are not used, once for a
+    model in one state; again for longer or shorter rows than before, and then up to half as long
+    again, or down to half as long.
 
     Args:
         model: The model, in evaluation mode and without gradients.
-        rows: What it will be asked: the longest and the shortest are looked at.
-        extras: Other arguments of its forward, batch size 1, on its device; rows are then looked at
+        rows: The rows of the run, of which the longest and the shortest are probed.
+        extras: Other arguments of its forward, batch size 1, on its device; rows are then probed
             one by one.
-        read_packed: Compares a row in a pack with the row alone, where it may be given packs.
+        read_packed: Compares a row in a pack with the row alone, if packs may be used.
 
     Raises:
         TypeError: If the model does not run on token ids alone, or returns no logits of a
             vocabulary for each.
-        ValueError: If its logits cannot be told apart from others that it returns.
+        ValueError: If its logits cannot be distinguished from others that it returns.
     """
     lengths = [len(row.ids) for row in rows]
     known = _known.get(model)
-    # Processes that hold a model together must all look, or none; extras are of one prompt.
+    # Processes that hold a model together must all probe, or none; extras belong to one prompt.
     keeps = not extras and not _compat.model_ranks(model)
     before = state_of(model) if keeps else {}
     same = keeps and known is not None and not differences(known.state, before) - known.passing
@@ -76,9 +76,9 @@ def findings(
 def _beyond(
     model: nn.Module, rows: Sequence[TokenRow], earlier: Findings, packs: ReadPacked | None
 ) -> Iterator[TokenRow]:
-    """Rows longer and shorter than those of a run, where these are longer or shorter than before.
+    """Rows longer and shorter than those of a run, if these are longer or shorter than before.
 
-    What is attributed comes in texts that grow: a look at each length would cost more than they do.
+    Attributed texts grow: a probe at each length would cost more.
     """
     longest, shortest = max(rows, key=_length), min(rows, key=_length)
     n = len(longest.ids)
@@ -97,14 +97,14 @@ def _length(row: TokenRow) -> int:
 
 
 def learnt(model: nn.Module, found: Findings) -> None:
-    """Keeps what a run has shown of a model beyond what its probe did."""
+    """Stores what a run has shown of a model beyond its probe."""
     known = _known.get(model)
     if known is not None:
         known.found = _both(known.found, found)
 
 
 def _both(one: Findings, other: Findings) -> Findings:
-    """What holds of rows as in one and of those as in the other."""
+    """The combined findings on two sets of rows."""
     ahead = [x.ahead for x in (one, other) if x.ahead is not None]
     coupling = [x.coupling for x in (one, other) if x.coupling is not None]
     return replace(

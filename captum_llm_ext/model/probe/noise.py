@@ -1,4 +1,4 @@
-"""How much a value changes by nothing but the company a row is computed in."""
+"""The noise floor: how far values change with nothing but the batch."""
 
 import math
 import warnings
@@ -17,63 +17,63 @@ from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe import Findings
 from captum_llm_ext.model.probe.differences import FINE
 
-# Rows that are computed once more: the longest, the shortest, and some that chance chooses, in
-# batches that nobody else would cut. So many at most, and as many as this share of what the run
-# took, or as few passes cost beside their positions; but two, or up to four to have so many values.
+# Rows that are recomputed: the longest, the shortest, and some at random, in batches that no run
+# would form. At most this many, and as many as this share of the run's cost, or as a pass's fixed
+# cost pays for; but two, or up to four for this many values.
 _ROWS = 64
 _LEAST_ROWS, _MOST_OF_LEAST = 2, 4
 _LEAST_VALUES = 48
 _SHARE = 1 / 16
 _PASSES = 4
-# And of so many one is computed alone.
+# One of this many is also computed alone.
 _ROWS_PER_ALONE = 8
-_LEAST_ALONE = 2  # and no more where each of them takes a pass per token
+_LEAST_ALONE = 2  # and no more if each of them takes a pass per token
 _CHECKED = 4
-# What these take is no more than this share of what the run took, but for one of them.
+# These take at most this share of the run's cost, except for one of them.
 _CHECKED_SHARE = 1 / 32
 _BATCH = 13
-# So many equal passes show what draws from nobody knows what: of what happens in one of five, all
-# but three times of a hundred.
+# Number of equal passes that show draws of unknown origin: with probability .97 if it happens in
+# one of five.
 _AGAIN = 16
-# Other batches than those seen may lie further apart: in 60 small models by less than twice as
-# much, or twice the last digit of the logits, of which one may be rounded up, the other down.
+# Other batches may differ more than those tried: in 60 small models by less than twice as much, or
+# twice the spacing of the logits, of which one may be rounded up, the other down.
 _UNSEEN = 2.0
-# Of n rows these are told too small: with this over n added, batches of one row lay at most .998 of
-# the floor apart for 203 prompts of SmolLM2 and Gemma 3 in bfloat16, n 3 to 10. With half of it 2
-# of 86 lay up to 1.2 times as far, without it more.
+# The floor of n rows is increased by this over n: batches of one row then differed by at most .998
+# of the floor for 203 prompts of SmolLM2 and Gemma 3 in bfloat16, n 3 to 10. With half of it, 2 of
+# 86 differed up to 1.2 times as much, without it more.
 _FEW = 4.0
-# What is drawn at random has longer tails than rounding, and may move values far in few passes:
-# some rows are run so often, and this factor of what is seen then covered three runs of small
-# models with dropout, noise, or layers left out in 3 and 10 % of passes (at most .7 of it).
+# Random draws have longer tails than rounding, and may have large effects in few passes: some rows
+# are run this often, and this factor then covered three runs of small models with dropout, noise,
+# or layers skipped in 3 and 10 % of passes (at most .7 of it).
 _DRAWN = 2.5
 _DRAWN_PASSES = 48
 _DRAWN_ROWS = 6
 _LEAST_DRAWN = 4  # passes over each of them
-# What happens in one pass of so many is not seen in any of these with one chance in twenty.
+# An event in one pass of this many is missed by all of these with probability .05.
 _SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
-# Where fewer values than this differ in any way tried, so many rows are run with some of the
-# numbers within rounded otherwise. Values lie no further apart than so many times what these make
-# likely: .93 of it at most in 320 small models in bfloat16 and float16, a pass for each token
-# beside any batch. By batches alone, 13 of 16 whose activations are rounded to 8 bits besides had
+# If fewer values than this differ in any way tried, this many rows are run with some of the
+# internal numbers rounded differently. Values differ by no more than this factor times the likely
+# maximum of these: at most .93 of it in 320 small models in bfloat16 and float16, a pass per token
+# compared with any batch. By batches alone, 13 of 16 with activations also rounded to 8 bits had
 # been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
-# rounded otherwise, the floor of these would be twice as large.
+# rounded differently, the floor of these would be twice as large.
 _FEW_DIFFER = 0.5
 _ROUNDED_ROWS = 8
 _ROUNDED_SHARE = 1 / 32
 _ROUNDED_BEYOND = 1.25
-# A value that can hardly move: rounding is told of those that can.
+# A value that hardly changes with logits; rounding is measured on the others.
 _STEADY = 1e-3
-# A noise floor of so many times what rounding explains is warned of.
+# A noise floor of this many times the expected rounding raises a warning. Chosen, not measured.
 _WORTH_TELLING = 4
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.bfloat16, torch.float16)}
 
 
 class NoiseFloor:
-    """Remembers some of the rows that were scored, to compute them in other ways.
+    """Stores some of the scored rows, to recompute them in other ways.
 
     Args:
-        passes: Of the model.
+        passes: Forward passes of the model.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -83,7 +83,7 @@ class NoiseFloor:
         self._n = 0
 
     def note(self, rows: Sequence[TokenRow], values: Tensor) -> None:
-        """Takes notice of rows and their values ``(n_rows, n_target)``, as they were computed."""
+        """Stores rows and their values ``(n_rows, n_target)``, as computed."""
         if self._scale is not None and len(self._scale) != values.shape[1]:
             self._kept, self._scale, self._n = {}, None, 0  # another target
         scale = self._scales(values).amax(0)
@@ -95,7 +95,7 @@ class NoiseFloor:
             self._kept = {ids: self._kept[ids] for ids in self._order()[:_ROWS]}
 
     def _order(self) -> list[tuple[int, ...]]:
-        """The longest and the shortest row, and the others as chance will have it."""
+        """The longest and the shortest row, then the others in random order."""
         by_length = sorted(self._kept, key=len)
         chance = sorted(by_length[1:-1], key=lambda ids: self._kept[ids][0])
         return [*dict.fromkeys((by_length[-1], *chance[:1], by_length[0])), *chance[1:]]
@@ -103,18 +103,18 @@ class NoiseFloor:
     def floor(
         self, found: Findings, asked: Asked, *, together: bool, cuts: bool
     ) -> tuple[Tensor | None, Findings]:
-        """How far apart values lie that are computed in several ways; see `Scorer.noise_floor`.
+        """How far values differ between several ways of computing; see `Scorer.noise_floor`.
 
         Args:
-            found: What is known of the model.
-            asked: What it was asked.
-            together: Whether the model is ever given rows of several lengths at once.
-            cuts: Whether a row without what follows a token says the same of it.
+            found: Findings on the model.
+            asked: The request.
+            together: Whether batches may contain rows of several lengths.
+            cuts: Whether truncating a row after a token leaves its value unchanged.
 
         Returns:
-            The floor; and what is known of the model now.
+            The floor; and the updated findings.
         """
-        # A callable may make of one token's logits another value without the others'.
+        # A callable may use all tokens' logits for each value.
         cuts = cuts and isinstance(self._attr_target, str)
         explained = self._explained(found)
         if found.draws:
@@ -161,7 +161,7 @@ class NoiseFloor:
         )
 
     def _explained(self, found: Findings) -> float:
-        """What rounding explains of a difference between values."""
+        """The difference between values that rounding explains."""
         sizes = [own.nan_to_num(nan=0.0).abs().max() for _, _, own in self._kept.values()]
         scale = (
             1.0 if self._attr_target in ("log_prob", "contrast") else max(1.0, *map(float, sizes))
@@ -169,7 +169,7 @@ class NoiseFloor:
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
     def _checked(self, found: Findings, asked: Asked) -> float:
-        """How far values are at most from those of passes that end with a token of their row."""
+        """Maximum difference of values from those of passes truncated after a token."""
         checked, spent, each = 0.0, 0, self._overhead()
         for i, ids in enumerate(self._order()[:_CHECKED]):
             spent += len(ids) + each
@@ -181,28 +181,27 @@ class NoiseFloor:
         return checked
 
     def _cut(self, ids: tuple[int, ...], i: int, found: Findings) -> TokenRow:
-        """A row up to a target token, of each row to another one: in another shape the same."""
+        """Rows truncated after different target tokens: the same values in other shapes."""
         number, row, _ = self._kept[ids]
         known = [place for place in row.positions if place >= 0]
         if not known:
             return row
         last = known[(number + i) % len(known)]
-        # What is said before the last hangs on that, where a model sees ahead.
+        # If a model sees ahead, earlier outputs depend on the last id.
         first = last if found.step_by_step else 0
         places = [place if first <= place <= last else -1 for place in row.positions]
         return replace(row, ids=row.ids[: last + 1], positions=places)
 
     def _differs_again(self, found: Findings, asked: Asked) -> bool:
-        """Whether equal passes have other values."""
+        """Whether equal passes have different values."""
         _, row, _ = self._kept[min(self._kept, key=len)]
         values = torch.stack([self._together([row], asked)[0] for _ in range(_AGAIN)])
         return float(_apart(values).max()) > self._explained(found)
 
     def _measured(self, found: Findings, asked: Asked, together: bool, cuts: bool) -> Tensor:
-        """The largest difference that was seen of any token, and what others are likely to show.
+        """The largest observed difference of each token, and what others probably show.
 
-        That is in proportion to how far a value can move at all, and not less than what the last
-        digits of the logits are worth.
+        Relative to how much a value can change at all, and at least the spacing of the logits.
 
         Args:
             found, asked, together, cuts: As for `floor`.
@@ -221,11 +220,11 @@ class NoiseFloor:
             alone[i] = self._alone(row, found, asked)
         ways = [computed, alone]
         if together:
-            some = [*short[:1], *rows[1:]]  # so that one is of another length than in any batch
+            some = [*short[:1], *rows[1:]]  # so that one has another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-        # A jump is far, and so seldom that other batches may not show it. And rows that are run
-        # alone do not show what batches would make of them.
+        # A jump is large, and so rare that other batches may not show it. And rows that run alone
+        # do not show the effect of batches.
         if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
             ways.append(self._moved(rows, computed, found, asked))
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
@@ -236,10 +235,10 @@ class NoiseFloor:
         return likely * self._scale
 
     def _rounded(self, ways: Tensor, found: Findings, asked: Asked) -> float:
-        """How far 16 bits are likely to move values, where few differ in the ways tried; else 0.
+        """The probable effect of 16-bit rounding, if few values differ in the ways tried; else 0.
 
-        These tell little of other batches then, above all where activations are rounded to 8 bits
-        besides: a last digit moves few values there, but far.
+        The ways tried then show little of other batches, above all if activations are also rounded
+        to 8 bits: a last digit changes few values there, but strongly.
         """
         ratios, known = self._ratios(ways)
         if bool(known.any()) and float((ratios[known] > FINE).double().mean()) >= _FEW_DIFFER:
@@ -255,7 +254,7 @@ class NoiseFloor:
         return max(_ROUNDED_BEYOND * self._largest(ratios[known]), float(ratios.max()))
 
     def _moved(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
-        """Values of some rows, as `own`, with other last digits within; NaN for others."""
+        """Values of some rows, like `own`, with perturbed last digits; NaN for others."""
         n = 0 if found.step_by_step else len(rows) // _ROWS_PER_ALONE
         moved = torch.full_like(own, torch.nan)
         with rounded_otherwise(self._passes.model, singles=found.jumps):
@@ -264,31 +263,31 @@ class NoiseFloor:
         return moved
 
     def _likely(self, ways: Tensor) -> float:
-        """What the largest difference is likely to be, over how far a value can move.
+        """The probable largest difference, relative to how much a value can change.
 
         Args:
-            ways: Values ``(n_ways, n_rows, n_target)``, in several ways; of the first, all.
+            ways: Values ``(n_ways, n_rows, n_target)`` by several ways; complete for the first.
         """
         ratios, known = self._ratios(ways)
-        # The values of one row move together: of few rows, how far is not known well.
+        # Values of one row vary together: with few rows, the variance is uncertain.
         few = 1 + _FEW / max(1, int(known.any(1).sum()))
         return few * max(self._largest(ratios[known]), _UNSEEN * float(ratios.max()))
 
     def _ratios(self, ways: Tensor) -> tuple[Tensor, Tensor]:
-        """Differences ``(n_rows, n_target)`` over how far a value can move; and which are known."""
+        """Differences ``(n_rows, n_target)`` over the possible change; and which are known."""
         return _apart(ways) / self._scales(ways[0]), ~ways[1:].isnan().all(0)
 
     def _largest(self, ratios: Tensor) -> float:
-        """What the largest of all values' differences is likely to be, by some of them."""
+        """The probable maximum over all values' differences, from some of them."""
         if not len(ratios):
             return 0.0
         assert self._scale is not None
-        # Of n normal numbers the largest is about so many standard deviations away.
+        # The maximum of n normal numbers is about this many standard deviations.
         usual = float(ratios.square().mean().sqrt())
         return math.sqrt(2 * math.log(2 * self._n * len(self._scale) + 1)) * usual
 
     def _of_draws(self, found: Findings, asked: Asked) -> Tensor:
-        """The floor of a model that draws: from passes over the same rows that draw anew."""
+        """The floor of a model that draws at random: from repeated passes over the same rows."""
         kept = [self._kept[ids] for ids in self._order()[:_DRAWN_ROWS]]
         rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
         each = len(asked) if found.step_by_step else 1
@@ -301,21 +300,21 @@ class NoiseFloor:
         finally:
             self._passes.seed = seed
         apart = _apart(torch.stack([own, *again]))
-        # A layer that is left out moves sure tokens as far as others.
+        # A skipped layer changes certain tokens as much as others.
         return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
 
     def _measurable(self, asked: Asked) -> list[tuple[int, ...]]:
-        """Rows that are computed once more: as many as the run took time for."""
+        """Rows to recompute: as many as the run's cost allows."""
         order = self._order()
         most = max(_SHARE * self._passes.n_positions, _PASSES * self._overhead())
         least = min(_MOST_OF_LEAST, max(_LEAST_ROWS, -(-_LEAST_VALUES // len(asked))))
-        return order[: max(least, int(most) // len(order[0]))]  # in a batch all are as long
+        return order[: max(least, int(most) // len(order[0]))]  # in a batch all have equal length
 
     def _overhead(self) -> int:
         return memory.overhead(self._passes.model, self._passes.device)
 
     def _alone(self, row: TokenRow, found: Findings, asked: Asked) -> Tensor:
-        """Values ``(n_target,)`` of a row alone, of each token with nothing after it if need be."""
+        """Values ``(n_target,)`` of a row alone, if need be of each token with nothing after it."""
         if not found.step_by_step:
             return self._together([row], asked)[0]
         values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
@@ -325,11 +324,11 @@ class NoiseFloor:
         return values
 
     def _together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
-        """What is attributed of rows that are computed in one batch, ``(n_rows, n_target)``."""
+        """Explained values of rows computed in one batch, ``(n_rows, n_target)``."""
         return explained(self._passes.together(rows, asked), asked, self._attr_target)
 
     def _scales(self, values: Tensor) -> Tensor:
-        """How far values move with logits: those of sure tokens hardly do."""
+        """How much values change with logits: those of certain tokens hardly do."""
         if self._attr_target == "log_prob":
             scales = -values.expm1()
         elif self._attr_target == "prob":
@@ -340,6 +339,6 @@ class NoiseFloor:
 
 
 def _apart(ways: Tensor) -> Tensor:
-    """How far values ``(n_ways, n_rows, n_target)`` lie apart, way by way; NaN says nothing."""
+    """Differences of values ``(n_ways, n_rows, n_target)`` between all ways; NaN is ignored."""
     highest = ways.nan_to_num(nan=-torch.inf).amax(0)
     return (highest - ways.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)

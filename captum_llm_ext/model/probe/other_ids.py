@@ -1,4 +1,4 @@
-"""Ids that the probe puts in place of others: such as the run itself holds."""
+"""Alternative ids for the probe, such as the run itself contains."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from captum_llm_ext.model.forward.rows import TokenRow
 
 
 class OtherIds:
-    """Other ids than those of a row, place by place.
+    """Ids that differ from those of a row, position by position.
 
     Args:
-        row: The row. What is put in place comes from its text after the prompt: special ids, such
-            as an image's, mean something.
-        of_target: Whether nothing else will do, for the prompt may hold such ids.
+        row: The row. Alternatives come from its text after the prompt, since special ids, such as
+            an image's, have a meaning.
+        of_target: Whether only these may be used, since the prompt may contain special ids.
     """
 
     def __init__(self, row: TokenRow, *, of_target: bool) -> None:
@@ -21,11 +21,11 @@ class OtherIds:
         self._pool = pool if len(pool) > 1 else [*pool, int(pool[0] == 0)]
 
     def ids(self, ids: Sequence[int], start: int = 0, *, first: Sequence[int] = ()) -> list[int]:
-        """As many ids, none of them in its place; others again from another start.
+        """Equally many ids, each different at its position; another start gives others.
 
         Args:
             ids: Token ids.
-            start: Where to begin with those to choose from.
+            start: Index of the first candidate.
             first: Ids to choose from before all others.
         """
         return [
@@ -34,10 +34,10 @@ class OtherIds:
         ]
 
     def after(self, place: int) -> list[int]:
-        """The row with other ids after a place; of what comes there nothing, as far as can be."""
+        """The row with other ids after a position, all of them different as far as possible."""
         begun, followed = self._row[: place + 1], self._row[place + 1 :]
         later = {*followed}
-        # Where all ids of the target come later, one of the prompt.
+        # If all ids of the target come later, one of the prompt.
         others = () if self._of_target else sorted({*self._row})
         fresh = [one for one in self._pool if one not in later] or [
             one for one in others if one not in later

@@ -1,4 +1,4 @@
-"""The passes of the probe."""
+"""The forward passes of the probe."""
 
 import sys
 from bisect import bisect_right
@@ -30,32 +30,33 @@ from captum_llm_ext.model.probe.jumps import jumps_at
 from captum_llm_ext.model.probe.other_ids import OtherIds
 from captum_llm_ext.model.probe.short_passes import ShortPasses
 
-# Of so many ids the first pass is, which shows what a model returns.
+# Number of ids in the first pass, which shows what a model returns. Chosen, not measured.
 _FIRST = 8
-# So many more rows, of as many target tokens, show whether one sees what comes after it, as far as
-# that is a quarter of the run; where it is large, one for every so many rows of it.
+# Number of further rows, with as many target tokens, that show whether the model sees ahead, up to
+# a quarter of the run; in a large run, one per this many rows.
 _CUTS = 8
 _ROWS_PER_CUT = 32
-# Of these so many end there. Where a pack has shown what follows next, it is these alone.
+# Number of these rows that end there; only these if a pack has shown what follows next.
 _ENDED = 3
-# At so many target tokens it is seen what those rows say, and a pack: there each takes a token. Of
-# 16 bits, at half of them: what rounding does not hide is seen there as well.
+# Number of target tokens at which these rows, and a pack, are compared, since each takes a token in
+# a pack. For 16 bits half of them: effects beyond rounding show there as well.
 _LATER = 32
-# Rows of the target alone have so many ids before it.
+# Number of ids before the target in rows of the target alone.
 _CLOSE = 16
-# The shortest row is looked at in so many places.
+# Number of positions at which the shortest row is compared.
 _PLACES = 5
-# So many rows of them are in one pass.
+# Number of such rows per pass.
 _AT_ONCE = 8
-# So many rows, of so many ids each, show whether it is only larger batches whose rows are coupled.
+# Number of rows, and of ids in each, that show whether only larger batches are coupled.
 _WIDE = 16
 _WIDE_IDS = 8
-# And what the number of rows may do to a model in float32 at most.
+# Maximum effect of the number of rows on a float32 model.
 _BATCHED = 1e-3
 
 
-# Called with a row, places in it, how many logits the model can be asked for, and how far other
-# digits move them, if known; what packs show, and the logits of the row alone at these places.
+# Called with a row, positions in it, how logits can be requested, and the effect of perturbed
+# digits, if known; returns the findings on packs, and the logits of the row alone at these
+# positions.
 ReadPacked = Callable[
     [Sequence[int], Sequence[int], str | None, Apart | None],
     tuple[Packing | None, Tensor | None],
@@ -63,14 +64,14 @@ ReadPacked = Callable[
 
 
 class Probe:
-    """One look at a model.
+    """One probe of a model.
 
     Args:
         model: The model.
-        rows: Of the run.
-        extras: Other arguments of its forward.
+        rows: Rows of the run.
+        extras: Further arguments of its forward.
         read_packed: As for `findings`.
-        earlier: What was seen of the model before.
+        earlier: Earlier findings on the model.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Probe:
         self._n_before, self._last_only = 0, False
 
     def findings(self) -> Findings:
-        """What is seen."""
+        """The findings."""
         ids = self._row.ids
         begun = ids if self._extras else ids[:_FIRST]
         drawn, logits = drawing(self._model, lambda: self._passes.all(begun))
@@ -108,10 +109,10 @@ class Probe:
         earlier = self._earlier
         is_read = packing is not None and not packing.differs
         if is_read and earlier is not None and earlier.covers(found.shortest, found.longest):
-            return replace(found, is_rough=earlier.is_rough)  # packs alone were news
+            return replace(found, is_rough=earlier.is_rough)  # only packs were to be probed
         if packing is not None and packing.reason is None and self._tells_rounding(found):
-            # What is read in packs alone meets no other row, and these have shown what follows. But
-            # what tokens before the place had seen of it, they had seen in the state as well.
+            # Rows in packs meet no other row, and packs have shown what follows. But what tokens
+            # before the position had seen of it, they had seen in the cache as well.
             ending = self._ending(at[2], at, alone)
             rounding = largest(*ending)
             if rounding <= FINE or usual(*ending) <= self._usual_rounding(found):
@@ -122,7 +123,7 @@ class Probe:
     # How it rounds --------------------------------------------------------------------------------
 
     def _rounding_within(self, found: Findings, ids: Sequence[int], logits: Tensor) -> Findings:
-        """What moved digits within make of the logits that the model returned for a few ids."""
+        """The effect of perturbed last digits on the logits of a few ids."""
         if self._earlier is not None:
             return replace(found, moved=self._earlier.moved, jumps=self._earlier.jumps)
         if found.draws not in (None, "seeded"):
@@ -136,11 +137,11 @@ class Probe:
         return replace(found, moved=moved if moved.usual else None)
 
     def _tells_rounding(self, found: Findings) -> bool:
-        """Whether it is known how far rounding alone moves values, without batches."""
+        """Whether the effect of rounding is known without batches."""
         return found.draws is None and (found.moved is not None or not self._is_rough(found))
 
     def _usual_rounding(self, found: Findings) -> float:
-        """What rounding makes of several places at most, as far as a few ids have shown."""
+        """The largest effect of rounding at several positions, estimated from a few ids."""
         return 0.0 if found.moved is None else max(FINE, BEYOND * found.moved.usual)
 
     def _beyond_rounding(
@@ -150,16 +151,16 @@ class Probe:
         limit: float,
         plain: tuple[Sequence[int], Sequence[int], Tensor],
     ) -> bool:
-        """Whether logits of 16 bits differ in most places by more than in other lengths.
+        """Whether 16-bit logits differ at most positions by more than between lengths.
 
-        Those are other shapes, whose rounding is unlike that of one shape. And where an expert was
-        chosen by a hair, rounding may choose another, in some place.
+        Other lengths are other shapes with other rounding. And rounding may change a close choice
+        of an expert, at some position.
 
         Args:
-            found: What is known up to now.
-            pairs: What is said at several places, and what is said otherwise.
-            limit: What is no effect anyway.
-            plain: Ids, places, and what is said there; with other digits if that is needed.
+            found: Findings so far.
+            pairs: Outputs at several positions, and those to compare.
+            limit: Largest difference that is not an effect in any case.
+            plain: Ids, positions, and the output there; repeated with perturbed digits if needed.
         """
         most = max(usual(*pair) for pair in pairs)
         if most <= max(limit, self._usual_rounding(found)):
@@ -175,13 +176,13 @@ class Probe:
         return found.draws is not None or is_coarse or found.jumps > 0
 
     def _is_half(self, found: Findings) -> bool:
-        """Whether rounding may be taken for an effect."""
+        """Whether rounding may look like an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
     # What it returns ------------------------------------------------------------------------------
 
     def _first(self, ids: Sequence[int], logits: Tensor) -> Findings:
-        """What the model returned for a few ids, all logits asked for."""
+        """Findings from all logits of a few ids."""
         n, vocabulary = logits.shape[1:]
         name = type(self._model).__name__
         size = _compat.vocabulary_size(self._model) or 0
@@ -221,14 +222,15 @@ class Probe:
     def _reference(
         self, logits: Tensor, found: Findings
     ) -> tuple[list[int], Tensor, Packing | None]:
-        """Places of the row, what is said there of it alone, and what a pack shows of that.
+        """Positions of the row, its output alone, and what a pack shows.
 
         Args:
-            logits: All of the beginning, read alone.
-            found: What is known up to now.
+            logits: All logits of the beginning, read alone.
+            found: Findings so far.
 
         Returns:
-            Places, two of the beginning first; ``(n, vocabulary)``; and what packs show, if any.
+            Positions, two of the beginning first; ``(n, vocabulary)``; and findings on packs, if
+            any.
         """
         n_later = _LATER // 2 if self._is_half(found) else _LATER
         ids, cuts = self._row.ids, self._cuts(max(n_later, self._wanted()))
@@ -240,30 +242,30 @@ class Probe:
         if said is None and kept == "positions":
             try:
                 said = self._passes.said([ids], [at])[0]
-            except Exception as error:  # whatever an argument of this name means there
+            except Exception as error:  # an argument of this name may mean anything
                 if is_no_answer(error):
                     raise
         if kept == "positions" and not (said is not None and self._is_as(found, said, logits, at)):
             self._find_kept(ids[:_FIRST], logits)
-            if self._passes.kept != kept:  # nothing of it was what was asked for
+            if self._passes.kept != kept:  # the result was not what was requested
                 packing, said = self._packing(found, at)
         return at, self._passes.said([ids], [at])[0] if said is None else said, packing
 
     def _is_as(self, found: Findings, said: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
-        """Whether the first of what is said is what the beginning alone said there."""
+        """Whether the first outputs are those of the beginning alone."""
         if is_as(said[:2], logits[0, at[:2]]):
             return True
         return usual(said[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
-        """Whether the model gives the logits that it is asked for, where it takes that argument."""
+        """Whether the model returns the requested logits, if it has that argument."""
         if self._passes.kept is None:
             return
         ends = [0, len(ids) - 1]
         try:
-            # The last places first: a number of them is asked for by its smallest.
+            # The last positions first: a count is requested by its smallest position.
             said = [self._passes.said([ids], [own])[0] for own in (ends, ends[1:])]
-        except Exception as error:  # whatever an argument of this name means there
+        except Exception as error:  # an argument of this name may mean anything
             if is_no_answer(error):
                 raise
             self._passes.kept = None
@@ -272,10 +274,10 @@ class Probe:
             self._passes.kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
-        """How many logits there are in front of those of the first id: all that are too many."""
+        """Number of logits before those of the first id: all surplus ones."""
         n = logits.shape[1] - len(ids)
-        # One id less: of what both say, all but the last place is the same where what is too much
-        # stands in front; else what stands behind has moved.
+        # One id less: if the surplus is in front, all but the last position are equal; otherwise
+        # the logits behind have moved.
         fewer = self._passes.all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
         if fewer.shape[1] != logits.shape[1] - 1 or (
             largest(spread(fewer[:, n:]), spread(logits[:, n:-1])) > FINE
@@ -291,7 +293,7 @@ class Probe:
     # What changes what it says --------------------------------------------------------------------
 
     def _alone(self, found: Findings) -> Findings:
-        """Of one row, as it is and with something else after some places."""
+        """Findings on one row, unchanged and with other ids after some positions."""
         cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
         row = self._passes.said([self._row.ids], [cuts])[0]
         pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
@@ -304,7 +306,7 @@ class Probe:
         )
 
     def _last(self, found: Findings) -> Findings:
-        """Of a row alone and beside another, where the last place alone is said."""
+        """Findings on a row alone and beside another, if only the last position has output."""
         ids, at = self._row.ids, [len(self._row.ids) - 1]
         alone, copies = self._passes.said([ids], [at])[0], self._passes.said([ids] * 2, [at] * 2)[0]
         beside = self._passes.said([self._other.ids(ids), ids], [at] * 2)[1]
@@ -324,12 +326,12 @@ class Probe:
         )
 
     def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
-        """Of the longest and the shortest row, alone and in batches.
+        """Findings on the longest and the shortest row, alone and in batches.
 
         Args:
-            found: What is known up to now.
-            at: Places of the longest row: two of its beginning, then those of `_cuts`.
-            alone: What is said there of it alone.
+            found: Findings so far.
+            at: Positions of the longest row: two of its beginning, then those of `_cuts`.
+            alone: Its output there when alone.
         """
         is_rough, is_half = self._is_rough(found), self._is_half(found)
         if is_half and (rounding := self._rounding_alone(found, at, alone)) is not None:
@@ -340,12 +342,12 @@ class Probe:
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
         padded = [*short, *self._other.ids(ids[len(short) :])]
         whole, alone_short = (ids, at, alone), self._passes.said([short], [ends])[0]
-        # Everything at once: other rows, other ids after these, and padding. Where numbers are of
-        # 16 bits that always shows something.
+        # Everything at once: other rows, other ids after these, and padding. With 16 bits, that
+        # always shows some difference.
         both = [padded, self._other.after(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
         said = None if is_half else self._passes.said(*both)
         after, ended = self._later(found, at[2:], is_half=is_half)
-        # Of a few places rounding is told apart from an effect more surely than of many.
+        # At few positions, rounding is distinguished from an effect more reliably than at many.
         n_places = 1 if is_half else len(at)
         later = self._after(after, at, alone, n_places=n_places)
         shows_all = is_half or (found.packing is not None and found.packing.reason is None)
@@ -359,7 +361,7 @@ class Probe:
         rounding = max(largest(*pair) for pair in pairs)
         if rounding <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
-        # The same passes once more: what differs then was drawn at random.
+        # The same passes once more: differences are random draws.
         begun = self._wide(at[:2], 1)
         if said is None:
             equal = [(self._wide(at[:2], 1), begun)]
@@ -370,7 +372,7 @@ class Probe:
             differ = f"equal passes differ by {most:.2g} nats"
             found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
         draws = found.draws is not None
-        # One thing after the other, in passes of one shape.
+        # One change after another, in passes of one shape.
         copies = self._passes.said([ids, ids], [at[:3]] * 2)[0]
         mates = [mate] if is_half else [mate, padded]
         beside = [self._passes.said([one, ids], [at[:3]] * 2)[1] for one in mates]
@@ -381,7 +383,7 @@ class Probe:
             moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
             limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
         couples = any(exceeds(copies, one, limit) for one in beside)
-        # Beside itself a row must be what it is alone, too, and beside many others.
+        # A row must also be the same beside itself and beside many others.
         if is_half or draws:
             couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
         if is_half or not draws:
@@ -395,7 +397,7 @@ class Probe:
             again = [*short, *self._other.ids(padded[len(short) :])]
             followed.append((longer, self._passes.said([again], [ends])[0]))
         sees = any(exceeds(*pair, limit) for pair in followed)
-        # How much follows may count as well as what.
+        # The length of what follows may matter as well as its content.
         endings += [
             (self._passes.said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
         ]
@@ -430,7 +432,7 @@ class Probe:
         pairs: Sequence[tuple[Tensor, Tensor]],
         plain: tuple[Sequence[int], Sequence[int], Tensor],
     ) -> bool:
-        """Whether what is said of a row beside others is not what is said of it alone.
+        """Whether the output of a row beside others differs from that alone.
 
         Args:
             found, pairs, plain: As for `_beyond_rounding`.
@@ -440,15 +442,15 @@ class Probe:
         return max(largest(*pair) for pair in pairs) > _BATCHED
 
     def _rounding_alone(self, found: Findings, at: Sequence[int], alone: Tensor) -> float | None:
-        """How far rounding to 16 bits moves what is said, where nothing else does; None: it may.
+        """The effect of 16-bit rounding on the output, if it is the only one; otherwise None.
 
-        Passes of one shape round alike, so that what differs there is an effect, or may be one.
+        Passes of one shape round equally, so differences there are effects, or may be.
         """
         if found.draws is not None:
             return None
         places = _spaced(at[2:], max(2, min(_CUTS, self._n_rows // _ROWS_PER_CUT)))
         alike = self._after(places, at, alone, n_places=len(at), at_once=1)
-        # In company, of a length that is odd if the row's is even.
+        # In a batch, with odd length if the row's is even.
         ids, n = self._row.ids, at[2] + 1
         begun = ids[: n + (n + len(ids) + 1) % 2]
         mates = [self._other.ids(begun, start) for start in (0, 1)]
@@ -463,7 +465,7 @@ class Probe:
         return max(largest(*pair) for pair in shapes)
 
     def _packing(self, found: Findings, at: Sequence[int]) -> tuple[Packing | None, Tensor | None]:
-        """How the model reads packs, where it might be given any; and what is said there alone."""
+        """Findings on packs, if they may be used; and the output of the row alone."""
         if self._read_packed is None or found.apart or found.n_before:
             return None, None
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
@@ -478,34 +480,34 @@ class Probe:
     def _later(
         self, found: Findings, places: Sequence[int], *, is_half: bool
     ) -> tuple[Sequence[int], Sequence[int]]:
-        """Of later places those after which something else is put, and where the row ends.
+        """Later positions after which ids are replaced, and at which the row ends.
 
-        What a model says where the row ends hangs on nothing that follows, neither on what it is
-        nor on how much: it shows the most, but for rounding, which is another for each length.
+        The output at the end of a row is independent of what follows, in content and length: it
+        shows most, except for rounding, which differs for each length.
         """
         some, packing = _spaced(places, self._wanted()), found.packing
         if is_half:
             return some[-max(2, len(some) // 2) :], ()
         if packing is not None and packing.differs:
             return places, places
-        # Lengths next to each other, and a distant one.
+        # Adjacent lengths, and a distant one.
         ended = sorted({places[0], *_spaced(places, _ENDED - 1), *places[-2:-1]})
         if packing is not None and packing.reason is None:
             return (), ended
         return [place for place in some if place not in ended], ended
 
     def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
-        """What is said at early places of the row's beginning in a batch of so many at most."""
+        """Output at early positions of the row's beginning in a batch of at most `most`."""
         begin = self._row.ids[: at[-1] + 1]
         mates = [self._other.ids(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
         return self._passes.said([begin, *mates], [at] * (1 + len(mates)))[0]
 
     def _wanted(self) -> int:
-        """After how many later places something else is put, by the number of rows."""
+        """Number of later positions after which ids are replaced, by the number of rows."""
         return max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
 
     def _cuts(self, n_later: int) -> list[int]:
-        """The place of the first target token, and at most so many others that anything follows."""
+        """Positions of the first target token and of at most `n_later` others before the last."""
         last = len(self._row.ids) - 1
         places = sorted({p for p in self._row.positions if p >= 0} or {last})
         return [places[0], *_spaced([place for place in places[1:] if place < last], n_later)]
@@ -520,15 +522,15 @@ class Probe:
         at_once: int = _AT_ONCE,
         start: int = 0,
     ) -> list[tuple[Tensor, Tensor]]:
-        """What is said where something else follows, beside what is said of the row as it is.
+        """Output with other ids following, and that of the original row.
 
         Args:
-            cuts: After each of these places something else follows, in a row of its own.
-            at: Places of the row, sorted, the cuts among them.
-            alone: What is said there of the row alone.
-            n_places: So many of these places at most, up to the cut, are looked at.
-            at_once: So many rows are read in one pass.
-            start: Rows are read from this place on.
+            cuts: After each of these positions other ids follow, in a separate row.
+            at: Sorted positions of the row, including the cuts.
+            alone: Output of the row alone there.
+            n_places: Maximum number of these positions, up to the cut, that are compared.
+            at_once: Number of rows per pass.
+            start: Position from which rows are read.
         """
         found: list[tuple[Tensor, Tensor]] = []
         for i in range(0, len(cuts), at_once):
@@ -536,7 +538,7 @@ class Probe:
             stops = [bisect_right(at, cut) for cut in some]
             firsts = [max(0, stop - n_places) for stop in stops]
             most = max(stop - first for first, stop in zip(firsts, stops, strict=True))
-            if at_once == 1:  # as many places of a row as of the row alone: of one shape
+            if at_once == 1:  # as many positions of a row as of the row alone: equal shapes
                 most = max(most, n_places)
             own = [
                 [*at[first:stop], *[cut] * (most - (stop - first))]
@@ -555,9 +557,9 @@ class Probe:
     def _close(
         self, places: Sequence[int], *, at_once: int = _AT_ONCE
     ) -> list[tuple[Tensor, Tensor]]:
-        """As `_after`, of the target and the ids close before it: short rows, so after each place.
+        """Like `_after`, for the target and a few ids before it: short rows, so at each position.
 
-        What one token makes of another that comes next is seen after that one alone.
+        The effect of one token on another that comes next shows only after that one.
         """
         start = max(0, places[0] - _CLOSE)
         alone = self._passes.said([self._row.ids[start:]], [[place - start for place in places]])[0]
@@ -566,16 +568,16 @@ class Probe:
         )
 
     def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
-        """What is said of the row where it ends at a place, and of all of it; as for `_after`."""
+        """Output of the row truncated at a position, and of all of it; as for `_after`."""
         return self._of_length(place + 1, at, alone)
 
     def _of_length(self, n_ids: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
-        """What is said of so many first ids of the row, and of all of it; as for `_after`."""
+        """Output of the first `n_ids` of the row, and of all of it; as for `_after`."""
         n = bisect_right(at, n_ids - 1)
         return self._passes.said([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]
 
 
 def _spaced(places: Sequence[int], n: int) -> list[int]:
-    """At most so many of some places, the last among them."""
+    """At most `n` of some positions, including the last."""
     n = min(len(places), n)
     return sorted({places[-1 - i * len(places) // n] for i in range(n)} if n else ())

@@ -1,4 +1,4 @@
-"""Whether what rows share can be computed once: seen on rows of the run, before it is relied on."""
+"""Whether prefix reuse gives correct values: checked on rows of the run before use."""
 
 from collections.abc import Sequence
 
@@ -13,12 +13,12 @@ from captum_llm_ext.model.probe.findings import Packing
 
 
 def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> str | None:
-    """Why the model does not read on from its state as it reads whole rows; None where it does.
+    """Why values from a prefix cache differ from those of whole rows; None if they do not.
 
     Args:
-        passes: Of the model.
+        passes: Forward passes of the model.
         rows: Rows of the run.
-        root: How they would be run; the longest row that shares anything is read.
+        root: Their plan; the longest row with a shared prefix is used.
     """
     reason = _compat.why_not_read_on(passes.model)
     if reason is not None:
@@ -36,16 +36,16 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
 def packing_of(
     passes: Passes, row: Sequence[int], places: Sequence[int] = ()
 ) -> tuple[Packing, Tensor | None]:
-    """Whether the model reads a row in a pack as it reads it alone, and what it can do there.
+    """Whether the model reads a row in a pack as it reads it alone, and its capabilities there.
 
     Args:
-        passes: Of the model.
-        row: Token ids, best of the longest row of the run.
-        places: Where nothing that follows in the row follows in the pack; sorted.
+        passes: Forward passes of the model.
+        row: Token ids, preferably of the longest row of the run.
+        places: Sorted positions after which the pack differs from the row.
 
     Returns:
-        What was seen; and the logits of the row alone at these places, ``(1, n, vocabulary)``, if
-        it came to that.
+        The findings; and the logits of the row alone at these positions, ``(1, n, vocabulary)``, if
+        computed.
     """
     errors: list[float] = []
     alone: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Passes of a model whose answers are looked at whole: all logits, or those of some places."""
+"""Forward passes whose complete output is used: all logits, or those of some positions."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +18,11 @@ class ShortPasses:
 
     Args:
         model: The model.
-        extras: Other arguments of its forward.
+        extras: Further arguments of its forward.
 
     Attributes:
-        kept: How many logits the model can be asked for, as `_compat.kept_logits` says.
-        seed: What is drawn at random in every pass is drawn from it; None: as ever.
+        kept: How logits of some positions can be requested, see `_compat.kept_logits`.
+        seed: Seed of random draws in every pass; None: unchanged.
     """
 
     def __init__(self, model: nn.Module, extras: Mapping[str, Any]) -> None:
@@ -33,7 +33,7 @@ class ShortPasses:
         self.seed: int | None = None
 
     def all(self, ids: Sequence[int]) -> Tensor:
-        """Every logit ``(1, length, vocabulary)`` that the model returns for a row.
+        """All logits ``(1, length, vocabulary)`` that the model returns for a row.
 
         Raises:
             TypeError: If it does not run on token ids alone.
@@ -53,9 +53,9 @@ class ShortPasses:
         return _compat.sequence_logits(output)
 
     def said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
-        """Log-probabilities ``(n_rows, n_places, vocabulary)`` at places of rows of one length.
+        """Log-probabilities ``(n_rows, n_places, vocabulary)`` at positions of rows of one length.
 
-        On the CPU, as `spread` gives them. One row at a time where memory does not do for more.
+        On the CPU, as by `spread`. One row at a time if memory is short.
         """
         try:
             return self._pass(rows, at)
@@ -79,5 +79,5 @@ class ShortPasses:
         return spread(logits)
 
     def _drawn_again(self) -> AbstractContextManager[Any]:
-        """Every pass draws the same, as far as it is of one shape."""
+        """Every pass of one shape draws the same."""
         return nullcontext() if self.seed is None else Draws(self.seed)

@@ -1,4 +1,4 @@
-"""Whether a model is still what it was: without reading a weight, and without a pass."""
+"""Whether a model is unchanged, without reading a weight, and without a pass."""
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,16 +13,16 @@ from captum_llm_ext import _compat
 
 State = Mapping[tuple[Any, ...], object]
 _SIMPLE = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
-# Every attribution sets and restores it.
+# Set and restored by every attribution.
 _PASSING = frozenset({"training"})
 
 
 def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
-    """What tells whether a model may do something else than before.
+    """A state that differs if the model may behave differently.
 
-    Its parts, where every weight and buffer lies and how often it was written to, whatever numbers,
-    names and switches its modules and configurations hold (adapters that are active, windows, the
-    kind of attention, quantisation), who looks on, and how torch computes.
+    Its modules, the location and modification count of every weight and buffer, all numbers, names
+    and switches of its modules and configurations (active adapters, windows, the kind of attention,
+    quantisation), hooks, and torch's settings.
     """
     found: dict[tuple[Any, ...], object] = {("torch",): _torch_settings()}
     seen: set[int] = set()
@@ -39,7 +39,7 @@ def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
 
 
 def differences(one: State, other: State) -> set[tuple[Any, ...]]:
-    """What two states differ in."""
+    """The differences of two states."""
     return {key for key in {*one, *other} if one.get(key, _NONE) != other.get(key, _NONE)}
 
 
@@ -56,7 +56,7 @@ def _torch_settings() -> tuple[object, ...]:
 
 def _place_of(tensor: Tensor) -> tuple[object, ...]:
     about = (tensor.dtype, tensor.device, tuple(tensor.shape), type(tensor))
-    if tensor.device.type == "meta":  # brought by a hook for the time of a pass
+    if tensor.device.type == "meta":  # loaded by a hook during a pass
         return about
     try:
         where = tensor.data_ptr()
@@ -64,13 +64,13 @@ def _place_of(tensor: Tensor) -> tuple[object, ...]:
         where = id(tensor)
     try:
         version = tensor._version
-    except RuntimeError:  # tensors of inference mode are not counted
+    except RuntimeError:  # tensors of inference mode have no version counter
         version = -1
     return (*about, where, version)
 
 
 def _content(value: object, seen: set[int], depth: int = 0) -> object:
-    """Something that is equal as long as a value is the same; of large things their identity."""
+    """Something that is equal as long as a value is unchanged; for large objects their identity."""
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, Tensor):
@@ -85,7 +85,7 @@ def _content(value: object, seen: set[int], depth: int = 0) -> object:
     if isinstance(value, nn.Module):
         return id(value)
     if _is_settings(value):
-        # One configuration is that of many modules.
+        # Many modules share one configuration.
         if id(value) in seen:
             return id(value)
         seen.add(id(value))
@@ -94,7 +94,7 @@ def _content(value: object, seen: set[int], depth: int = 0) -> object:
 
 
 def _is_settings(value: object) -> bool:
-    """Whether it is a configuration: of transformers, or a record of a user's own."""
+    """Whether it is a configuration: of transformers, or a user's own record."""
     is_record = is_dataclass(value) or isinstance(value, SimpleNamespace | Namespace)
     is_own = is_record and not isinstance(value, type)
     return (is_own or _compat.is_transformers_object(value)) and hasattr(value, "__dict__")
