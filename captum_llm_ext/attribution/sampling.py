@@ -44,13 +44,13 @@ class Effort:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found, and how.
+    """The result of an estimator on a game.
 
-    `options` are those of the solver; `settled` says of what a stopping rule judged whether it was
-    met, bool ``(n_target,)``, of the whole answer ``(1,)``. With a surrogate, `correction` says
-    which coalitions its values are corrected by, and `about_surrogate` is for provenance. `whole`
-    are the attributions ``(n_features,)`` of the target's summed values, where those of its tokens
-    do not sum to them and the output is held fixed.
+    `options` are the solver's settings; `settled` says whether a stopping rule was met, bool
+    ``(n_target,)``, or ``(1,)`` for the whole answer. With a surrogate, `correction` says which
+    coalitions correct its values, and `about_surrogate` is for provenance. `whole` are the
+    attributions ``(n_features,)`` of the target's summed values, if those of its tokens do not sum
+    to them and the output is held fixed.
     """
 
     name: str

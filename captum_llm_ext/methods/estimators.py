@@ -231,7 +231,7 @@ def _one_at_a_time(
 ) -> Estimator:
     n_draws = task.n_draws(task.n_features)
     # Rows of one draw differ only in the feature left out or in. A single draw of a random baseline
-    # is not exact, though, which unequal draw numbers tell the solver.
+    # is not exact, though: unequal draw numbers mark it as random.
     common = task.deterministic or n_draws > 1
     plan = planner(task.n_features, n_draws=n_draws, common_draw=common)
     usual = task.usual_draws(task.n_features) * task.n_features
