@@ -78,8 +78,8 @@ def model_description(model: nn.Module) -> str:
     content = repr([(name, kept[name]) for name in sorted(kept)])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()
     # torch 2.13 (2026): fully_shard replaces the model's class by one named FSDPLlama….
-    mine = (c for c in type(uncompiled(model)).__mro__ if not _is_wrapped(c))
-    return f"{next(mine).__name__} {dtype} {digest}"
+    own_classes = (c for c in type(uncompiled(model)).__mro__ if not _is_wrapped(c))
+    return f"{next(own_classes).__name__} {dtype} {digest}"
 
 
 def _is_wrapped(cls: type) -> bool:

@@ -175,9 +175,9 @@ class CounterfactualSearch(Iterator[Counterfactual]):
             if size > self.proven_up_to
         ]
         most = self.proven_up_to
-        told = f"{found} up to {most} feature{'s' * (most != 1)} with {draws}"
+        text = f"{found} up to {most} feature{'s' * (most != 1)} with {draws}"
         more = f" ({'; '.join(rest)})" if rest else ""
-        return f"{told}{more}, {self.n_evaluations:,} rows"
+        return f"{text}{more}, {self.n_evaluations:,} rows"
 
     def __repr__(self) -> str:
         return f"CounterfactualSearch({self.summary})"
@@ -254,10 +254,10 @@ class _Search:
     def n_evaluations(self) -> int:
         return sum(scorer.n_evaluations for scorer in self._scorers.values())
 
-    def run(self, told: CounterfactualSearch) -> Generator[Counterfactual]:
+    def run(self, search: CounterfactualSearch) -> Generator[Counterfactual]:
         """Tries sets of features in order of size and yields the counterfactuals found."""
         open_tokens = [t for t in self._positions if not bool(self._full.flipped[0, t])]
-        told.already_other = [t for t in self._positions if t not in open_tokens]
+        search.already_other = [t for t in self._positions if t not in open_tokens]
         promising = self.processes.decide(self._order)
         ranked = sorted(range(self.n_features), key=_by(promising))
         minimal: dict[int, list[Features]] = {t: [] for t in open_tokens}
@@ -265,7 +265,7 @@ class _Search:
             if size > self.n_features or not open_tokens:
                 return
             every, candidates = self._candidates(size, ranked, minimal)
-            told.tried[size] = (0, every)
+            search.tried[size] = (0, every)
             done = 0
             for chunk in _chunks(candidates, max(_ROWS_AT_ONCE // self.n_draws, 1)):
                 room = (self._budget - self.n_evaluations) // max(
@@ -276,9 +276,9 @@ class _Search:
                     return
                 self._try(chunk)
                 done += len(chunk)
-                told.tried[size] = (done, every)
+                search.tried[size] = (done, every)
                 for features in chunk:
-                    yield from self._minimal(features, minimal, told)
+                    yield from self._minimal(features, minimal, search)
 
     def _candidates(
         self, size: int, ranked: Sequence[int], minimal: Mapping[int, Sequence[Features]]
@@ -316,7 +316,7 @@ class _Search:
         return ((full - torch.stack(lowest)) / full.abs().clamp_min(1e-6))[:, list(positions)]
 
     def _minimal(
-        self, features: Features, minimal: dict[int, list[Features]], told: CounterfactualSearch
+        self, features: Features, minimal: dict[int, list[Features]], search: CounterfactualSearch
     ) -> Generator[Counterfactual]:
         flipped = self._tried[features].flipped
         for t, known in minimal.items():
@@ -334,7 +334,7 @@ class _Search:
             known.append(features)
             found = self._confirmed(features, t, draws, not missing)
             if found is None:
-                told.n_unconfirmed += 1
+                search.n_unconfirmed += 1
                 known.pop()
             else:
                 yield found
@@ -448,8 +448,8 @@ class _Search:
         return self._answers[prompt.ids]
 
     def _plain(self, row: TokenRow, t: int) -> Tensor:
-        said = row.up_to(t) or row
-        return self.processes.decide(lambda: plain_log_probs(self._model, said)[-1])
+        end = row.up_to(t) or row
+        return self.processes.decide(lambda: plain_log_probs(self._model, end)[-1])
 
     def _prompt(self, features: Features, draw: int) -> RenderedPrompt:
         mask = torch.ones(1, self.n_features, dtype=torch.bool, device="cpu")

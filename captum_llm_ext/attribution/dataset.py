@@ -198,11 +198,11 @@ def _attribute_records(
         bar.announce(_n_records(records) or 0)
 
         def count_reports(messages: Iterable[DatasetReport]) -> DatasetReport:
-            heard = sum(messages, DatasetReport())
-            if heard.n_failed:
-                bar.note(f"{(total + heard).n_failed} failed")
-            bar.advance(heard.n_records)
-            return total + heard
+            progress = sum(messages, DatasetReport())
+            if progress.n_failed:
+                bar.note(f"{(total + progress).n_failed} failed")
+            bar.advance(progress.n_records)
+            return total + progress
 
         for ticket in work.take():
             next_record = next((pair for pair in source if pair[0] == ticket), None)
@@ -280,11 +280,11 @@ class _RecordAttributor:
         if "prompt" in record:
             unit = "word" if self._unit is None else self._unit
             return TextSegmentInput(record["prompt"], tokenizer, unit, baselines=self._baselines)
-        unsaid = "word" if len(record["messages"]) == 1 else "turn"
+        default = "word" if len(record["messages"]) == 1 else "turn"
         return ChatInput(
             record["messages"],
             tokenizer,
-            unsaid if self._unit is None else self._unit,
+            default if self._unit is None else self._unit,
             self._roles,
             tools=record.get("tools"),
             baselines=self._baselines,

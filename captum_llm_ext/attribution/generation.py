@@ -478,10 +478,10 @@ def _warn_of_absence(
     absent = [prompt.own_baseline]
     if output_unit is not None:
         absent.append(prompt.output_baseline if output_baselines is None else output_baselines)
-    said = unseen(absent, "attributions are made from", "attributions")
-    if said is not None:
+    message = unseen(absent, "attributions are made from", "attributions")
+    if message is not None:
         warnings.warn(
-            f"{said}, and of a natural prompt they blame the words before the answer. {instead}",
+            f"{message}, and of a natural prompt they blame the words before the answer. {instead}",
             stacklevel=stacklevel_of_caller(),
         )
 

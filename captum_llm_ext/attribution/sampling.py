@@ -89,20 +89,10 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     plan = join_plans([anchors_of(game), *first])
     values = game.values(plan)
     solution = solved(game, method, plan, values)
-    if rule is None:
-        return Outcome(
-            method.name,
-            plan,
-            values,
-            solution,
-            method.estimate,
-            options=method.options,
-            whole=_of_whole(game, method, plan, values),
-        )
     size, idle = len(first[0].masks), 0
     most = effort.max_evaluations or MOST_ROUNDS * size
-    excess = _excess(rule, game, method, plan, values, solution)
-    while bool((excess > 1).any()) and method.estimate:
+    excess = None if rule is None else _excess(rule, game, method, plan, values, solution)
+    while rule and excess is not None and bool((excess > 1).any()) and method.estimate:
         # Solving after every single round would cost more than the rounds.
         n_rounds = max(1, round(GROWTH * len(plan.masks) / max(size, 1)))
         n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
@@ -122,16 +112,18 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         idle = idle + 1 if scorer.n_evaluations == scored_before else 0
         solution = solved(game, method, plan, values)
         excess = _excess(rule, game, method, plan, values, solution)
-    scorer.forecast(0)
+    if rule:
+        scorer.forecast(0)
     return Outcome(
         method.name,
         plan,
         values,
         solution,
         method.estimate,
-        excess <= 1,
-        rule,
-        method.options,
+        settled=None if excess is None else excess <= 1,
+        stop=rule,
+        options=method.options,
+        whole=_of_whole(game, method, plan, values),
     )
 
 

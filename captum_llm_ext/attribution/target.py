@@ -247,8 +247,8 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
     special = {*getattr(tokenizer, "all_special_ids", ())}
     begins = next((i for i, token in enumerate(prompt.ids) if token not in special), 0)
     if isinstance(target, str):
-        said = tokens.decode(tokenizer, prompt.ids[begins:]).strip()
-        if len(prompt.ids) - begins >= _MIN_SHARED_IDS and target.lstrip().startswith(said):
+        text = tokens.decode(tokenizer, prompt.ids[begins:]).strip()
+        if len(prompt.ids) - begins >= _MIN_SHARED_IDS and target.lstrip().startswith(text):
             _warn(
                 "`target` begins with the text of the prompt: where it is the whole output, give "
                 "what comes after the prompt alone."
@@ -261,14 +261,16 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
         n = n_pad + len(before)
         if not before or tuple(given[n_pad:n]) != before:
             continue
-        said = f"`target` begins with the {len(before)} token ids of the prompt"
+        message = f"`target` begins with the {len(before)} token ids of the prompt"
         if before[0] not in special and len(before) < _MIN_SHARED_IDS:
-            _warn(f"{said}: where it is the whole output, give `target[{n}:]`.")
+            _warn(f"{message}: where it is the whole output, give `target[{n}:]`.")
             return ids
         if n == len(given):
-            raise ValueError(f"{said}, and nothing comes after them: there is nothing to explain.")
+            raise ValueError(
+                f"{message}, and nothing comes after them: there is nothing to explain."
+            )
         _warn(
-            f"{said}, as the output of `generate` does: what comes after them is explained. Give "
+            f"{message}, as the output of `generate` does: what comes after them is explained. Give "
             f"`target[{n}:]` to say so."
         )
         return ids[n:]

@@ -262,8 +262,8 @@ class _Writer:
                 prompt.extras,
                 prompt.key,
             )
-            said = torch.tensor(answer, dtype=torch.int64, device="cpu")
-            found.append(self._scorer.values([row], said)[0])
+            answer_ids = torch.tensor(answer, dtype=torch.int64, device="cpu")
+            found.append(self._scorer.values([row], answer_ids)[0])
         return found
 
     def at_places(self, sums: Sequence[Tensor], answers: Sequence[tuple[int, ...]]) -> Tensor:

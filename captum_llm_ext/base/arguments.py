@@ -120,12 +120,12 @@ def unknown_argument(
         called: Name of the called function.
         which: The subject of the message.
     """
-    said = f"{called}() got {name!r}, which {which}"
+    message = f"{called}() got {name!r}, which {which}"
     if close := _close(name, attribute):
-        return f"{said}: did you mean {close[0]!r}?"
+        return f"{message}: did you mean {close[0]!r}?"
     if name == "baselines":
-        return f"{said}: what stands for absent features is said by the input."
-    return f"{said}: leave it out."
+        return f"{message}: what stands for absent features is said by the input."
+    return f"{message}: leave it out."
 
 
 def numbered(kinds: Sequence[str], entries: Sequence[Any]) -> dict[str, Any]:

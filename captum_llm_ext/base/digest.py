@@ -286,9 +286,9 @@ def _library_state(thing: Any) -> Iterable[Any]:
     if hasattr(thing, "get_vocab"):
         return _tokenizer_state(thing)
     if callable(getattr(thing, "to_dict", None)):  # a configuration
-        told: dict[str, Any] = thing.to_dict()
+        state: dict[str, Any] = thing.to_dict()
         left = _OF_THE_MOMENT
-        return [(k, told[k]) for k in sorted(told) if not k.startswith("_") and k not in left]
+        return [(k, state[k]) for k in sorted(state) if not k.startswith("_") and k not in left]
     fingerprint = getattr(thing, "_fingerprint", None)
     if fingerprint is not None:  # a data set
         return (fingerprint,)

@@ -128,8 +128,8 @@ def _named(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        said = error.strerror or str(error)
-        raise OSError(error.errno or 0, said, os.fspath(path)) from error
+        message = error.strerror or str(error)
+        raise OSError(error.errno or 0, message, os.fspath(path)) from error
 
 
 def _error(number: int) -> OSError:

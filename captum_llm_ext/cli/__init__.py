@@ -86,10 +86,10 @@ def _goes_on(arguments: argparse.Namespace) -> str:
 def _failed(error: Exception, arguments: argparse.Namespace) -> int:
     if arguments.debug:
         traceback.print_exception(error)
-    said = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.filename is not None:
-        said = f"{error.filename!r}: {error.strerror}"
-    say(f"captum-llm-ext: error: {in_options(said)}")
+        message = f"{error.filename!r}: {error.strerror}"
+    say(f"captum-llm-ext: error: {in_options(message)}")
     if not isinstance(error, UsageError):
         return 1
     say(f"See: captum-llm-ext {arguments.command} --help")

@@ -118,9 +118,9 @@ def run(arguments: argparse.Namespace) -> int | None:
         show_estimate(cast(Any, attribution), inp, job.options)
         return None
     if arguments.baselines is None and is_main():
-        said = zero_baseline_note(arguments.method)
-        if said is not None:
-            note(said)
+        note_text = zero_baseline_note(arguments.method)
+        if note_text is not None:
+            note(note_text)
     from captum_llm_ext.cli.progress import DryRunEndError, RunProgress
 
     progress = RunProgress(

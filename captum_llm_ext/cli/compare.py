@@ -82,8 +82,8 @@ def _options_of_a_run(arguments: argparse.Namespace) -> list[str]:
     """The given options of `add_job`."""
     alone = argparse.ArgumentParser()
     add_job(alone, several=True)
-    unsaid = vars(alone.parse_args([]))
-    given = [name for name, default in unsaid.items() if getattr(arguments, name) != default]
+    defaults = vars(alone.parse_args([]))
+    given = [name for name, default in defaults.items() if getattr(arguments, name) != default]
     return [name.replace("_", "-") for name in given]
 
 

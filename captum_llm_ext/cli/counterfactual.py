@@ -103,8 +103,8 @@ def read_counterfactuals(path: str) -> "list[Counterfactual]":
 
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
-        told = held["counterfactuals" if "counterfactuals" in held else "found"]
-        return [Counterfactual.from_dict(one) for one in told]
+        entries = held["counterfactuals" if "counterfactuals" in held else "found"]
+        return [Counterfactual.from_dict(one) for one in entries]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--counterfactuals {path}: that holds none; give a file that `captum-llm-ext "

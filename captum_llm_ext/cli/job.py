@@ -81,10 +81,10 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     )
     _add_run(how)
     # The other options of `add_job`, with their defaults.
-    unsaid = argparse.ArgumentParser(add_help=False)
+    defaults = argparse.ArgumentParser(add_help=False)
     for add in (add_method, add_settings, _add_output_unit, _add_budget):
-        add(unsaid)
-    parser.set_defaults(**vars(unsaid.parse_args([])))
+        add(defaults)
+    parser.set_defaults(**vars(defaults.parse_args([])))
     parser.epilog = f"{_BASELINES}\n{parser.epilog}"
 
 

@@ -170,8 +170,8 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
 
     from captum_llm_ext import _compat
 
-    unsaid = "auto" if place.gguf is None else torch.float32
-    dtype = unsaid if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    default = "auto" if place.gguf is None else torch.float32
+    dtype = default if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     device_map = _device_map(arguments.device_map)
     if device_map is None and torch.cuda.is_available() and place.shown != DEMO:
         # The tiny model is faster without it. torchrun numbers the processes of a machine.
@@ -206,5 +206,5 @@ def _loaded(what: str, name: str, load: Callable[..., Any], *arguments: Any, **n
         with hidden:
             return load(*arguments, **named)
     except Exception as error:  # a name, a file or a remote place may raise anything
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"the {what} of {name!r} cannot be loaded: {said}.") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"the {what} of {name!r} cannot be loaded: {message}.") from error

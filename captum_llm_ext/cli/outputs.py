@@ -95,8 +95,8 @@ def write_outputs(
     wanted = {kind: getattr(arguments, kind, None) for kind in _HELP}
     if wanted["json"] is not None:
         changes = [one.to_dict() for one in counterfactuals]
-        told = {"counterfactuals": changes} if changes else {}
-        _write_json(wanted["json"], found.to_dict() | told)
+        extra = {"counterfactuals": changes} if changes else {}
+        _write_json(wanted["json"], found.to_dict() | extra)
     if wanted["json"] != "-":
         print(text, flush=True)
     if wanted["save"] is not None:

@@ -209,13 +209,13 @@ def units(
         UsageError: If they do not apply.
     """
     if is_nested:
-        unsaid = NESTED
+        default = NESTED
     elif has_passages:
-        unsaid = ("passage", "sentence")
+        default = ("passage", "sentence")
     else:
-        unsaid = ("turn",) if n_turns > 1 else ("word",)
+        default = ("turn",) if n_turns > 1 else ("word",)
     chosen: tuple[str, ...] = (
-        unsaid if given is None else tuple(unit.strip() for unit in given.split(","))
+        default if given is None else tuple(unit.strip() for unit in given.split(","))
     )
     first = next(iter(chosen))
     has_wholes = has_passages or n_turns > 0

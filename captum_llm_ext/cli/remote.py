@@ -90,8 +90,8 @@ def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, A
     ablation = FeatureAblation(RemoteLLMAttribution.placeholder_model)
     kinds: list[tuple[str, Any]] = [("top-k", None), ("label", None)]
     if tokenizer is not None:
-        told = isinstance(provider, CompletionsProvider)
-        kinds = [*([("forced", tokenizer)] if told else []), ("stepwise", tokenizer), *kinds]
+        reports = isinstance(provider, CompletionsProvider)
+        kinds = [*([("forced", tokenizer)] if reports else []), ("stepwise", tokenizer), *kinds]
     for rung, own in kinds:
         target = "label" if rung == "label" else "log_prob"
         ours = RemoteGenerationAttribution(
@@ -105,8 +105,8 @@ def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, A
             yield _CALLED[rung], {"works": False, "what": str(error)}
         else:
             yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
-    who = cast(ChatEndpoint, chat_endpoint(provider))
+    endpoint = cast(ChatEndpoint, chat_endpoint(provider))
     messages = [{"role": "user", "content": "Say hello."}]
-    said = who.chat(ChatRequest(messages, n_tokens=8, temperature=1.0))[0]
-    shown = "it wrote nothing" if not said.text else "--rung frequency, --rung similarity"
-    yield "text alone", {"works": bool(said.text), "what": shown}
+    answer = endpoint.chat(ChatRequest(messages, n_tokens=8, temperature=1.0))[0]
+    shown = "it wrote nothing" if not answer.text else "--rung frequency, --rung similarity"
+    yield "text alone", {"works": bool(answer.text), "what": shown}

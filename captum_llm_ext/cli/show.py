@@ -93,5 +93,5 @@ def _listed(name: str, causes: "list[Cause]", foils: str = "") -> str:
         f"  {paint(str(cause), 'raises' if cause.attribution > 0 else 'lowers')}"
         for cause in causes
     ]
-    said = f" rather than {foils}" if foils else ""
-    return "\n".join([f"{paint(name, 'token')}{said}  ←", *(lines or ["  nothing at all"])])
+    contrast = f" rather than {foils}" if foils else ""
+    return "\n".join([f"{paint(name, 'token')}{contrast}  ←", *(lines or ["  nothing at all"])])

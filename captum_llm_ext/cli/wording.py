@@ -89,5 +89,5 @@ def _option(found: re.Match[str]) -> str:
         return _VALUES.get(name, found[0])
     if value is None:
         return _OPTIONS[name]
-    said = "none" if value == "None" else _QUOTES.sub("", value)
-    return f"{_OPTIONS[name]} {said}"
+    option_value = "none" if value == "None" else _QUOTES.sub("", value)
+    return f"{_OPTIONS[name]} {option_value}"

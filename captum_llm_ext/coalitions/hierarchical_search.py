@@ -52,15 +52,15 @@ def search(
         The plan, without anchors, and its values.
     """
     full = torch.ones(1, n_features, dtype=torch.bool, device="cpu")
-    beside = sorted(set(range(n_features)) - set(leaves(tree)))
-    asked: list[Tree] = [*_roots(tree), *beside]
-    frontier = _Frontier(share, top_k, set(beside))
+    outside = sorted(set(range(n_features)) - set(leaves(tree)))
+    parts: list[Tree] = [*_roots(tree), *outside]
+    frontier = _Frontier(share, top_k, set(outside))
     plans: list[Plan] = []
     found: list[Tensor] = []
     whole: Tensor | None = None
     n_rows = 0
-    while asked or whole is None:
-        scored = torch.cat([_without(part, n_features) for part in asked] or [full[:0]])
+    while parts or whole is None:
+        scored = torch.cat([_without(part, n_features) for part in parts] or [full[:0]])
         if whole is None:
             scored = torch.cat([full, scored])
         draws = torch.arange(n_draws, device="cpu").repeat_interleave(len(scored))
@@ -72,9 +72,9 @@ def search(
             whole, values = values[:, :1], values[:, 1:]
         # A target has no value if the word that it continues is absent; it does not depend on that
         # word.
-        frontier.add(asked, (whole - values).mean(0).nan_to_num().abs())
+        frontier.add(parts, (whole - values).mean(0).nan_to_num().abs())
         left = None if n_evaluations is None else (n_evaluations - n_rows) // n_draws
-        asked = frontier.opened(left)
+        parts = frontier.opened(left)
     masks, draws = (torch.cat([getattr(p, name) for p in plans]) for name in ("masks", "draws"))
     return Plan(masks, draws), torch.cat(found)
 
@@ -87,8 +87,8 @@ class _Frontier:
         beside: Columns outside the prompt's tree.
     """
 
-    def __init__(self, share: float, top_k: int | None, beside: set[int]) -> None:
-        self._share, self._top_k, self._beside = share, top_k, beside
+    def __init__(self, share: float, top_k: int | None, outside: set[int]) -> None:
+        self._share, self._top_k, self._beside = share, top_k, outside
         self._waiting: list[tuple[Tree, Tensor]] = []
         self._alone: list[Tensor] = []
         self._most = 0.0

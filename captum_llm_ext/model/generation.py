@@ -113,18 +113,18 @@ def planned_generation(
             f"`gen_args` has a {type(config).__name__} as `generation_config`: give a "
             "`transformers.GenerationConfig`, or its fields as `gen_args` themselves."
         )
-    said = _compat.generation_settings(config)
-    said |= {name: value for name, value in given.items() if value is not None}
-    _check_given(given, said)
-    arguments = given | _defaults(model, said)
+    settings = _compat.generation_settings(config)
+    settings |= {name: value for name, value in given.items() if value is not None}
+    _check_given(given, settings)
+    arguments = given | _defaults(model, settings)
     effective = _compat.defaults_for_sampling()
     effective |= _compat.generation_settings(getattr(model, "generation_config", None))
-    effective |= said | arguments
+    effective |= settings | arguments
     effective = {name: value for name, value in effective.items() if value is not None}
     _check_effective(effective)
     if "tokenizer" not in given and ("stop_strings" in effective or "assistant_tokenizer" in given):
         arguments["tokenizer"] = tokenizer
-    arguments |= _known(model, _compat.arguments_for_generate(model), said)
+    arguments |= _known(model, _compat.arguments_for_generate(model), settings)
     if config is not None:
         arguments = _as_configuration(config, arguments)
     new, length = (_count(name, effective) for name in _LENGTHS)
@@ -162,19 +162,19 @@ def _check_model(model: nn.Module) -> None:
     )
 
 
-def _check_given(given: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _check_given(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     for name in _TEXT:
         if given.get(name) is not None:
             raise ValueError(
                 f"`gen_args` has `{name}`, which would put another text in the place of the "
                 "prompt: the prompt is what `inp` renders to. Leave it out."
             )
-    if said.get("token_healing"):
+    if settings.get("token_healing"):
         raise ValueError(
             "`token_healing` writes the end of the prompt anew, so that the answer is no answer to "
             "this prompt: leave it out."
         )
-    if "do_sample" not in said:
+    if "do_sample" not in settings:
         ignored = [name for name in _SAMPLING if given.get(name) not in _NEUTRAL]
         if ignored:
             raise ValueError(
@@ -198,21 +198,21 @@ def _check_effective(effective: Mapping[str, Any]) -> None:
         )
 
 
-def _defaults(model: nn.Module, said: Mapping[str, Any]) -> dict[str, Any]:
+def _defaults(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults for arguments that were not given; None overrides the model's own setting."""
     found: dict[str, Any] = {}
-    if not any(name in said for name in _LENGTHS):
+    if not any(name in settings for name in _LENGTHS):
         found["max_new_tokens"] = _DEFAULT_LENGTH
-    if "do_sample" not in said:
+    if "do_sample" not in settings:
         found["do_sample"] = False
-    if not said.get("do_sample"):
+    if not settings.get("do_sample"):
         # These have no effect then, and transformers warns of each.
-        found |= {name: None for name in _CHOOSE_AT_RANDOM if name not in said}
-    return _known(model, found, said)
+        found |= {name: None for name in _CHOOSE_AT_RANDOM if name not in settings}
+    return _known(model, found, settings)
 
 
 def _known(
-    model: nn.Module, arguments: Mapping[str, Any], said: Mapping[str, Any]
+    model: nn.Module, arguments: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Those defaults that were not given by the user and that the model's ``generate`` accepts."""
     names = _parameters(model)
@@ -220,7 +220,7 @@ def _known(
         name: value
         for name, value in arguments.items()
         # A custom `generate` need not accept None.
-        if name not in said and (names is None or (name in names and value is not None))
+        if name not in settings and (names is None or (name in names and value is not None))
     }
 
 

@@ -117,13 +117,13 @@ def _own_state(module: Any) -> Mapping[str, Any]:
 def _adapters(prefix: str, module: Any) -> dict[str, Any]:
     """The active adapters of a layer, for peft and libraries of the same structure."""
     active = getattr(module, "active_adapters", getattr(module, "active_adapter", None))
-    told = {name: getattr(module, name, None) for name in _ADAPTERS}
+    adapters = {name: getattr(module, name, None) for name in _ADAPTERS}
     # transformers' models have methods of these names, and attention layers a scaling.
     if active is None or callable(active):
         return {}
     # A single adapter is active by name only, until another has been activated.
-    told["active"] = [active] if isinstance(active, str) else active
-    kept = {name: value for name, value in told.items() if not callable(value)}
+    adapters["active"] = [active] if isinstance(active, str) else active
+    kept = {name: value for name, value in adapters.items() if not callable(value)}
     return {f"{prefix}.{name}": value for name, value in kept.items() if value is not None}
 
 

@@ -30,6 +30,9 @@ _BEYOND = 48
 # Number of likeliest tokens that are examined, besides the requested ones: at the beginning of a
 # chat, and after a first word, the likeliest 1,024 of some models contain no words.
 _LOOKED_AT = 4096
+# Texts whose ids are cached, the latest ones: about 10 MB for texts of some hundred words. A search
+# over a prompt of 60 words encodes some hundred different texts. Chosen, not measured.
+_MOST_ENCODED = 4096
 
 
 class Likelihood:
@@ -125,12 +128,14 @@ class Likelihood:
         log_probs: dict[int, float] = {}
         others: dict[int, list[tuple[str, float]]] = {}
         chances: dict[int, Tensor] = {}
-        for at, said in self._said(ids, sorted({at for own in known for at in own})):
-            log_probs[at] = float(said[ids[at]])
+        for at, distribution in self._said(ids, sorted({at for own in known for at in own})):
+            log_probs[at] = float(distribution[ids[at]])
             if (number := first.get(at)) is not None:
-                others[number] = self._best(said, ids[at - 1 : at + 1], n, partial(fits, number))
-                chances[ids[at]] = chances.get(ids[at], torch.zeros_like(said[begins]))
-                chances[ids[at]] += said[begins].exp()
+                others[number] = self._best(
+                    distribution, ids[at - 1 : at + 1], n, partial(fits, number)
+                )
+                chances[ids[at]] = chances.get(ids[at], torch.zeros_like(distribution[begins]))
+                chances[ids[at]] += distribution[begins].exp()
         elsewhere = _elsewhere(begins.tolist(), [ids[at] for at in first], chances)
         return [
             Listed(
@@ -217,19 +222,19 @@ class Likelihood:
     ) -> Tensor:
         """See `Proposer.log_probs_between`; float64 on the CPU."""
         starts = [self._ids(beginning) for beginning in beginnings]
-        said = [
+        parts = [
             tokens.encode_in_place(self._tokenizer, text, beginning)
             for text, beginning in zip(texts, beginnings, strict=True)
         ]
         # One target for all: each row predicts its own part of it.
         first: dict[tuple[int, ...], int] = {}
         target: list[int] = []
-        for own in said:
+        for own in parts:
             if own not in first:
                 first[own] = len(target)
                 target += own
         rows: list[TokenRow] = []
-        for ids, own in zip(starts, said, strict=True):
+        for ids, own in zip(starts, parts, strict=True):
             ids = self._last(ids, len(own))
             positions = [-1] * len(target)
             positions[first[own] : first[own] + len(own)] = range(
@@ -288,10 +293,14 @@ class Likelihood:
 
     def _ids(self, text: str) -> Sequence[int]:
         # Beginnings recur: first for the end of a word, then for what follows.
-        if text not in self._encoded:
+        known = self._encoded.get(text)
+        if known is None:
             ids = tokens.encode(self._tokenizer, text).ids
-            self._encoded[text] = tokens.after_start(self._tokenizer, ids)
-        return self._encoded[text]
+            known = tokens.after_start(self._tokenizer, ids)
+            if len(self._encoded) >= _MOST_ENCODED:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[text] = known
+        return known
 
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""
@@ -307,8 +316,8 @@ class Likelihood:
             own = own[before : before + len(row) - 1].to(
                 torch.promote_types(own.dtype, torch.float32)
             )
-            said = torch.tensor(row[1:], device=own.device, dtype=torch.int64)[:, None]
-            sums.append(float((own.gather(1, said)[:, 0] - own.logsumexp(1)).double().sum()))
+            predicted = torch.tensor(row[1:], device=own.device, dtype=torch.int64)[:, None]
+            sums.append(float((own.gather(1, predicted)[:, 0] - own.logsumexp(1)).double().sum()))
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
     def _stepping(self, row: Sequence[int]) -> Tensor:

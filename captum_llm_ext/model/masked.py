@@ -73,7 +73,7 @@ class MaskedProposer:
             first, last = (places[0], places[-1]) if places else (0, 0)
             single.append(([*hidden[:first], *hidden[last:]], places[:1]))
         found: list[Listed | None] = []
-        for number, (told, one) in enumerate(
+        for number, (log_probs, one) in enumerate(
             zip(self._log_probs(whole), self._log_probs(single), strict=True)
         ):
             places, (start, stop) = own[number], spans[number]
@@ -81,7 +81,9 @@ class MaskedProposer:
                 found.append(None)
                 continue
             # For a word longer than the maximum length, the part that fits.
-            chance = sum(float(row[ids[place]]) for row, place in zip(told, places, strict=False))
+            chance = sum(
+                float(row[ids[place]]) for row, place in zip(log_probs, places, strict=False)
+            )
             before = ids[places[0] - 1] if places[0] else None
             others = self._best(one[0], text[start:stop], before, n, partial(fits, number))
             found.append(Listed(chance, text[start:stop], chance, others))
@@ -102,8 +104,8 @@ class MaskedProposer:
             rows.append((hidden, places))
             wanted.append([encoding.ids[place] for place in places])
         sums = [
-            sum(float(row[token]) for row, token in zip(told, own, strict=False))
-            for told, own in zip(self._log_probs(rows), wanted, strict=True)
+            sum(float(row[token]) for row, token in zip(log_probs, own, strict=False))
+            for log_probs, own in zip(self._log_probs(rows), wanted, strict=True)
         ]
         return torch.tensor(sums, dtype=torch.float64, device="cpu")
 
@@ -124,8 +126,8 @@ class MaskedProposer:
         for step in range(max(n_words, default=0)):
             some = [i for i, own in enumerate(places) if step < len(own)]
             rows: list[_Row] = [(texts[i], places[i][step : step + 1]) for i in some]
-            for i, told in zip(some, self._log_probs(rows), strict=True):
-                texts[i][places[i][step]] = int(told[0].argmax())
+            for i, log_probs in zip(some, self._log_probs(rows), strict=True):
+                texts[i][places[i][step]] = int(log_probs[0].argmax())
         return [
             "".join(
                 tokens.pieces(self._tokenizer, [ids[at] for at in own], ids[: own[0]])
@@ -174,9 +176,9 @@ class MaskedProposer:
                         _compat.called(self._model, ids.to(self._device))
                     )
                 for i, own in zip(some, logits, strict=True):
-                    told = own[cut[i][1]].double().cpu()
-                    told[:, [*tokens.special_ids(self._tokenizer)]] = -torch.inf
-                    found[i] = told.log_softmax(1)
+                    log_probs = own[cut[i][1]].double().cpu()
+                    log_probs[:, [*tokens.special_ids(self._tokenizer)]] = -torch.inf
+                    found[i] = log_probs.log_softmax(1)
         return found
 
     def _window(self, ids: Sequence[int], places: Sequence[int]) -> _Row:

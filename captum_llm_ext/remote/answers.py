@@ -59,10 +59,10 @@ def _entry(reported: Any) -> dict[int, float]:
     if not isinstance(reported, dict):
         raise unusable("an entry of `prompt_logprobs`", reported, "a mapping of token ids")
     found: dict[int, float] = {}
-    for token, said in cast(dict[str, Any], reported).items():
+    for token, number in cast(dict[str, Any], reported).items():
         if not _is_number(token):
             raise unusable("a key of `prompt_logprobs`", token, "a token id")
-        value = cast(dict[str, Any], said).get("logprob") if isinstance(said, dict) else said
+        value = cast(dict[str, Any], number).get("logprob") if isinstance(number, dict) else number
         found[int(token)] = _number(value)
     return found
 
@@ -130,14 +130,14 @@ class Names:
             UnusableAnswerError: If one has changed.
         """
         for token, name in zip(ids, _names(choice), strict=False):
-            said = name.strip()
-            if not said or not re.fullmatch(r"[A-Za-z0-9]+", said):
+            text = name.strip()
+            if not text or not re.fullmatch(r"[A-Za-z0-9]+", text):
                 continue
-            known = self._known.setdefault(token, said)
-            if known != said:
+            known = self._known.setdefault(token, text)
+            if known != text:
                 raise UnusableAnswerError(
                     f"the server calls token id {token} {known!r} in one answer and "
-                    f"{one_line(said)!r} in another: it gives answers to other prompts than were "
+                    f"{one_line(text)!r} in another: it gives answers to other prompts than were "
                     "asked. Say `prompts_per_request=1`, or `max_concurrency=1`."
                 )
 
@@ -221,11 +221,11 @@ def unusable(what: str, found: Any, wanted: str) -> ApiError:
     return UnusableAnswerError(f"the server gave {shown} as {what}: {wanted} is wanted.")
 
 
-def _number(said: Any) -> float:
+def _number(reported: Any) -> float:
     """A log-probability, -inf for an excluded token."""
-    value = log_prob(said)
+    value = log_prob(reported)
     if value is None:
-        raise unusable("a log-probability", said, "a number of nats, 0 at most")
+        raise unusable("a log-probability", reported, "a number of nats, 0 at most")
     return value
 
 

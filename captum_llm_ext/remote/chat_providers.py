@@ -427,11 +427,11 @@ def _value(one: Any) -> float:
     return _checked(cast(dict[str, Any], one).get("logprob"))
 
 
-def _checked(said: Any) -> float:
-    value = log_prob(said)
+def _checked(reported: Any) -> float:
+    value = log_prob(reported)
     if value is None:
         raise UnusableAnswerError(
-            f"the server gave {said!r:.80} as a log-probability: a number of nats, 0 at most, is "
+            f"the server gave {reported!r:.80} as a log-probability: a number of nats, 0 at most, is "
             "wanted."
         )
     return -math.inf if is_ruled_out(value) else value

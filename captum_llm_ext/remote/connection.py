@@ -194,5 +194,5 @@ def _proxy(url: SplitResult) -> tuple[str, int] | None:
         parts = urlsplit(proxy if "//" in proxy else f"http://{proxy}")
         return parts.hostname or "", parts.port or 80
     except ValueError:
-        said = f"the proxy that the environment names for {url.scheme} has no valid address"
-        raise ConnectionRefusedError(said) from None
+        message = f"the proxy that the environment names for {url.scheme} has no valid address"
+        raise ConnectionRefusedError(message) from None

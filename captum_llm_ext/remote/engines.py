@@ -243,8 +243,8 @@ class _SGLang:
             top_logprobs_num=top,
         )
         return [
-            [None] * start + _entries(said["meta_info"], "input", ids[start:])
-            for ids, start, said in zip(prompts, starts, found, strict=True)
+            [None] * start + _entries(entries["meta_info"], "input", ids[start:])
+            for ids, start, entries in zip(prompts, starts, found, strict=True)
         ]
 
     def written(
@@ -258,8 +258,8 @@ class _SGLang:
             top_logprobs_num=_TOP,
         )
         answers: list[Written] = []
-        for said in found:
-            about: dict[str, Any] = said["meta_info"]
+        for answer in found:
+            about: dict[str, Any] = answer["meta_info"]
             ids = tuple(int(own[1]) for own in about["output_token_logprobs"])
             tops = [cast(dict[int, float], entry) for entry in _entries(about, "output", ids)]
             reason: Any = about.get("finish_reason")
@@ -299,7 +299,7 @@ def _entries(about: Mapping[str, Any], side: str, ids: Sequence[int]) -> list[En
         if value is None or reported not in (token, 0):
             found.append(None)
             continue
-        likeliest = {int(other): float(said) for said, other, *_ in top or ()}
+        likeliest = {int(other): float(number) for number, other, *_ in top or ()}
         found.append(likeliest | {token: float(value)})
     return found
 

@@ -166,8 +166,8 @@ def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[i
             _forget(source.provider, ways)
             raise
     _forget(source.provider, ways)
-    said = " ".join(f"By `{way}`: {fault}" for way, fault in refused.items())
-    raise HandshakeError(f"no log-probabilities of prompts are to be had. {said}", statuses[-1])
+    faults = " ".join(f"By `{way}`: {fault}" for way, fault in refused.items())
+    raise HandshakeError(f"no log-probabilities of prompts are to be had. {faults}", statuses[-1])
 
 
 def _forget(provider: Any, ways: Sequence[str | None]) -> None:

@@ -278,8 +278,8 @@ def as_messages(tokenizer: Any, ids: Sequence[int]) -> list[dict[str, str]]:
     own = ids[1:] if ids and ids[0] == special else ids
     found = messages_of(tokens.decode(tokenizer, own) if own else "")
     # Messages without any present text are not sent, since APIs refuse empty ones.
-    said = [message for message in found if message["content"].strip()]
-    return said or [{"role": "user", "content": " "}]
+    messages = [message for message in found if message["content"].strip()]
+    return messages or [{"role": "user", "content": " "}]
 
 
 def weights(name: str, plan: Plan) -> Tensor | None:

@@ -85,5 +85,5 @@ class RemoteLikelihood:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tokens.after_start(self._tokenizer, tokens.encode(self._tokenizer, text).ids)
 
-    def _refuse(self, what: str, who: str, instead: str = "") -> NoReturn:
-        raise ValueError(_NO_MODEL.format(what=what, who=who, instead=instead))
+    def _refuse(self, what: str, hint: str, instead: str = "") -> NoReturn:
+        raise ValueError(_NO_MODEL.format(what=what, who=hint, instead=instead))

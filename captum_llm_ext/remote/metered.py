@@ -182,8 +182,8 @@ class MeteredEndpoint:
             if asks_anyway:
                 found, asks_anyway = self._kept(question, numbers), False
             places = [i for i, one in enumerate(found) if one is None]
-            for place, one, who in zip(places, came, identities, strict=False):
-                self._cache.put(self._key(who, question, numbers[place]), one)
+            for place, one, identity in zip(places, came, identities, strict=False):
+                self._cache.put(self._key(identity, question, numbers[place]), one)
                 found[place] = one
             if at_once:
                 break
@@ -254,22 +254,22 @@ class MeteredEndpoint:
                 self._most_at_once = _FEW if asked.n > _FEW else 1
 
     def _note_identity(self, answer: ChatAnswer) -> Identity:
-        who = (answer.model, answer.fingerprint)
+        identity = (answer.model, answer.fingerprint)
         with self._lock:
-            if who not in self._identities:
-                self._identities.append(who)
-        return who
+            if identity not in self._identities:
+                self._identities.append(identity)
+        return identity
 
-    def _key(self, who: Identity, question: ChatRequest, number: int) -> str:
+    def _key(self, identity: Identity, question: ChatRequest, number: int) -> str:
         q = question
         about = [q.way if q.prefill else None, list(map(dict, q.messages)), q.prefill]
         about += [q.n_tokens, q.temperature, q.top, sorted((q.bias or {}).items())]
-        return _digest([self._who, who, *about, number])
+        return _digest([self._who, identity, *about, number])
 
     def _kept(self, question: ChatRequest, numbers: range) -> list[ChatAnswer | None]:
         found: list[ChatAnswer | None] = []
         for number in numbers:
-            keys = [self._key(who, question, number) for who in list(self._identities)]
+            keys = [self._key(identity, question, number) for identity in list(self._identities)]
             found.append(next((s for k in keys if (s := self._cache.get(k)) is not None), None))
         with self._lock:
             self.usage.n_cached += sum(one is not None for one in found)

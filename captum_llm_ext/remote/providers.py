@@ -281,8 +281,8 @@ class TokenIdAdapter(_Adapter):
             if error.status not in _ABOUT_PROMPTS:
                 raise
             if len(requests) == 1:
-                said = f"{place(requests[0], self._tokenizer)}: {error}"
-                raise ApiError(said, error.status) from error
+                message = f"{place(requests[0], self._tokenizer)}: {error}"
+                raise ApiError(message, error.status) from error
             answers = self._one_by_one(requests)  # or the refused one is reported
             self.most_prompts = 1
             return answers
@@ -467,20 +467,20 @@ class TextAdapter(_Adapter):
 
     def _mismatch(self, request: Request, read: tuple[int, ...], target: tuple[int, ...]) -> None:
         self._n_mismatches += 1
-        said = (
+        message = (
             f"{place(request, self._tokenizer)}: after this prompt the target's text is read as "
             f"the tokens {self._names(read)}, not {self._names(target)}, and log-probabilities "
             "would belong to the wrong ones"
         )
         if self._on_mismatch == "error":
             raise ValueError(
-                f"{said}. Begin the target where the tokenizer does (mostly with its space), give "
+                f"{message}. Begin the target where the tokenizer does (mostly with its space), give "
                 "a provider that takes ids, such as `CompletionsProvider`, or say "
                 '`on_mismatch="warn"` if yours joins tokens, not texts.'
             )
         if self._n_mismatches == 1:
             warnings.warn(
-                f"{said}, if the provider joins texts.", stacklevel=stacklevel_of_caller()
+                f"{message}, if the provider joins texts.", stacklevel=stacklevel_of_caller()
             )
 
     def _names(self, ids: Sequence[int]) -> list[str]:

@@ -151,7 +151,7 @@ class RemoteScorer:
         log_probs = torch.full((len(reported), most), -torch.inf, dtype=torch.float64, device="cpu")
         ids = torch.full(log_probs.shape, -1, dtype=torch.int64, device="cpu")
         for t, others in enumerate(reported):
-            values = ((token, log_prob(said)) for token, said in others.items())
+            values = ((token, log_prob(number)) for token, number in others.items())
             known = sorted(((v, token) for token, v in values if v is not None), reverse=True)
             for i, (value, token) in enumerate(known):
                 log_probs[t, i], ids[t, i] = value, token
@@ -398,12 +398,14 @@ class RemoteScorer:
                 missing = -torch.inf if self._missing is None else self._missing
                 reported = torch.stack(known).nan_to_num(nan=missing) if known else None
                 of_foils[t] = 0.0 if reported is None else reported.logsumexp(0)
-        untold = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
-        if untold and self._missing is None:
-            raise UnusableAnswerError(self._no_value(whole, int(target[untold[0]]), _UNTOLD, _NULL))
-        self.n_missing += len(untold)
+        unreported = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
+        if unreported and self._missing is None:
+            raise UnusableAnswerError(
+                self._no_value(whole, int(target[unreported[0]]), _UNTOLD, _NULL)
+            )
+        self.n_missing += len(unreported)
         self._n_values += sum(place >= 0 for place in row.positions)
-        values[untold] = float("nan") if self._missing is None else self._missing
+        values[unreported] = float("nan") if self._missing is None else self._missing
         return values if asked.foils is None else torch.cat([values, of_foils])
 
     def _step(self, k: bytes) -> Tensor:

@@ -38,11 +38,11 @@ def difference(reported: Sequence[tuple[str, float]], again: Sequence[tuple[str,
     return max((abs(v - found.get(name, lowest)) for name, v in known.items()), default=0.0)
 
 
-def check_written(said: ChatAnswer, n: int) -> str:
+def check_written(answer: ChatAnswer, n: int) -> str:
     """Tests greedily generated tokens and their log-probabilities.
 
     Args:
-        said: The generated text.
+        answer: The generated text.
         n: Number of tokens requested.
 
     Returns:
@@ -51,8 +51,8 @@ def check_written(said: ChatAnswer, n: int) -> str:
     Raises:
         HandshakeError: If they are inconsistent; the message names what is wrong.
     """
-    steps = said.steps
-    if not steps and not said.text.strip():
+    steps = answer.steps
+    if not steps and not answer.text.strip():
         raise HandshakeError(
             "the model writes nothing after this prompt, so that nothing is told of what it "
             "writes: give a prompt that is to be gone on with, or ask by chat."

@@ -104,17 +104,17 @@ class TopK:
         Raises:
             HandshakeError: If a test fails; the message names what is wrong.
         """
-        said = self._step(messages, "", _N_WRITTEN, 0.0)
-        self.checks["written tokens"] = check_written(said, _N_WRITTEN)
-        self._n_top = min(self._top, *(len(step.top) for step in said.steps))
+        answer = self._step(messages, "", _N_WRITTEN, 0.0)
+        self.checks["written tokens"] = check_written(answer, _N_WRITTEN)
+        self._n_top = min(self._top, *(len(step.top) for step in answer.steps))
         if self._n_top < self._top:
             self.checks["likeliest tokens"] = f"{self._n_top} told of {self._top} asked for"
-        self._note_stop(said)
+        self._note_stop(answer)
         n_kept = self._endpoint.usage.n_cached
         drawn = self._drawn(messages)
         is_kept = self._endpoint.usage.n_cached > n_kept
         warm = _likeliest(drawn[0]) if drawn else []
-        first = said.steps[0]
+        first = answer.steps[0]
         hot = dict(warm).get(first.text)
         changes = hot is None or not is_same(hot, first.value, NOISY)
         self.checks["temperature"] = (
@@ -123,11 +123,11 @@ class TopK:
         self._repeats(messages, warm, is_kept)
         names = [one.steps[0].text for one in drawn if one.steps]
         self.checks["drawn tokens"] = check_drawn(names, warm)
-        tops = [step.top for step in [*said.steps, *drawn[0].steps[:1]]]
+        tops = [step.top for step in [*answer.steps, *drawn[0].steps[:1]]]
         self._rounding_step = rounding_step([value for top in tops for _, value in top])
         if self._rounding_step:
             self.checks["rounding"] = f"values are multiples of {self._rounding_step:g}"
-        return said.steps
+        return answer.steps
 
     def _repeats(
         self, messages: Sequence[Message], reported: list[tuple[str, float]], is_kept: bool
@@ -150,20 +150,22 @@ class TopK:
                 "several models answer, or answers are mixed up."
             )
         self.checks["asked again"] = f"the same within {again:.1g} nats"
-        beside = 0.0
+        in_batch = 0.0
         if self._endpoint.n_threads > 1 and not is_kept:  # otherwise an earlier run has tested it
             *before, last = messages
             shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
             others = replace(first, messages=[*before, shorter])
-            beside = difference(reported, _likeliest(self._endpoint.concurrent([first, others])[0]))
-            if beside > NOISY:
+            in_batch = difference(
+                reported, _likeliest(self._endpoint.concurrent([first, others])[0])
+            )
+            if in_batch > NOISY:
                 raise HandshakeError(
                     "a prompt has other log-probabilities when others are asked about at the same "
-                    f"time, by {beside:.2g} nats: answers are mixed up, which `max_concurrency=1` "
+                    f"time, by {in_batch:.2g} nats: answers are mixed up, which `max_concurrency=1` "
                     "avoids."
                 )
-            self.checks["asked beside others"] = f"the same within {beside:.1g} nats"
-        self.noise = max(self.noise, again, beside)
+            self.checks["asked beside others"] = f"the same within {in_batch:.1g} nats"
+        self.noise = max(self.noise, again, in_batch)
         self._n_asked = self._endpoint.usage.n_requests
 
     def _first(self, messages: Sequence[Message]) -> ChatRequest:
@@ -186,10 +188,10 @@ class TopK:
         """First tokens sampled at temperature 1, as many as one request returns."""
         return self._endpoint.answers(self._first(messages), range(_N_DRAWN), at_once=True)
 
-    def _note_stop(self, said: ChatAnswer) -> None:
+    def _note_stop(self, answer: ChatAnswer) -> None:
         """Records whether the end token of answers is reported."""
-        if said.has_stopped and said.steps:
-            is_missing = said.n_out == len(said.steps) + 1
+        if answer.has_stopped and answer.steps:
+            is_missing = answer.n_out == len(answer.steps) + 1
             self.checks["stop token"] = (
                 "not listed: what the model writes comes without it" if is_missing else "listed"
             )
@@ -232,12 +234,12 @@ class TopK:
         """See `Rung.target`: the tokens with which the model generates it."""
         if text is not None:
             return self._cut(messages, text)
-        said = self._step(messages, "", self._n_tokens, 0.0)
-        self._note_stop(said)
-        names = [step.text for step in said.steps if step.text]
-        if said.has_stopped and "".join(names) != said.text:
+        answer = self._step(messages, "", self._n_tokens, 0.0)
+        self._note_stop(answer)
+        names = [step.text for step in answer.steps if step.text]
+        if answer.has_stopped and "".join(names) != answer.text:
             # Some list the end token, with any text, which is not part of the answer.
-            while names and len("".join(names)) > len(said.text):
+            while names and len("".join(names)) > len(answer.text):
                 names.pop()
         return names
 
@@ -442,8 +444,8 @@ class Forced(TopK):
         return int(ids[0]) if len(ids) == 1 else None
 
 
-def _likeliest(said: ChatAnswer) -> list[tuple[str, float]]:
-    return said.steps[0].likeliest if said.steps else []
+def _likeliest(answer: ChatAnswer) -> list[tuple[str, float]]:
+    return answer.steps[0].likeliest if answer.steps else []
 
 
 def _softplus(x: float) -> float:

@@ -217,8 +217,8 @@ class Http:
                 if n_garbage > min(_GARBAGE_TRIES, self._max_retries):
                     raise
             except TooLongError:
-                said = f"{self.url} answered with more than {most / 2**20:.0f} MiB"
-                raise ApiError(f"{said}, which is no answer to what was asked.") from None
+                message = f"{self.url} answered with more than {most / 2**20:.0f} MiB"
+                raise ApiError(f"{message}, which is no answer to what was asked.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
                 if asks_several and isinstance(error, TimeoutError) and epoch == self._epoch:
@@ -234,8 +234,8 @@ class Http:
             ends = time.monotonic() + max(rest, wait or 0.0)
             is_down = not is_known and ends > began + _FIRST_PATIENCE
             if n_tries > self._max_retries or too_long or is_down:
-                said = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
-                failure.args = (f"{failure.args[0]} ({said})",)
+                reason = f"asked to wait {wait:.0f} seconds" if too_long else f"{n_tries} tries"
+                failure.args = (f"{failure.args[0]} ({reason})",)
                 raise failure
             self._not_before = max(self._not_before, time.monotonic() + (wait or 0.0))
             self._rest(rest - (wait or 0.0), epoch)
@@ -329,8 +329,8 @@ class Http:
         if isinstance(found, dict):
             held = cast(dict[str, Any], found)
             if held.get("error") and not (held.get("choices") or held.get("content")):
-                said = self._shown(_message(content))
-                raise GarbageError(f"{self.url} answered with an error: {said}")
+                message = self._shown(_message(content))
+                raise GarbageError(f"{self.url} answered with an error: {message}")
             if "choices" in held and held["choices"] is None:
                 raise GarbageError(f"{self.url} answered without `choices`.")
         return found
@@ -421,29 +421,29 @@ def _message(content: bytes) -> str:
 
 def _is_final(status: int, content: bytes) -> bool:
     """Whether a temporary status has a permanent reason."""
-    said = content.decode("utf-8", "replace").lower()
+    text = content.decode("utf-8", "replace").lower()
     reasons = _FINAL if status == 429 else _INVALID
-    return any(reason in said for reason in reasons)
+    return any(reason in text for reason in reasons)
 
 
-def _seconds(said: str) -> float | None:
+def _seconds(text: str) -> float | None:
     """A time in rate limit headers: 1.5, 20ms, 6m0s, 1h."""
     units = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?)(ms|[smhd]|)", said.strip())
-    if not parts or "".join(n + unit for n, unit in parts) != said.strip():
+    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?)(ms|[smhd]|)", text.strip())
+    if not parts or "".join(n + unit for n, unit in parts) != text.strip():
         return None
     return sum(float(n) * units[unit] for n, unit in parts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds until the server wants the next request, if it says so."""
-    said = headers.get("Retry-After")
-    if said is None:
+    value = headers.get("Retry-After")
+    if value is None:
         return None
     with suppress(ValueError):
-        return max(0.0, float(said))
+        return max(0.0, float(value))
     with suppress(ValueError, TypeError, OverflowError):
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
 
@@ -469,7 +469,7 @@ def api_key(given: str | None, url: str, variable: str = "OPENAI_API_KEY") -> st
     except (ValueError, AttributeError):
         return None
     company = variable.split("_")[0].lower()
-    is_theirs = any(host == f"api.{company}.{end}" for end in ("com", "ai"))
-    if is_theirs or host in ("localhost", "127.0.0.1", "::1") or (own and host == own.lower()):
+    is_official = any(host == f"api.{company}.{end}" for end in ("com", "ai"))
+    if is_official or host in ("localhost", "127.0.0.1", "::1") or (own and host == own.lower()):
         return os.environ.get(variable) or None
     return None

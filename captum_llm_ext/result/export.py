@@ -63,8 +63,8 @@ class ExportedResult(DrawnResult):
         """
         from captum_llm_ext.result import page as html
 
-        told = [one if isinstance(one, Mapping) else one.to_dict() for one in counterfactuals]
-        page = html.page(self._shown() | {"counterfactuals": told}, title=title)
+        entries = [one if isinstance(one, Mapping) else one.to_dict() for one in counterfactuals]
+        page = html.page(self._shown() | {"counterfactuals": entries}, title=title)
         if path is not None:
             files.write(path, page)
         return page
@@ -187,8 +187,8 @@ class ExportedResult(DrawnResult):
         try:
             import pandas as pd
         except ImportError as error:
-            told = _INSTALL.format(method="to_dataframe", package="pandas")
-            raise ImportError(told) from error
+            hint = _INSTALL.format(method="to_dataframe", package="pandas")
+            raise ImportError(hint) from error
         n_prompt, n_columns = len(self.input_tokens), len(self._column_names)
         attr = self.full_attr.detach().cpu()
         source = ["prompt"] * n_prompt + ["output"] * (n_columns - n_prompt)
@@ -239,8 +239,8 @@ class ExportedResult(DrawnResult):
         try:
             import shap
         except ImportError as error:
-            told = _INSTALL.format(method="to_shap", package="shap")
-            raise ImportError(told) from error
+            hint = _INSTALL.format(method="to_shap", package="shap")
+            raise ImportError(hint) from error
         features = list(range(len(self._column_names))) if self.design is None else self._features
         columns: dict[int, list[int]] = {}
         for column, feature in enumerate(features):

@@ -161,8 +161,8 @@ def read_provenance(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
     """The error for a file whose parts do not form a result."""
-    said = str(error) or type(error).__name__
-    return ValueError(f"{os.fspath(path)!r} is damaged ({said}): {KIND.advice}")
+    message = str(error) or type(error).__name__
+    return ValueError(f"{os.fspath(path)!r} is damaged ({message}): {KIND.advice}")
 
 
 def _warn_of_no_digest(path: str | os.PathLike[str], version: int, can_be_solved: bool) -> None:

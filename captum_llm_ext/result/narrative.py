@@ -59,7 +59,7 @@ def sentences(
     end = whole_answer_shares(result, read.prompt.level) if is_whole else None
     in_end = [] if end is None or not end.is_listed else _in_the_end(result, end)
     is_first = end is not None and end.is_first and bool(in_end)
-    told = [
+    parts = [
         *(in_end if is_first else []),
         *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
         *([] if is_first else in_end),
@@ -68,10 +68,10 @@ def sentences(
         _measured(result),
         *_certainty(result, read, blocks.prompt, start, stop, is_second=is_first),
     ]
-    return _quoted_once([sentence for sentence in told if sentence], read.prompt.level)
+    return _quoted_once([sentence for sentence in parts if sentence], read.prompt.level)
 
 
-def _quoted_once(told: Sequence[str], level: str) -> list[str]:
+def _quoted_once(sentences: Sequence[str], level: str) -> list[str]:
     """Refers to a part by its number once it has been quoted."""
     known: set[str] = set()
 
@@ -83,7 +83,7 @@ def _quoted_once(told: Sequence[str], level: str) -> list[str]:
         return match[0]
 
     pattern = re.compile(rf"\b({re.escape(level)} \d+) “[^”]*”", re.IGNORECASE)
-    return [pattern.sub(shorter, sentence) for sentence in told]
+    return [pattern.sub(shorter, sentence) for sentence in sentences]
 
 
 def part_text(cause: Cause, level: str) -> str:
@@ -97,9 +97,9 @@ def part_text(cause: Cause, level: str) -> str:
 def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
     """``+13.60 ± 0.42 nats``."""
     number = f"{cause.attribution:.2f}" if cause.is_unsigned else f"{cause.attribution:+.2f}"
-    told = f"{number.replace('-', '−')}{plus_minus(cause.standard_error)}"
-    told += f" {unit}" if unit else ""
-    return told + (f" over {per} tokens" if per > 1 else "")
+    text = f"{number.replace('-', '−')}{plus_minus(cause.standard_error)}"
+    text += f" {unit}" if unit else ""
+    return text + (f" over {per} tokens" if per > 1 else "")
 
 
 def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
@@ -107,17 +107,17 @@ def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
     subject = "it"
     if end.is_first:
         subject = subject_of(result, 0, len(result.output_tokens))
-    told = [
+    causes = [
         f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
         for share in end.listed[:_MOST_ENDS]
     ]
-    if not told:
+    if not causes:
         return []
     mostly = "mostly " if end.listed[0].share > _MOSTLY else ""
-    rest = f", then to {' and '.join(told[1:])}" if len(told) > 1 else ""
+    rest = f", then to {' and '.join(causes[1:])}" if len(causes) > 1 else ""
     return [
         f"Most of {subject} follows from its own words, which have {_percent(1 - end.directly)} of "
-        f"what led to its tokens: followed through these, it goes back {mostly}to {told[0]}{rest}."
+        f"what led to its tokens: followed through these, it goes back {mostly}to {causes[0]}{rest}."
     ]
 
 
@@ -153,7 +153,7 @@ def _in_the_prompt(
             f"No part of the prompt is told from noise for {subject}; the largest estimate is that "
             f"of {part_text(first, level)} ({amount(first, unit, n_tokens)})."
         ]
-    said: list[str] = []
+    found: list[str] = []
     raising = [cause for cause in marked if cause.attribution > 0]
     lowering = [cause for cause in marked if cause.attribution < 0]
     if raising:
@@ -164,22 +164,22 @@ def _in_the_prompt(
             against = bool(result.foil_tokens and result.foil_tokens[start])
             is_contrast = result.provenance.get("attr_target") == "contrast" and against
             times = f", {factor(raising[0].attribution, of_odds=is_contrast)}"
-        beside = f"{amount(raising[0], unit, n_tokens)}{times}"
+        size = f"{amount(raising[0], unit, n_tokens)}{times}"
         directly = "Directly, o" if is_second else "O"
         text = (
             f"{directly}f the prompt, {subject} rests {mostly} on "
-            f"{part_text(raising[0], level)} ({beside})"
+            f"{part_text(raising[0], level)} ({size})"
         )
         if len(raising) > 1:
             text += f", then on {part_text(raising[1], level)} ({amount(raising[1], None)})"
-        said.append(text + ".")
+        found.append(text + ".")
     if lowering and (not raising or -lowering[0].attribution > 0.1 * raising[0].attribution):
         it = "it" if raising else subject
-        said.append(
+        found.append(
             f"{_capital(part_text(lowering[0], level))} speaks against {it} "
             f"({amount(lowering[0], None if raising else unit)})."
         )
-    return said
+    return found
 
 
 def _in_the_answer(
@@ -203,9 +203,9 @@ def _in_the_answer(
     gained = float((result.full_values - result.empty_values)[rows].sum())
     if abs(whole - gained) > _ADDS_UP * abs(gained):  # e.g. for leave-one-out
         return []
-    told = f"{gained:,.1f} {unit or ''}".strip()
+    gain = f"{gained:,.1f} {unit or ''}".strip()
     return [
-        f"Between nothing given and everything given lie {told}: the prompt gives {prompt:,.1f}, "
+        f"Between nothing given and everything given lie {gain}: the prompt gives {prompt:,.1f}, "
         f"what had already been written the other {whole - prompt:,.1f}.".replace("-", "−")
     ]
 
@@ -293,27 +293,27 @@ def _certainty(
     marked = [cause for cause in causes if cause.is_marked]
     if not marked:
         return []
-    said: list[str] = []
+    found: list[str] = []
     if len(causes) > 1:
         one, other = leading(causes)
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
-        beside = f"in size they differ by {apart:.2f}{plus_minus(error)}".replace("-", "−")
+        comparison = f"in size they differ by {apart:.2f}{plus_minus(error)}".replace("-", "−")
         direct = "direct " * is_second
         which = (
             f"the first two {direct}causes" if other.is_marked else f"it and the next {direct}cause"
         )
         if math.isnan(error):
-            said.append(f"Which of {which} is the stronger cannot be told.")
+            found.append(f"Which of {which} is the stronger cannot be told.")
         elif read.is_stronger(start, stop, one, other):
-            said.append(f"The order of {which} is certain at 95 % ({beside}).")
+            found.append(f"The order of {which} is certain at 95 % ({comparison}).")
         else:
-            said.append(f"The order of {which} is not certain ({beside}).")
+            found.append(f"The order of {which} is not certain ({comparison}).")
     n_noise = len(causes) - len(marked)
     if n_noise:
         what = "one other part" if n_noise == 1 else f"the {n_noise} other parts"
-        said.append(f"What {what} of the prompt seem{'s' * (n_noise == 1)} to do may be noise.")
-    return said
+        found.append(f"What {what} of the prompt seem{'s' * (n_noise == 1)} to do may be noise.")
+    return found
 
 
 def subject_of(result: "ResultNumbers", start: int, stop: int) -> str:

@@ -442,8 +442,8 @@ def _column_names(names: Sequence[str], pieces: Sequence[Piece], n: int) -> list
     """Names of columns, with dots if the word of the first or last piece continues."""
     edges: dict[int, tuple[bool, bool]] = {}
     for _, run in groupby(pieces, key=lambda piece: piece.role):
-        told = list(run)
-        for piece, (left, right) in zip(told, going_on([p.text for p in told]), strict=True):
+        tokens = list(run)
+        for piece, (left, right) in zip(tokens, going_on([p.text for p in tokens]), strict=True):
             if piece.feature is not None:
                 first, _ = edges.get(piece.feature, (left, right))
                 edges[piece.feature] = first, right

@@ -151,14 +151,14 @@ class PatchingResult:
             ValueError: If there is no such token, or several have this name.
         """
         at = self._position(target_token)
-        said, replaced = int(self.said_at[at]), {*self.replaced}
+        predicting, replaced = int(self.said_at[at]), {*self.replaced}
         own = [bool(replaced & {*group}) for group in self.places]
-        says = [said in group for group in self.places]
+        says = [predicting in group for group in self.places]
         first = min(self.replaced)
         shown = [
             column
             for column, group in enumerate(self.places)
-            if every_place or (max(group) >= first and min(group) <= said)
+            if every_place or (max(group) >= first and min(group) <= predicting)
         ]
         value = self.provenance.get("attr_target")
         return plot.patching_map(
@@ -237,9 +237,9 @@ class PatchingResult:
             return token % n
         found = [i for i, name in enumerate(self.output_tokens) if name.strip() == token.strip()]
         if len(found) != 1:
-            said = f"is the text of tokens {found}" if found else "is the text of no target token"
+            reason = f"is the text of tokens {found}" if found else "is the text of no target token"
             raise ValueError(
-                f"`target_token` {token!r} {said}: give the position of one of "
+                f"`target_token` {token!r} {reason}: give the position of one of "
                 f"{self.output_tokens}."
             )
         return found[0]

@@ -277,8 +277,8 @@ class DrawnResult(ResultNumbers):
     def _title(self, token: int | None) -> str | None:
         """The title of a plot for one token."""
         named = None if token is None else self._named(token)
-        is_told = named is not None and named != self.names.tokens[token or 0]
-        return "\n".join(filter(None, [named if is_told else None, self._doubt])) or None
+        has_foils = named is not None and named != self.names.tokens[token or 0]
+        return "\n".join(filter(None, [named if has_foils else None, self._doubt])) or None
 
     @property
     def _doubt(self) -> str | None:

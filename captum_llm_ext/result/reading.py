@@ -132,11 +132,11 @@ class Reading:
             if value == 0 or i in own:
                 continue
             column = parts.part_of.index(i)
-            is_told = abs(value) >= bar * error and abs(value) > noise  # false for NaN
+            is_significant = abs(value) >= bar * error and abs(value) > noise  # false for NaN
             cause = Cause(
                 parts.texts[i], value, error, column, column >= n_prompt, result.is_unsigned
             )
-            found.append(cause._replace(label=parts.names[i], is_marked=is_told))
+            found.append(cause._replace(label=parts.names[i], is_marked=is_significant))
         return found
 
     def _own_parts(self, parts: Parts, start: int, stop: int) -> set[int]:
@@ -237,16 +237,16 @@ def adds_up(result: "ResultNumbers") -> bool:
 
 def quoted(text: str, most: int = _QUOTED) -> str:
     """The beginning of a text, on one line, in quotation marks."""
-    told = " ".join(text.split())
-    return f"“{one_line(shorten(told, most))}”"
+    line = " ".join(text.split())
+    return f"“{one_line(shorten(line, most))}”"
 
 
 def part_names(level: str, texts: Sequence[str]) -> list[str]:
     """Names of a level's parts: their texts if short, otherwise ``paragraph 4 “Lake …”``."""
-    told = [one_line(" ".join(text.split())) for text in texts]
-    if level in (TOKEN, WORD) or all(len(text) <= _NAME for text in told):
+    lines = [one_line(" ".join(text.split())) for text in texts]
+    if level in (TOKEN, WORD) or all(len(text) <= _NAME for text in lines):
         return numbered_where_alike(
-            [text or repr(raw) for text, raw in zip(told, texts, strict=True)]
+            [text or repr(raw) for text, raw in zip(lines, texts, strict=True)]
         )
     return [f"{level} {i} {quoted(text)}" for i, text in enumerate(texts, start=1)]
 

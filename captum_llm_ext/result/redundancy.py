@@ -47,11 +47,11 @@ def _check_probabilities(found: Tensor, full: Tensor, attr_target: object) -> No
     # Log-odds, to which a result was refitted, belong to probabilities computed before.
     if attr_target not in ("log_prob", "prob"):
         return
-    told, sizes = full.double(), full.double()
+    expected, sizes = full.double(), full.double()
     if attr_target == "log_prob":
-        told = full.double().exp()
-        sizes = told * (1 + full.double().abs())  # rounded before the exponential
-    if _any_apart(found, told, _within(found, [sizes])):
+        expected = full.double().exp()
+        sizes = expected * (1 + full.double().abs())  # rounded before the exponential
+    if _any_apart(found, expected, _within(found, [sizes])):
         raise ValueError("`output_probs` are not the probabilities that `full_values` tell")
 
 

@@ -55,17 +55,17 @@ def summed_errors(
     runs = {level["name"]: list(_runs(level["part_of"])) for level in output_levels}
     tokens = [(t, t + 1) for t in range(len(output_pieces))]
     spans = _spans(evidence, len(tokens), len(columns), runs)
-    told: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     if spans:
         wide = _wide(evidence.span_errors([range(*span) for span in spans]), len(columns))
         each = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
         found = capped(wide[:, list(columns)], each)
-        told.append(_entry("prompt", None, spans, found[:, :n_prompt]))
+        entries.append(_entry("prompt", None, spans, found[:, :n_prompt]))
         if len(columns) > n_prompt:
-            told.append(_entry("answer", None, spans, found[:, n_prompt:]))
+            entries.append(_entry("answer", None, spans, found[:, n_prompt:]))
     room = _MOST_NUMBERS - len(spans) * len(columns)
     if len(set(columns)) < len(columns):  # captum's groups have a column per member
-        return told
+        return entries
     nestings = [
         *(("prompt", one["name"], list(one["part_of"]), len(one["parts"])) for one in levels),
         *(
@@ -82,8 +82,8 @@ def summed_errors(
         every = [*tokens, *spans]
         errors = evidence.part_errors([range(*span) for span in every], padded)
         if errors is not None:
-            told.append(_entry(side, name, every, _wide(errors, n_parts)))
-    return told
+            entries.append(_entry(side, name, every, _wide(errors, n_parts)))
+    return entries
 
 
 def summed_error_bounds(
@@ -105,8 +105,8 @@ def summed_error_bounds(
     if not spans:
         return []
     found = torch.stack([token_errors[a:b].sum(0) for a, b in spans])
-    told = [_entry("prompt", None, spans, found[:, :n_prompt])]
-    return told + [_entry("answer", None, spans, found[:, n_prompt:])] * (n_columns > n_prompt)
+    entries = [_entry("prompt", None, spans, found[:, :n_prompt])]
+    return entries + [_entry("answer", None, spans, found[:, n_prompt:])] * (n_columns > n_prompt)
 
 
 def capped(errors: Tensor, summed: Tensor) -> Tensor:

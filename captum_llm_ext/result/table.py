@@ -49,8 +49,10 @@ def table(
     lines = _wrapped([" · ".join(header(result))], width)
     lines += _wrapped(summary_lines(result, k, show if width is None else _plain), width)
     if result.output_features and len(read.rows) > 1:
-        said = f"{read.answer.level}{_ARROW}in the prompt{_BETWEEN}{_SO_FAR}in the answer before it"
-        lines += ["", *(show(line, "nothing") for line in _wrapped([said], width))]
+        heading = (
+            f"{read.answer.level}{_ARROW}in the prompt{_BETWEEN}{_SO_FAR}in the answer before it"
+        )
+        lines += ["", *(show(line, "nothing") for line in _wrapped([heading], width))]
     else:
         lines.append("")
     names = [shortened(one_line(row.name), _LONGEST_NAME) for row in read.rows]
@@ -130,8 +132,8 @@ def _row(blocks: Sequence[Sequence[Cause]], room: int | None, show: "Paint") -> 
     if prompt:
         parts.append((_causes_text(prompt, rooms[0], show), _causes_text(prompt, rooms[0], _plain)))
     if answer:
-        said = [_causes_text(answer, rooms[1], paint) for paint in (show, _plain)]
-        parts.append((show(_SO_FAR, "nothing") + said[0], _SO_FAR + said[1]))
+        texts = [_causes_text(answer, rooms[1], paint) for paint in (show, _plain)]
+        parts.append((show(_SO_FAR, "nothing") + texts[0], _SO_FAR + texts[1]))
     text, plain = (_BETWEEN.join(part[i] for part in parts) for i in (0, 1))
     return text, columns(plain)
 
@@ -166,10 +168,10 @@ def _painted(cause: Cause, text: str, show: "Paint") -> str:
 
 def _beside(foils: str, room: int | None, show: "Paint") -> str:
     """A token's foils, if they fit beside the causes."""
-    said = f"  (rather than {foils})"
-    if not foils or (room is not None and columns(said) > room):
+    text = f"  (rather than {foils})"
+    if not foils or (room is not None and columns(text) > room):
         return ""
-    return show(said, "nothing")
+    return show(text, "nothing")
 
 
 def _wrapped(lines: Sequence[str], width: int | None) -> list[str]:
@@ -194,8 +196,8 @@ def _remarks(result: "ResultNumbers") -> list[str]:
     n_unknown, n = int(result.errors_unknown.sum()), int((result.full_attr != 0).sum())
     if n_unknown:
         which = "All of these" if n_unknown == n else f"{n_unknown} of {n} attributions, with ± ?,"
-        said = "are estimates of unknown error: nothing tells them from noise"
-        remarks.append(f"{which} {said}{_errors(result)}.")
+        message = "are estimates of unknown error: nothing tells them from noise"
+        remarks.append(f"{which} {message}{_errors(result)}.")
     if groups := result.unresolved:
         total = sum(float(group.attributions.abs().sum()) for group in groups)
         share = total / float(result.full_attr.abs().sum() or 1)
@@ -206,14 +208,14 @@ def _remarks(result: "ResultNumbers") -> list[str]:
     # If every coalition was scored, this is free.
     if result.design is not None and result.design.planned == "exact":
         gained = (result.full_values - result.empty_values).tolist()
-        said = {
+        message = {
             pair.names: result.output_tokens[pair.target]
             for pair in result.redundant_pairs(1)
             if pair.together > max(0.5 * gained[pair.target], 10 * max(map(abs, pair.alone)))
         }
         remarks += [
             f"{a.strip()!r} and {b.strip()!r} say the same ({token})."
-            for (a, b), token in list(said.items())[:_MOST_REMARKS]
+            for (a, b), token in list(message.items())[:_MOST_REMARKS]
         ]
     if result.foils is not None and result.provenance.get("attr_target") == "contrast":
         remarks.append(

@@ -184,14 +184,14 @@ class _LayerHooks:
         """
         if not self._not_attended:
             return
-        told = ", ".join(
+        listed = ", ".join(
             f"{self._names[id(layer)]} ({type(layer).__name__}: "
             f"{', '.join(type(part).__name__ for part in layer.children())})"
             for layer in self._not_attended[:_MOST_TOLD]
         )
         more = len(self._not_attended) - _MOST_TOLD
         raise ValueError(
-            f"{told}{f' and {more} more' if more > 0 else ''} of {type(model).__name__} did not "
+            f"{listed}{f' and {more} more' if more > 0 else ''} of {type(model).__name__} did not "
             "attend: nothing that a softmax gave multiplied what places hold (state-space or "
             "linear attention, convolutions), so what they take from where cannot be read. Use a "
             "method of gradients, or `GenerationAttribution`."

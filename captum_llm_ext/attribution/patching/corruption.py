@@ -175,7 +175,7 @@ def replacement_texts(
     generator = torch.Generator().manual_seed(seed)
     texts = render_text(prompt, generated, masks, generator, draws)
     may_change = places_of(which, context, generated)
-    told = tuple(sorted(may_change))
+    changed = tuple(sorted(may_change))
     full = original_text(context, generated).ids
     found: list[Corruption] = []
     lengths: Counter[int] = Counter()
@@ -189,31 +189,33 @@ def replacement_texts(
             a != b for i, (a, b) in enumerate(zip(ids, full, strict=True)) if i not in may_change
         ):
             continue  # equal total length, but not place by place
-        text = tokens.decode(tokenizer, [ids[i] for i in told])
-        found.append(Corruption(ids, tuple(replaced.positions), told, text, key=digest(ids)))
+        text = tokens.decode(tokenizer, [ids[i] for i in changed])
+        found.append(Corruption(ids, tuple(replaced.positions), changed, text, key=digest(ids)))
         if len(found) == n_draws:
             return found
     if found:
         warnings.warn(
-            f"of {n_tries} draws only {len(found)} are other texts of {len(told)} tokens, and "
+            f"of {n_tries} draws only {len(found)} are other texts of {len(changed)} tokens, and "
             f"`n_draws` asks for {n_draws}: these are taken.",
             stacklevel=stacklevel_of_caller(),
         )
         return found
     raise ValueError(
-        _none_found(which, tokens.decode(tokenizer, [full[i] for i in told]), lengths, len(told))
+        _none_found(
+            which, tokens.decode(tokenizer, [full[i] for i in changed]), lengths, len(changed)
+        )
     )
 
 
 def _none_found(which: Selection, text: str, lengths: Counter[int], wanted: int) -> str:
     names = ", ".join(repr(name) for name in which.names)
     if set(lengths) == {wanted}:
-        said = "they give it itself, or move what stands between its places"
+        reason = "they give it itself, or move what stands between its places"
     else:
         shown = [f"{n} tokens" for n, _ in lengths.most_common(_SHOWN)]
-        said = f"of {lengths.total()} draws they give texts of {', '.join(shown)}"
+        reason = f"of {lengths.total()} draws they give texts of {', '.join(shown)}"
     return (
-        f"nothing of as many tokens stands in for {names} ({text!r}, {wanted} tokens): {said}. "
+        f"nothing of as many tokens stands in for {names} ({text!r}, {wanted} tokens): {reason}. "
         "Patching needs every other token where it was: give `baselines` with other texts of "
         f"{wanted} tokens (lists or a mapping of texts, a larger corpus, an id for each token), "
         'another feature, or `kind="noise"`.'

@@ -77,8 +77,8 @@ def _by_feature(context: Context, generated: GeneratedText, texts: list[str]) ->
     runs = groupby(range(len(texts)), key=owner.get)
     for number, (feature, run) in enumerate(runs):
         groups.setdefault(("fixed", number) if feature is None else feature, []).extend(run)
-    told = [
+    labels = [
         (names[key] if isinstance(key, int) else "".join(texts[p] for p in group)).strip()
         for key, group in groups.items()
     ]
-    return Places(tuple(tuple(group) for group in groups.values()), tuple(told))
+    return Places(tuple(tuple(group) for group in groups.values()), tuple(labels))

@@ -47,19 +47,19 @@ def first_order(
     Raises:
         ValueError: If no gradient reaches the streams.
     """
-    said = [t for t, place in enumerate(base.positions) if place >= 0]
+    predicted = [t for t, place in enumerate(base.positions) if place >= 0]
     pairs = list(zip(runs.streams(source), runs.streams(base), strict=True))
     with runs.graph(base) as (logits, streams):
-        own = target[said].to(logits.device)
+        own = target[predicted].to(logits.device)
         if callable(attr_target):
             values = values_by_callable(logits, own, attr_target)
         else:
-            against = None if foils is None else foils.tensor[said]
+            against = None if foils is None else foils.tensor[predicted]
             values = values_by_name(logits, own, attr_target, against)
         if not values.requires_grad:
             raise ValueError(_NO_GRADIENT)
         found: list[Tensor] = []
-        for number in range(len(said)):
+        for number in range(len(predicted)):
             gradients: Sequence[Tensor | None] = torch.autograd.grad(
                 values[0, number], streams, retain_graph=True, allow_unused=True
             )

@@ -460,11 +460,11 @@ class _Trace:
     def _causal(self, effects: Tensor, text: Corruption) -> Tensor:
         """Sets effects of positions after the predicting one to exactly 0, without rounding."""
         firsts = torch.tensor([min(g) for g in self._groups], dtype=torch.int64, device="cpu")
-        said = torch.tensor(self._clean.positions, dtype=torch.int64, device="cpu")
-        later = (firsts > said[:, None])[:, None].expand_as(effects)
+        predicting = torch.tensor(self._clean.positions, dtype=torch.int64, device="cpu")
+        later = (firsts > predicting[:, None])[:, None].expand_as(effects)
         effects = effects.masked_fill(later, 0.0)
-        untold = torch.tensor(text.positions, dtype=torch.int64, device="cpu") < 0
-        return effects.masked_fill(untold[:, None, None], torch.nan)
+        missing = torch.tensor(text.positions, dtype=torch.int64, device="cpu") < 0
+        return effects.masked_fill(missing[:, None, None], torch.nan)
 
     def _check_streams(self, text: Corruption) -> None:
         """Checks values with a whole stream patched against those of the stream's own text."""
@@ -473,10 +473,10 @@ class _Trace:
         every = tuple(range(len(clean.ids)))
         cells = [Patched(text.key, clean.key, layer, every) for layer in range(n_streams)]
         [expected, *found] = runs.values([Patched(clean.key), *cells])
-        told = torch.tensor(text.positions, dtype=torch.int64, device="cpu") >= 0
-        tolerance = runs.tolerance(clean, expected)[told].clamp(min=_BESIDE)
+        predicted = torch.tensor(text.positions, dtype=torch.int64, device="cpu") >= 0
+        tolerance = runs.tolerance(clean, expected)[predicted].clamp(min=_BESIDE)
         for layer, values in enumerate(found):
-            error = (values - expected)[told].abs()
+            error = (values - expected)[predicted].abs()
             if not bool((error <= tolerance).all()):
                 raise ValueError(
                     f"stream {layer} of {n_streams - 1} is not all that this model's layers pass "

@@ -293,8 +293,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 **arguments,
             )
         except ApiError as error:
-            said = choice.instead(error, inp, feature_mask)
-            error.args = (f"{error.args[0]}{said}", *error.args[1:])
+            hint = choice.instead(error, inp, feature_mask)
+            error.args = (f"{error.args[0]}{hint}", *error.args[1:])
             raise
 
     def _attributed(
@@ -313,25 +313,25 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
         if rung.is_sampled:
             more = apart["times_as_many_answers"]
-            said = (
+            message = (
                 f"of {rung.n_answers} answers each, {first} is the strongest cause and {second} "
                 "the next, less than two standard errors apart."
             )
             if more is not None:
-                said += f" About {math.ceil(more * rung.n_answers)} answers each would do."
+                message += f" About {math.ceil(more * rung.n_answers)} answers each would do."
         else:
             share = result.provenance["share_censored"]
-            said = (
+            message = (
                 f"{share:.0%} of the values are bounds, and within these {second} may be as strong "
                 f"a cause as {first}."
             )
             if chosen.scorer.attr_target == "log_prob":
-                said += ' `attr_target="prob"` hardly depends on what is only bounded.'
+                message += ' `attr_target="prob"` hardly depends on what is only bounded.'
             if rung.name == TopK.name and getattr(
                 chosen.scorer.endpoint.provider, "takes_bias", False
             ):
-                said += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
-        warnings.warn(f"not distinguishable: {said}", stacklevel=stacklevel_of_caller())
+                message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
+        warnings.warn(f"not distinguishable: {message}", stacklevel=stacklevel_of_caller())
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:

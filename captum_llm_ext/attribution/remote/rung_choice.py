@@ -120,10 +120,12 @@ class RungChoice:
     def handshake(self, prompt: str, target: str) -> dict[str, Any]:
         """See `RemoteGenerationAttribution.handshake`."""
         own = self.names[0]
-        who = chat_endpoint(self.provider)
-        if own != "forced" and who is not None:
+        endpoint = chat_endpoint(self.provider)
+        if own != "forced" and endpoint is not None:
             messages = [{"role": "user", "content": prompt}]
-            rung = self._rung(own, self._endpoint(who), self.tokenizer, n_tokens=1, gen_args=None)
+            rung = self._rung(
+                own, self._endpoint(endpoint), self.tokenizer, n_tokens=1, gen_args=None
+            )
             rung.handshake(messages)
             about: Any = rung.details.get("handshake", {})
             return {"way": own, "checks": dict(about)}
@@ -202,8 +204,8 @@ class RungChoice:
                     if not writes:
                         raise
                 if error.status not in UNKNOWN_ARGUMENT or name == names[-1]:
-                    said = self.instead(error, inp, feature_mask)
-                    error.args = (f"{error.args[0]}{said}", *error.args[1:])
+                    hint = self.instead(error, inp, feature_mask)
+                    error.args = (f"{error.args[0]}{hint}", *error.args[1:])
                     raise
                 refused[name] = str(error)
         return None
@@ -223,16 +225,16 @@ class RungChoice:
                 "a contrast needs log-probabilities of prompts, and the provider tells none: "
                 '`attr_target="label"` would hold one label against another.'
             )
-        who = chat_endpoint(self.provider)
-        if who is None:
+        chat = chat_endpoint(self.provider)
+        if chat is None:
             raise TypeError(
                 f"{type(self.provider).__name__} cannot be sent messages: give a `ChatProvider`, "
                 "`AnthropicProvider`, `CallableProvider` or `CompletionsProvider`"
-                + "".join(f". {said}" for said in refused.values())
+                + "".join(f". {reason}" for reason in refused.values())
             )
         is_plain = isinstance(tokenizer, PlainTokenizer)
         vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
-        endpoint = self._endpoint(who, cache())
+        endpoint = self._endpoint(chat, cache())
         n_tokens = n_new(gen_args, target if isinstance(target, str) else None)
         own = self.tokenizer if self._has_tokenizer(self.tokenizer) else tokenizer
         rung = self._rung(name, endpoint, own, n_tokens=n_tokens, gen_args=gen_args)
@@ -267,24 +269,24 @@ class RungChoice:
         below = names[names.index(self.names[-1]) + 1 :]
         other, called = other_endpoint(self.provider)
         # The other endpoint renders the prompt differently, so it comes last.
-        for who, how, own in (
+        for endpoint, how, own in (
             (chat_endpoint(self.provider), "", below),
             (other, called, names[2:]),
         ):
-            name = None if who is None else self._first_that_works(who, full, own)
+            name = None if endpoint is None else self._first_that_works(endpoint, full, own)
             if name is not None:
                 by = f" of a `{how}`" if how else ""
                 return f" With this server `{ARGUMENT_FOR[name]}`{by} would work."
         return ""
 
-    def _writes_text(self, who: ChatEndpoint | None, prompt: Prompt, tokenizer: Any) -> bool:
+    def _writes_text(self, endpoint: ChatEndpoint | None, prompt: Prompt, tokenizer: Any) -> bool:
         """Whether a provider returns any text for the whole prompt."""
-        if who is None:
+        if endpoint is None:
             return False
         is_plain = isinstance(tokenizer, PlainTokenizer)
         vocabulary = tokenizer if is_plain else OpenVocabulary(tokenizer)
         full = as_messages(vocabulary, rendered(prompt, True))
-        return self._answers_at_all(self._endpoint(who), full)
+        return self._answers_at_all(self._endpoint(endpoint), full)
 
     def _answers_at_all(self, endpoint: MeteredEndpoint, full: Sequence[Mapping[str, str]]) -> bool:
         try:
@@ -293,9 +295,9 @@ class RungChoice:
             return False
 
     def _first_that_works(
-        self, who: ChatEndpoint, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
+        self, chat: ChatEndpoint, full: Sequence[Mapping[str, str]], names: Sequence[RungName]
     ) -> str | None:
-        endpoint = self._endpoint(who)
+        endpoint = self._endpoint(chat)
         # A provider that returns no text for this prompt supports nothing else with it.
         if not names or not self._answers_at_all(endpoint, full):
             return None
@@ -348,10 +350,10 @@ class RungChoice:
             n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
         )
 
-    def _endpoint(self, who: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
+    def _endpoint(self, chat: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
         own = self.settings
-        n_threads = own.max_concurrency or who.max_concurrency
-        return MeteredEndpoint(who, cache or own.cache, own.limits, n_threads=n_threads)
+        n_threads = own.max_concurrency or chat.max_concurrency
+        return MeteredEndpoint(chat, cache or own.cache, own.limits, n_threads=n_threads)
 
     def _has_tokenizer(self, tokenizer: Any) -> bool:
         return tokenizer is not None and not isinstance(tokenizer, PlainTokenizer)

@@ -166,10 +166,10 @@ def _seed_of_draws(seed: int) -> int:
 
 def _warn_of_absence(baselines: Iterable[object]) -> None:
     """Warns if absence makes texts unlike any that the model was trained on."""
-    said = unseen(baselines, _MADE, _WHAT)
-    if said is not None:
+    message = unseen(baselines, _MADE, _WHAT)
+    if message is not None:
         warnings.warn(
-            f"{said}{_BEST} Give the input `baselines=CorpusBaselines(texts)`.", stacklevel=3
+            f"{message}{_BEST} Give the input `baselines=CorpusBaselines(texts)`.", stacklevel=3
         )
 
 

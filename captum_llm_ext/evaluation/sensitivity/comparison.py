@@ -72,14 +72,14 @@ class Change:
     importance: float
 
     def __str__(self) -> str:
-        said = [
+        parts = [
             f"{value:+.2f}{plus_minus(error)} ({baseline})"
             for value, error, baseline in zip(
                 self.attributions, self.standard_errors, self.between, strict=True
             )
         ]
         ranks = "rank {} and {}".format(*self.ranks)
-        return f"{_shown(self.feature)} {' and '.join(said)}, {ranks}"
+        return f"{_shown(self.feature)} {' and '.join(parts)}, {ranks}"
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Conclusion:
             under.setdefault(_cause_without_numbers(cause), []).append(baseline)
         if self.verdict == "robust":
             return f"{_shown(self.name)}  ←  {next(iter(under))}"
-        said = "; ".join(f"{', '.join(by)}: {cause}" for cause, by in under.items())
-        return f"{_shown(self.name)}  ←  {said}"
+        listed = "; ".join(f"{', '.join(by)}: {cause}" for cause, by in under.items())
+        return f"{_shown(self.name)}  ←  {listed}"
 
 
 class _Row(NamedTuple):
@@ -469,9 +469,9 @@ def _check_alike(
     other_name: str,
     other: GenerationAttributionResult,
 ) -> None:
-    theirs = _explained(other)
+    others = _explained(other)
     for what, ours in _explained(result).items():
-        if ours != theirs[what]:
+        if ours != others[what]:
             raise ValueError(
                 f"{name!r} and {other_name!r} have different {what}: compare results that differ "
                 "in their baselines only, as `compare_baselines` makes them."

@@ -66,12 +66,12 @@ class Asked:
         return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
 
     def values(
-        self, said: HeadOutput, where: Tensor, tokens: Tensor, attr_target: object
+        self, output: HeadOutput, where: Tensor, tokens: Tensor, attr_target: object
     ) -> Tensor:
         """Values of target tokens at positions.
 
         Args:
-            said: Output of the model.
+            output: Output of the model.
             where: Indices of its positions, int64 ``(n,)``; may repeat.
             tokens: Indices of the target tokens, int64 ``(n,)``.
             attr_target: As for `Scorer`, but not a callable.
@@ -81,18 +81,18 @@ class Asked:
         """
         if self.n_likeliest:
             distinct, back = where.unique(return_inverse=True)
-            log_probs, ids = said.likeliest(distinct, self.n_likeliest)
+            log_probs, ids = output.likeliest(distinct, self.n_likeliest)
             return torch.cat([log_probs, ids.double()], 1)[back]
         if self.foils is None:
             (where, ids), back = distinct_pairs(where, self.target[tokens])
-            return said.values(where, ids, str(attr_target))[back][:, None]
+            return output.values(where, ids, str(attr_target))[back][:, None]
         (where, tokens), back = distinct_pairs(where, tokens)
         ids = torch.cat([self.target[tokens, None], self.foils[tokens]], 1)
         is_asked = ids >= 0
         found = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device="cpu")
         places = where[:, None].expand_as(ids)
-        found[is_asked] = said.values(places[is_asked], ids[is_asked], "log_prob")
-        single = torch.promote_types(said.vectors.dtype, torch.float32)
+        found[is_asked] = output.values(places[is_asked], ids[is_asked], "log_prob")
+        single = torch.promote_types(output.vectors.dtype, torch.float32)
         foils = found[:, 1:].logsumexp(1).to(single).double()  # rounded like all values
         foils = foils.masked_fill(~is_asked[:, 1:].any(1), 0.0)
         return torch.stack([found[:, 0], foils], 1)[back]

@@ -240,10 +240,10 @@ class Passes:
             if len(needed)
             else torch.tensor([ids.shape[1] - 1], dtype=torch.int64, device="cpu")
         )
-        said, state = self._pass(ids, at[None], state=state, keeps_state=True)
+        output, state = self._pass(ids, at[None], state=state, keeps_state=True)
         if len(needed) and queries.asked.callable_of(self.attr_target) is None:
             index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")[which]
-            found = queries.asked.values(said, back, tokens, self.attr_target)
+            found = queries.asked.values(output, back, tokens, self.attr_target)
             values[index, :, tokens] = found
         return state
 
@@ -259,22 +259,22 @@ class Passes:
         call = asked.callable_of(self.attr_target)
         columns = (at >= 0).any(0)
         places = (at[:, columns] if call is None else at).clamp(min=0)
-        said = None
+        output = None
         if self.shares_cache and state is not None and start * len(rows) >= self._least:
             try:
-                said = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
+                output = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
             except NotImplementedError as failure:  # a case that the comparison did not include
                 self._stop_sharing(failure)
-        if said is None:
+        if output is None:
             with nullcontext() if self._around is None else self._around(rows):
-                said = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
+                output = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
         if call is not None:
-            values = called_values(said.logits(), asked.target, call)[:, None]
+            values = called_values(output.logits(), asked.target, call)[:, None]
         else:
             values = asked.blank(len(rows))
             tokens = columns.nonzero()[:, 0].repeat(len(rows))
             where = torch.arange(len(tokens), device="cpu")
-            found = asked.values(said, where, tokens, self.attr_target)
+            found = asked.values(output, where, tokens, self.attr_target)
             values[:, :, columns] = found.view(*places.shape, -1).transpose(1, 2)
         return values.masked_fill(at[:, None] < 0, torch.nan)
 
@@ -287,17 +287,17 @@ class Passes:
         """
         places = pad_sequence(list(packed.places), batch_first=True)
         where = places.gather(1, positions.clamp(min=0))
-        said = (positions >= 0) & (where >= packed.n_read)
-        which, tokens = said.nonzero(as_tuple=True)
-        needed, back = where[said].unique(return_inverse=True)
+        predicted = (positions >= 0) & (where >= packed.n_read)
+        which, tokens = predicted.nonzero(as_tuple=True)
+        needed, back = where[predicted].unique(return_inverse=True)
         answer, state = self._read_pack(packed, needed, state)
         if (call := asked.callable_of(self.attr_target)) is not None:
-            index = torch.zeros(said.shape, dtype=torch.int64, device="cpu")
-            index[said] = back
+            index = torch.zeros(predicted.shape, dtype=torch.int64, device="cpu")
+            index[predicted] = back
             logits = answer.logits()[0]
             values = called_values(logits[index.to(logits.device)], asked.target, call)
-            return values.masked_fill(~said, torch.nan)[:, None], state
-        values = asked.blank(len(said))
+            return values.masked_fill(~predicted, torch.nan)[:, None], state
+        values = asked.blank(len(predicted))
         values[which, :, tokens] = asked.values(answer, back, tokens, self.attr_target)
         return values, state
 
@@ -362,10 +362,10 @@ class Passes:
             return self._pass(ids, at, state=copied_cache(state, len(ids)), extras=extras)[0]
         borrowed, shared = shared_cache(state, len(ids))
         with attention.merged_attention(self.model):
-            said, _ = self._pass(ids, at, state=borrowed, extras=extras)
+            logits, _ = self._pass(ids, at, state=borrowed, extras=extras)
         if not all(one.was_used for one in shared):
             raise NotImplementedError("attention that does not see what is shared")
-        return said
+        return logits
 
     def _pass(
         self,
@@ -395,10 +395,10 @@ class Passes:
         with head, drawn_again(self.seed, ids):
             output = _compat.called(self.model, given, **arguments)
         self.n_positions += ids.numel()
-        said = self._head.said(_compat.sequence_logits(output))
+        head_output = self._head.said(_compat.sequence_logits(output))
         if self.kept != "positions":
-            said = said.at(at - (ids.shape[1] - said.vectors.shape[1]))
-        return said, getattr(output, self._state, None) if self._state else None
+            head_output = head_output.at(at - (ids.shape[1] - head_output.vectors.shape[1]))
+        return head_output, getattr(output, self._state, None) if self._state else None
 
     def check_ids(self, ids: Tensor) -> None:
         """Raises a ValueError if an id is outside the model's vocabulary."""
@@ -446,10 +446,10 @@ class Passes:
         other = [_unlike(row, row[first]), *row[first + 1 : first + LAST // 2]]
         every = sorted({*places, first, min(first + len(other), len(row)) - 1, len(row) - 1})
         at = torch.tensor(every, dtype=torch.int64, device="cpu")
-        said, state = self._pass(
+        output, state = self._pass(
             torch.tensor([row], dtype=torch.int64, device="cpu"), at[None], keeps_state=True
         )
-        alone = said.logits().clone()
+        alone = output.logits().clone()
         self.chains = state is not None and _compat.keeps_every_id(state)
         mixes = state is not None and _compat.keeps_recurrent_states(state)
         state = copied_cache(state) if self.chains else None

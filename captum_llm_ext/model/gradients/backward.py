@@ -223,13 +223,13 @@ class TargetGradients:
         plan = self._plan
         if not plan.was_tried:
             self._try(points(slice(0, 1))[0])
-        forth = self._derivatives(owners, n_owners)
-        if forth is not None and plan.forward_mode is None:
-            plan.forward_mode = self._forward_mode_agrees(forth, *points(slice(0, 1)))
+        derivatives = self._derivatives(owners, n_owners)
+        if derivatives is not None and plan.forward_mode is None:
+            plan.forward_mode = self._forward_mode_agrees(derivatives, *points(slice(0, 1)))
 
         def found(rows: slice) -> Tensor:
-            if forth is not None and plan.forward_mode:
-                return forth.products(*points(rows))
+            if derivatives is not None and plan.forward_mode:
+                return derivatives.products(*points(rows))
             products = self._products(*points(rows))
             summed = products.new_zeros(*products.shape[:2], max(n_owners, int(owners.max()) + 1))
             return summed.index_add(2, owners, products)[..., :n_owners]
@@ -265,11 +265,11 @@ class TargetGradients:
         )
 
     def _forward_mode_agrees(
-        self, forth: FeatureDerivatives, points: list[Tensor], factors: list[Tensor]
+        self, derivatives: FeatureDerivatives, points: list[Tensor], factors: list[Tensor]
     ) -> bool:
         """Whether forward mode gives the gradient, for the last value at one point."""
         try:
-            found = forth.products(points, factors)[0, -1]
+            found = derivatives.products(points, factors)[0, -1]
         except Exception as error:  # operations without forward mode may raise anything
             if is_out_of_memory(error):
                 raise
@@ -284,9 +284,9 @@ class TargetGradients:
             (gradient.double() * factor.double()).sum(-1)[0].cpu()
             for gradient, factor in zip(gradients, factors, strict=True)
         ]
-        is_owned = forth.owners < forth.n_owners
+        is_owned = derivatives.owners < derivatives.n_owners
         along = torch.stack(each).sum(0)[is_owned]
-        wanted = torch.zeros_like(found).index_add(0, forth.owners[is_owned], along)
+        wanted = torch.zeros_like(found).index_add(0, derivatives.owners[is_owned], along)
         # transformers computes norms in float32 even for float64 weights.
         is_half = points[0].dtype.itemsize < torch.float32.itemsize
         tolerance = _ROUNDING_HALF if is_half else _ROUNDING[torch.float32]

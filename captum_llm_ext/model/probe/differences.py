@@ -39,11 +39,11 @@ def usual(one: Tensor, other: Tensor) -> float:
     return differences[len(differences) // 2]
 
 
-def is_as(said: Tensor, logits: Tensor) -> bool:
+def is_as(output: Tensor, logits: Tensor) -> bool:
     """Whether output equals that of other logits, up to rounding."""
     right = spread(logits)
     limit = max(FINE, rough(right)) if logits.dtype.itemsize < 4 else FINE
-    return said.shape == right.shape and not exceeds(said, right, limit)
+    return output.shape == right.shape and not exceeds(output, right, limit)
 
 
 def exceeds(one: Tensor, other: Tensor, limit: float) -> bool:
@@ -64,7 +64,7 @@ def last_digit(logits: Tensor, model: nn.Module) -> float:
     return eps * 2.0 ** math.floor(math.log2(size)) if size else 0.0
 
 
-def rough(said: Tensor) -> float:
+def rough(log_probs: Tensor) -> float:
     """Differences of log-probabilities that rounding to 8 bits can cause, as root mean square."""
-    finite = said.double()[said.isfinite()]
+    finite = log_probs.double()[log_probs.isfinite()]
     return float(finite.std()) * 2.0**-8 if finite.numel() > 1 else 0.0

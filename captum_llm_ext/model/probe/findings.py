@@ -149,22 +149,22 @@ class Findings:
     @property
     def batching(self) -> str | None:
         """How the model is run and why, if not as usual."""
-        said = [*self.reasons]
+        texts = [*self.reasons]
         if self.draws is not None:
             how = ", its draws seeded" if self.seeds else ""
             why = "draws at random" if self.draws != "unseen" else "gives equal rows other values"
-            said.append(f"one row at a time{how}: the model {why}")
+            texts.append(f"one row at a time{how}: the model {why}")
         if self.couples_rows:
             much = "" if self.coupling is None else f" (by {self.coupling:.2g} nats)"
-            said.append(f"one row at a time: rows of a batch change one another{much}")
+            texts.append(f"one row at a time: rows of a batch change one another{much}")
         if self.sees_ahead:
             much = "" if self.ahead is None else f" (by {self.ahead:.2g} nats)"
-            said.append(f"step by step: what follows a token changes what is said at it{much}")
+            texts.append(f"step by step: what follows a token changes what is said at it{much}")
         if self.last_only:
-            said.append("step by step: the model gives logits of the last place alone")
+            texts.append("step by step: the model gives logits of the last place alone")
         if self.mixes_lengths:
-            said.append("rows of one length together: the longest row changes the others")
-        return "; ".join(said) or None
+            texts.append("rows of one length together: the longest row changes the others")
+        return "; ".join(texts) or None
 
 
 def _rounded(difference: float | None) -> float | None:

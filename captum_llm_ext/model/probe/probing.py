@@ -120,7 +120,7 @@ class Probe:
                 return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
         return self._together(found, at, alone)
 
-    # How it rounds --------------------------------------------------------------------------------
+    # Rounding ---------------------------------------------------------------------------------------
 
     def _rounding_within(self, found: Findings, ids: Sequence[int], logits: Tensor) -> Findings:
         """The effect of perturbed last digits on the logits of a few ids."""
@@ -179,7 +179,7 @@ class Probe:
         """Whether rounding may look like an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
-    # What it returns ------------------------------------------------------------------------------
+    # Returned logits -------------------------------------------------------------------------------
 
     def _first(self, ids: Sequence[int], logits: Tensor) -> Findings:
         """Findings from all logits of a few ids."""
@@ -290,7 +290,7 @@ class Probe:
             )
         return n
 
-    # What changes what it says --------------------------------------------------------------------
+    # Effects on the output ----------------------------------------------------------------------
 
     def _alone(self, found: Findings) -> Findings:
         """Findings on one row, unchanged and with other ids after some positions."""

@@ -180,11 +180,11 @@ class Processes:
                 store.leave()
             store.clear()
         except BaseException as error:
-            told = store.tell_error(error)
+            raised = store.tell_error(error)
             if store.has_parted:
                 _parted.add(own)
-            if told is not error:
-                raise told from error
+            if raised is not error:
+                raise raised from error
             raise
         finally:
             asking.remove(self._failed_on_all)

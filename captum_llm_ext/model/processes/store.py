@@ -240,8 +240,8 @@ class Store:
             with suppress(RuntimeError):  # the main thread will notice and report it
                 while not stop.wait(_BEAT if n else 0):
                     n += 1
-                    [told] = _pieces((n, self._connections.address))
-                    self._store.set(key, told)
+                    [piece] = _pieces((n, self._connections.address))
+                    self._store.set(key, piece)
                     if self._partners:
                         self._end_if_stuck(since)
 
@@ -272,10 +272,10 @@ class Store:
             gone, silent = None, 0.0
             for partner in self._partners:
                 beat = self.get(f"beat/{partner}") if self.has(f"beat/{partner}") else None
-                last, heard = since.get(partner, (None, now))
-                since[partner] = (beat, now if beat != last else heard)
-                if beat is not None and beat == last and now - heard > self._patience(beat):
-                    gone, silent = partner, now - heard
+                last, since_beat = since.get(partner, (None, now))
+                since[partner] = (beat, now if beat != last else since_beat)
+                if beat is not None and beat == last and now - since_beat > self._patience(beat):
+                    gone, silent = partner, now - since_beat
             if gone is None:
                 return
             reason = f"rank {gone} has not been heard of for {silent:.0f} seconds"

@@ -76,8 +76,8 @@ class AnswerWriter:
         work = self._processes.work()
         failure: Exception | None = None
 
-        def take_in(told: Sequence[tuple[Sequence[int], list[Tensor]]]) -> None:
-            for part, answers in told:
+        def take_in(results: Sequence[tuple[Sequence[int], list[Tensor]]]) -> None:
+            for part, answers in results:
                 found.update(zip(part, answers, strict=True))
                 tell(len(part))
 

@@ -135,13 +135,13 @@ class Journal:
         name = repr(str(self.path))
         try:
             known, target, budget = _content(tensors, rest)
-            said = differences(rest["about"], self._about)
+            changes = differences(rest["about"], self._about)
         except tensor_file.BROKEN as error:
             why = str(error) or type(error).__name__
             raise ValueError(f"{name} is damaged ({why}): {_KIND.advice}") from error
-        if said:
+        if changes:
             raise ValueError(
-                f"the checkpoint {name} belongs to another run ({said}): give the same arguments, "
+                f"the checkpoint {name} belongs to another run ({changes}): give the same arguments, "
                 "another file, or delete it to begin anew."
             )
         self._known, self._target, self._budget = known, target, budget

@@ -457,7 +457,7 @@ class Scorer:
         work.end(failure)
         self._take_in(work.rest(), keys, rows)
         if work.failures:
-            n_rows, error = min(work.failures, key=lambda told: told[0])
+            n_rows, error = min(work.failures, key=lambda pair: pair[0])
             if not self._batching.back_off(n_rows):
                 raise error
 
@@ -507,11 +507,11 @@ class Scorer:
 
     def _take_in(
         self,
-        told: Iterable[tuple[int, Sequence[int], Tensor]],
+        results: Iterable[tuple[int, Sequence[int], Tensor]],
         keys: Sequence[bytes],
         rows: Sequence[TokenRow],
     ) -> None:
-        for replica, batch, values in told:
+        for replica, batch, values in results:
             self.n_scored[replica] += len(batch)
             scored = [(keys[i], rows[i], own) for i, own in zip(batch, values, strict=True)]
             self._keep(scored)

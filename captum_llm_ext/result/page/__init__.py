@@ -126,15 +126,15 @@ def fragment(data: Mapping[str, Any], text: str = "") -> str:
     Returns:
         HTML of an ``<iframe>`` element and of one with the text.
     """
-    beside = ""
+    details = ""
     if text:
         lines = _first_lines(data) or "<p>The attributions as text</p>"
         shown = re.sub(r"</?p[^>]*>", " ", lines.replace("</p>", "<br>", lines.count("</p>") - 1))
-        beside = f"<details><summary>{shown}</summary><pre>{_escaped(text)}</pre></details>"
+        details = f"<details><summary>{shown}</summary><pre>{_escaped(text)}</pre></details>"
     return (
         '<iframe title="Attribution of generated text" loading="lazy" '
         'style="width:100%;height:44rem;border:0;color-scheme:light dark" '
-        f'srcdoc="{html.escape(page(data))}"></iframe>{beside}'
+        f'srcdoc="{html.escape(page(data))}"></iframe>{details}'
     )
 
 
@@ -161,9 +161,9 @@ def _escaped(text: str) -> str:
 
 
 def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
-    said = (piece["text"] for piece in output if piece.get("role") != "template")
+    texts = (piece["text"] for piece in output if piece.get("role") != "template")
     # If the answer has no text, such as a single end token, its tokens' names are shown.
-    answer = " ".join("".join(said).split()) or " ".join(" ".join(names).split())
+    answer = " ".join("".join(texts).split()) or " ".join(" ".join(names).split())
     if len(answer) > 60:
         answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
     return f"What made the model write “{answer}”"
@@ -187,17 +187,17 @@ def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
     if not found:
         return ""
     is_sized = bool(data.get("is_unsigned"))
-    told = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
-    said = ", ".join(told) or "nothing of the prompt in particular"
-    return f'<p id="summary"><b>{name}</b> ← {said}</p>'
+    causes = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
+    listed = ", ".join(causes) or "nothing of the prompt in particular"
+    return f'<p id="summary"><b>{name}</b> ← {listed}</p>'
 
 
 def _total(data: Mapping[str, Any], name: str) -> str:
     """One line on the total shares of the whole answer."""
-    told = (data.get("in_the_end") or {}).get("shares") or ()
+    listed = (data.get("in_the_end") or {}).get("shares") or ()
     shares = [
         f'<span class="cause size"><bdi>{_escaped(one["name"])}</bdi> <b>{_share(one)}</b></span>'
-        for one in told[:_MOST_SHARES]
+        for one in listed[:_MOST_SHARES]
         if one["share"] >= _LEAST_SHARE
         and not one["share"] < _SINGLE * (one["standard_error"] or 0)
     ]
@@ -219,9 +219,9 @@ def _cause(cause: Mapping[str, Any], is_unsigned: bool) -> str:
     spread = _escaped(plus_minus(error))
     kind = "size" if is_unsigned else "raises" if value > 0 else "lowers"
     kind = kind if cause["marked"] else "unsure"
-    told = _escaped(cause["name"])
+    name = _escaped(cause["name"])
     amount = f'<span class="amount"><b>{number}</b>{spread}</span>'
-    return f'<span class="cause {kind}"><bdi>{told}</bdi> {amount}</span>'
+    return f'<span class="cause {kind}"><bdi>{name}</bdi> {amount}</span>'
 
 
 def _plain(data: Mapping[str, Any]) -> str:
@@ -279,8 +279,8 @@ def _strongest(data: Mapping[str, Any]) -> list[dict[str, Any]]:
         least = _LEAST * max((abs(x) for row in known for x, _ in row), default=0.0)
         for t, row in enumerate(known):
             for x, i in heapq.nlargest(3, row, key=lambda cause: abs(cause[0])):
-                told = errors[t][i] if errors and errors[t] else 0.0
-                error = None if told is None or told != told else float(told)
+                own_error = errors[t][i] if errors and errors[t] else 0.0
+                error = None if own_error is None or own_error != own_error else float(own_error)
                 if abs(x) > least:
                     rows[t][side].append(
                         {

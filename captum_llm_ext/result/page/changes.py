@@ -24,12 +24,12 @@ def change_sentences(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _told(one: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    said = "".join(piece["text"] for piece in data["output"])
+    answer = "".join(piece["text"] for piece in data["output"])
     t, n = int(one["token"]), len(data["output_tokens"])
-    if not 0 <= t < n or _plain(one["old_answer"]) not in ("", _plain(said)):
+    if not 0 <= t < n or _plain(one["old_answer"]) not in ("", _plain(answer)):
         raise ValueError(
             f"a counterfactual is about token {t} ({one['name']!r}) of the answer "
-            f"{_short(one['old_answer'], 60)!r}, the result about {_short(said, 60)!r}: search "
+            f"{_short(one['old_answer'], 60)!r}, the result about {_short(answer, 60)!r}: search "
             "with the target that was attributed, such as `result.target`."
         )
     owners: Sequence[int] = data.get("column_features") or range(len(data["input_tokens"]))

@@ -48,8 +48,8 @@ def provenance_rows(data: Mapping[str, Any]) -> list[list[str]]:
     entries |= {
         name: value for name, value in data.get("provenance", {}).items() if name not in _LONG
     }
-    told = [(name, _spelled(value)) for name, value in entries.items()]
-    return [[_NAMES.get(name, name.replace("_", " ")), text] for name, text in told if text]
+    rows = [(name, _spelled(value)) for name, value in entries.items()]
+    return [[_NAMES.get(name, name.replace("_", " ")), text] for name, text in rows if text]
 
 
 def _spelled(value: Any) -> str:

@@ -211,7 +211,7 @@ class _Flow:
             for (side, name), size in zip(names, self.widest, strict=True)
             if side in drawn
         ]
-        said = {
+        parts = {
             f"widest: {' and '.join(widest)}": bool(widest),
             "solid: raises": not self.is_unsigned and any(link.value > 0 for link in self.links),
             "dashed: lowers": any(link.value < 0 for link in self.links),
@@ -220,7 +220,7 @@ class _Flow:
             f"the {len(self.links)} strongest of {self.n_links:,}": self.n_links > len(self.links),
             f"{len(self.tokens)} of {self.n_tokens} tokens: those with links": self.n_tokens > 0,
         }
-        return key_lines([text for text, needed in said.items() if needed], width)
+        return key_lines([text for text, needed in parts.items() if needed], width)
 
 
 class _Link(NamedTuple):
@@ -260,8 +260,8 @@ def _links(
     name = "prompt_errors" if is_prompt else "output_errors"
     spread = np.zeros(values.shape) if errors is None else array(name, errors, values.shape)
     size = np.abs(np.nan_to_num(values))
-    told = (size > 0) & (size >= least * widest) & (size >= sure * spread)
-    for token, feature in np.argwhere(told):
+    significant = (size > 0) & (size >= least * widest) & (size >= sure * spread)
+    for token, feature in np.argwhere(significant):
         value = float(values[token, feature])
         yield _Link(is_prompt, int(feature), int(token), value, value / widest)
 

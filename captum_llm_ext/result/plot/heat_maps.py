@@ -119,10 +119,10 @@ def heat_map(
 
     paper = Canvas(**canvas)
     fig, ax = paper.open(3.0 + 0.5 * columns.width, 1.9 + 0.3 * n_target)
-    told = np.where(shown, cells, 0.0)
+    shown_cells = np.where(shown, cells, 0.0)
     # Columns without any cause need no scale: a first token has nothing before it.
-    is_one = has_common_scale or not told[:, n_prompt:].any()
-    parts = [told] if is_one else columns.parts(told)
+    is_one = has_common_scale or not shown_cells[:, n_prompt:].any()
+    parts = [shown_cells] if is_one else columns.parts(shown_cells)
     colours = [Colours(cmap, scale(part), is_unsigned=is_unsigned) for part in parts]
     bars = columns.draw(fig, ax, colours, np.where(shown, cells, np.nan))
     ax.set_ylim(max(n_target, 1) - 0.5, -0.5)
@@ -226,8 +226,8 @@ def _label_bars(ax: Axes, bars: Sequence[Colorbar], paper: Canvas, what: str) ->
     """Labels each colour bar."""
     settle(ax)
     for bar, where in zip(bars, _WHERE, strict=False):
-        said = what if len(bars) < 2 else label_along(what, where, inches(ax)[1])
-        bar.set_label(paper.with_unit(said), size=LABEL_POINTS + 1)
+        text = what if len(bars) < 2 else label_along(what, where, inches(ax)[1])
+        bar.set_label(paper.with_unit(text), size=LABEL_POINTS + 1)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def patching_map(
     numbered = mark_cells(ax, places, cells, ~np.isnan(cells), colours)
     if bar is not None:
         settle(ax)
-        told = label_along(what, paper.with_unit("the gain"), inches(ax)[1])
-        bar.set_label(told, size=LABEL_POINTS + 1)
+        text = label_along(what, paper.with_unit("the gain"), inches(ax)[1])
+        bar.set_label(text, size=LABEL_POINTS + 1)
     parts = ["▬ replaced", "╍ says the token"]
     parts += ["− lowers"] * (not numbered) + ["grey: not patched"] * bool(np.isnan(cells).any())
     key = key_lines(parts, inches(ax)[0] * 72)

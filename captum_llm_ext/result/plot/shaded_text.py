@@ -163,7 +163,7 @@ class _Passage:
         """The explanation of signs in lines, and its height in points."""
         shades = self.shades
         signs = {shades.sign(i) for i in range(len(shades.values))}
-        said = {
+        parts = {
             "framed: explained": bool(self.explained),
             "solid line: raises": 1 in signs,
             "dashed: lowers": -1 in signs,
@@ -172,7 +172,7 @@ class _Passage:
             ),
             "pale: error unknown": bool(shades.unknown.any()),
         }
-        text = key_lines([text for text, needed in said.items() if needed], width)
+        text = key_lines([text for text, needed in parts.items() if needed], width)
         return text, (1 + text.count("\n")) * KEY_LINE + 0.75 * LABEL_POINTS
 
 
@@ -236,9 +236,9 @@ def _shades(
     known = numbers(values).reshape(-1)
     pale, unknown = np.zeros(known.shape, dtype=bool), np.zeros(known.shape, dtype=bool)
     if errors is not None:
-        told = array("errors", errors, known.shape)
-        pale = ~(np.abs(known) >= sure * told)
-        unknown = np.isnan(told) & (known != 0)
+        known_errors = array("errors", errors, known.shape)
+        pale = ~(np.abs(known) >= sure * known_errors)
+        unknown = np.isnan(known_errors) & (known != 0)
     first = len(known) if n_first is None else n_first
     # No scale without attributions: for the first token, or an answer held fixed.
     parts = [known[:first], known[first:]] if known[first:].any() else [known]

@@ -121,7 +121,7 @@ def _spread(
 
 
 def _floor(result: "ResultNumbers", tokens: Tensor) -> float:
-    told = str(result.provenance.get("attr_target"))
-    if told in _IN_NATS and not result.is_unsigned:
+    target = str(result.provenance.get("attr_target"))
+    if target in _IN_NATS and not result.is_unsigned:
         return FLOOR
     return _RELATIVE_FLOOR * float(tokens.clamp_min(0).sum(1).max())

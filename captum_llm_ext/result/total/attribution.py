@@ -369,10 +369,10 @@ class TotalAttribution:
         longest = max(map(columns, names))
         lines = [self.summary]
         for name, found in zip(names, self.top(k), strict=True):
-            told = [show(str(share), "size") for share in found if share.share >= _LEAST_SHOWN]
-            said = ", ".join(told) or show("nothing in particular", "nothing")
+            listed = [show(str(share), "size") for share in found if share.share >= _LEAST_SHOWN]
+            text = ", ".join(listed) or show("nothing in particular", "nothing")
             padding = " " * (longest - columns(name))
-            lines.append(f"{padding}{show(name, 'token')}{_ARROW}{said}")
+            lines.append(f"{padding}{show(name, 'token')}{_ARROW}{text}")
         return "\n".join([*lines, *self._remarks()])
 
     @property
@@ -391,7 +391,7 @@ class TotalAttribution:
 
     def _left_out(self) -> list[str]:
         sizes = self.strength.clamp_min(0)
-        told = [
+        listed = [
             f"{percent(share)} {why}"
             for share, why in (
                 (_mean(self.negative, sizes), "for their sign"),
@@ -399,7 +399,7 @@ class TotalAttribution:
             )
             if share >= _LEAST_SHOWN
         ]
-        return [f"Left out of the attributions: {', '.join(told)}."] if told else []
+        return [f"Left out of the attributions: {', '.join(listed)}."] if listed else []
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as values that JSON can hold."""
@@ -465,11 +465,11 @@ def _sparse(influence: Influence) -> list[list[list[Any]]]:
     found: list[list[list[Any]]] = []
     for row in zip(influence.prompt, influence.output, strict=True):
         kept = [own.nonzero()[:, 0] for own in row]
-        told = [
+        listed = [
             (at.tolist(), [_short(x) for x in own[at].tolist()])
             for own, at in zip(row, kept, strict=True)
         ]
-        found.append([held for pair in told for held in pair])
+        found.append([held for pair in listed for held in pair])
     return found
 
 

@@ -139,8 +139,8 @@ class Graph:
         """Which attributions of tokens and features count, with errors and floor scaled."""
         sums = self.view.tokens(attributions), self.view.features(attributions)
         first, second = (
-            kept(found, errors * told, noise, errors * self.floor)
-            for found, told, noise in zip(sums, self.errors, self.rounding, strict=True)
+            kept(found, errors * error, noise, errors * self.floor)
+            for found, error, noise in zip(sums, self.errors, self.rounding, strict=True)
         )
         return first, second
 

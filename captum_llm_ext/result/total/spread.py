@@ -68,8 +68,8 @@ class Spread:
             strength = self.graph.influence(self.attributions)[0].strength
             zero = [torch.zeros_like(own.first) for own in found]
             return [
-                told.masked_fill((own.inside @ strength > 0)[:, None], torch.nan)
-                for own, told in zip(found, zero, strict=True)
+                is_zero.masked_fill((own.inside @ strength > 0)[:, None], torch.nan)
+                for own, is_zero in zip(found, zero, strict=True)
             ]
         cost = view.n_output**2 * (view.n_prompt + view.n_output)
         n = _N_DRAWS if cost <= _LONG else _N_DRAWS_OF_LONG
@@ -140,7 +140,7 @@ def _as_told(moved: Tensor, errors: Tensor) -> tuple[Tensor, Tensor | None]:
         was changed.
     """
     size = moved.square().sum(0).sqrt()
-    is_told = errors.isfinite() & (size > 0)
-    scaled = moved * (errors / size.clamp_min(torch.finfo(size.dtype).tiny)).where(is_told, 1.0)
+    is_known = errors.isfinite() & (size > 0)
+    scaled = moved * (errors / size.clamp_min(torch.finfo(size.dtype).tiny)).where(is_known, 1.0)
     rest = errors.where(errors.isfinite() & (size == 0), 0.0)
     return scaled, rest if bool(rest.any()) else None

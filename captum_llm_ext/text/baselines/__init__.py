@@ -209,9 +209,11 @@ def _by_name(labels: Labels, slots: Sequence[Slot]) -> list[tuple[str, ...]]:
     missing = [slot.text.strip() for slot, name in zip(slots, names, strict=True) if name is None]
     unused = [key for key in labels.texts if key not in names]
     if missing or unused:
-        told = f"has nothing for {missing[:5]}" if missing else f"names {unused[:5]}, no features"
+        problem = (
+            f"has nothing for {missing[:5]}" if missing else f"names {unused[:5]}, no features"
+        )
         raise ValueError(
-            f"the mapping `baselines` {told}: name every feature by its label, number or text "
+            f"the mapping `baselines` {problem}: name every feature by its label, number or text "
             "(`CorpusBaselines(texts, labels=…)` looks up those that are not named)."
         )
     return [labels.texts[name] for name in names if name is not None]

@@ -82,9 +82,9 @@ class ChatInput(TextSegmentInput):
         self._template_ids = template.ids(self.messages)
         found = locate_messages(template, self.messages, text)
         _warn_of_missing(self.messages, {i: found[i] for i in chosen})
-        said = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
+        spoken = sorted((span, i) for i, message in enumerate(found) for span in message.spans)
         roles_of = [str(message["role"]) for message in self.messages]
-        own = [(span, i) for span, i in said if i in chosen]
+        own = [(span, i) for span, i in spoken if i in chosen]
         messages_of = [i for _, i in own]
         turns = Parts(
             [
@@ -106,7 +106,7 @@ class ChatInput(TextSegmentInput):
             add_special_tokens=False,
             **arguments,
         )
-        self.pieces = _pieces_with_roles(self.pieces, [(span, roles_of[i]) for span, i in said])
+        self.pieces = _pieces_with_roles(self.pieces, [(span, roles_of[i]) for span, i in spoken])
 
     def _encoded(self, text: str, tokenizer: Any, add_special_tokens: bool) -> tokens.Encoding:
         encoding = super()._encoded(text, tokenizer, add_special_tokens)
@@ -150,13 +150,13 @@ def _warn_of_missing(messages: Sequence[Message], found: Mapping[int, Found]) ->
             "chat template makes of it: the template changes, repeats or drops it. Leave its "
             "role out of `roles`, or give the rendered text to `TextSegmentInput`."
         )
-    told = [
+    problems = [
         describe(i, messages[i], message.missing) for i, message in found.items() if message.missing
     ]
-    if told:
+    if problems:
         warnings.warn(
             "what the chat template leaves out, changes or repeats is no part of a feature: "
-            f"{'; '.join(told)}.",
+            f"{'; '.join(problems)}.",
             UserWarning,
             stacklevel=stacklevel_of_caller(),
         )
@@ -183,7 +183,7 @@ def _message_spans(messages: Sequence[int]) -> list[list[str | int]]:
     return [own for own in places.values() if len(own) > 1]
 
 
-def _pieces_with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]) -> list[Piece]:
+def _pieces_with_roles(pieces: Sequence[Piece], spoken: Sequence[tuple[Span, str]]) -> list[Piece]:
     """The same text with the role of each piece; fixed text is split where a message ends."""
     marked: list[Piece] = []
     position = 0
@@ -191,12 +191,12 @@ def _pieces_with_roles(pieces: Sequence[Piece], said: Sequence[tuple[Span, str]]
         first, position = position, position + len(piece.text)
         # A feature may begin with the white space before its message, which its first token
         # contains, and a token may contain the special one after it.
-        borders = {span.stop for span, _ in said}
+        borders = {span.stop for span, _ in spoken}
         if piece.feature is None:
-            borders |= {span.start for span, _ in said}
+            borders |= {span.start for span, _ in spoken}
         inner = sorted(border for border in borders if first < border < position)
         for start, stop in pairwise([first, *inner, position]):
-            owner = next((role for span, role in said if span.start < stop <= span.stop), None)
+            owner = next((role for span, role in spoken if span.start < stop <= span.stop), None)
             feature = None if owner is None else piece.feature
             text = piece.text[start - first : stop - first]
             marked.append(Piece(text, feature, owner or "template"))

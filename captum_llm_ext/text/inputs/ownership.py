@@ -505,13 +505,13 @@ def _with_special_tokens(owned: Ownership, encoding: Encoding) -> Ownership:
     named = [special_spans[i] if alone else owned.named[i] for alone, i in order]
     coarse: list[CoarseSpans] = []
     for parts in owned.coarse:
-        told = dict.fromkeys((a, i if a else parts.part_of[i]) for a, i in order)
-        place = {key: i for i, key in enumerate(told)}
+        pairs = dict.fromkeys((a, i if a else parts.part_of[i]) for a, i in order)
+        place = {key: i for i, key in enumerate(pairs)}
         coarse.append(
             CoarseSpans(
-                [special_spans[i] if alone else parts.spans[i] for alone, i in told],
+                [special_spans[i] if alone else parts.spans[i] for alone, i in pairs],
                 [place[a, i if a else parts.part_of[i]] for a, i in order],
-                [None if alone else parts.numbers[i] for alone, i in told],
+                [None if alone else parts.numbers[i] for alone, i in pairs],
             )
         )
     owners = [None if key is None else number[key] for key in keys]

@@ -84,8 +84,8 @@ class Piece:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name; the role only if there is one."""
-        told = {"text": self.text, "feature": self.feature}
-        return told if self.role is None else told | {"role": self.role}
+        fields = {"text": self.text, "feature": self.feature}
+        return fields if self.role is None else fields | {"role": self.role}
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,8 +182,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
 
     def with_default(self, baselines: Any) -> Self:
         """See `Prompt.with_default`."""
-        is_said = not isinstance(self.own_baseline, Default)
-        return self if is_said else self.with_baselines(baselines)
+        is_given = not isinstance(self.own_baseline, Default)
+        return self if is_given else self.with_baselines(baselines)
 
     def with_model(self, model: LanguageModel) -> Self:
         """See `Prompt.with_model`."""

@@ -508,9 +508,9 @@ def _classes(atoms: Atoms) -> Tensor:
         sample, vocabulary.kinds[known].long(), is_mark[known], passages
     ).int()
     # Marks that do not occur in the sample.
-    lone = (is_mark & (classes < _N_KINDS)).nonzero()[:, 0]
-    classes[lone] = (
-        int(classes.max()) + 1 + torch.arange(len(lone), dtype=torch.int32, device="cpu")
+    single = (is_mark & (classes < _N_KINDS)).nonzero()[:, 0]
+    classes[single] = (
+        int(classes.max()) + 1 + torch.arange(len(single), dtype=torch.int32, device="cpu")
     )
     frame = classes >= _N_KINDS
     classes[frame] = _N_KINDS + classes[frame].unique(return_inverse=True)[1].int()

@@ -68,7 +68,7 @@ def parts(
         these occur beside the word itself: "KS" is not an alternative to "KS with a".
     """
     n, n_all = len(own), n_left + len(own) + n_right
-    beside: set[str] = set()
+    adjacent: set[str] = set()
     others: Counter[str] = Counter()
     found: Counter[str] = Counter()
     for text, count in texts.items():
@@ -80,7 +80,7 @@ def parts(
             found[part_of(text, start, stop)] += count
             others[" ".join(atoms)] += count
         else:
-            beside.update(" ".join(atoms[:stop]) for stop in range(1, at + 1))
-            beside.update(" ".join(atoms[start:]) for start in range(at + n, len(atoms)))
-    added = sum(others[text] for text in beside)
+            adjacent.update(" ".join(atoms[:stop]) for stop in range(1, at + 1))
+            adjacent.update(" ".join(atoms[start:]) for start in range(at + n, len(atoms)))
+    added = sum(others[text] for text in adjacent)
     return None if added and added >= _ADDED * others.total() else found

@@ -127,12 +127,12 @@ def _merge_similar_classes(
     left, right = _neighbours(words, classes, frames)
     alike = torch.minimum(left @ left.T, right @ right.T)
     together = _cooccurrence(words, frames, passages)
-    kin = (alike >= KINSHIP) & (together <= TOGETHER)
+    interchangeable = (alike >= KINSHIP) & (together <= TOGETHER)
     classes = classes.clone()
     families: list[list[int]] = []
     family_of: list[int] = []
     for i in range(len(frames)):
-        near = set(kin[i, :i].nonzero()[:, 0].tolist())
+        near = set(interchangeable[i, :i].nonzero()[:, 0].tolist())
         # Frequent words come first. A word joins a family if it is interchangeable with every
         # member.
         fitting = [f for f in sorted({family_of[j] for j in near}) if near.issuperset(families[f])]

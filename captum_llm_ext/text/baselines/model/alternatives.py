@@ -306,14 +306,14 @@ class Alternatives:
 
     def _is_repeated(self, first: int, stop: int, stops: Mapping[int, int]) -> bool:
         """Whether the words of a phrase occurred before and were not a phrase."""
-        said = [atom.text for atom in self._atoms[first:stop]]
+        words_of = [atom.text for atom in self._atoms[first:stop]]
         earlier = (
             i
             for i in range(first)
-            if [atom.text for atom in self._atoms[i : i + len(said)]] == said
+            if [atom.text for atom in self._atoms[i : i + len(words_of)]] == words_of
         )
         before = next(earlier, None)
-        return before is not None and stops.get(before, before) < before + len(said)
+        return before is not None and stops.get(before, before) < before + len(words_of)
 
     def _found_ties(self) -> list[tuple[Span, Span]]:
         """Neighbours of which one determines the other, with punctuation between.

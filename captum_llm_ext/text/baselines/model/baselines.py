@@ -318,8 +318,8 @@ class _Filling:
                 for text, weight in candidates.match.candidates
             ]
             likely = heapq.nlargest(_TOLD, longer, key=lambda choice: choice[0])
-        told = tuple((self._assembled(texts), share) for share, texts in likely)
-        others = tuple(text for text, _ in told if text != self.place.core)
+        listed = tuple((self._assembled(texts), share) for share, texts in likely)
+        others = tuple(text for text, _ in listed if text != self.place.core)
         n = math.prod(len(self.parts[number].choices) for number in {*self.same_as}) - 1
         return Match(
             level="model",
@@ -328,7 +328,7 @@ class _Filling:
             n_candidates=n,
             constant=own >= ENOUGH,
             examples=others,
-            candidates=told,
+            candidates=listed,
             determined=own,
         )
 
