@@ -8,6 +8,8 @@ from shutil import copytree
 
 import nbformat
 import pytest
+from jupyter_client.provisioning import local_provisioner
+from kernels import Kernels
 from nbclient import NotebookClient
 
 # Jupyter's own warnings are not ours to fix.
@@ -22,8 +24,18 @@ CODE_SPAN = re.compile(r"`[^`]*`")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.fixture(scope="module")
+def kernels():
+    """Kernels that need not import torch and transformers, each for itself."""
+    kernels = Kernels()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_provisioner, "launch_kernel", kernels.launch)
+        yield
+    kernels.close()
+
+
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
-def committed_and_fresh(request, tmp_path_factory):
+def committed_and_fresh(request, tmp_path_factory, kernels):
     committed = nbformat.read(request.param, as_version=4)
     fresh = copy.deepcopy(committed)
     folder = tmp_path_factory.mktemp("tutorial")

@@ -270,8 +270,8 @@ def _continuation(target: object, ids: Tensor, prompt: RenderedPrompt, tokenizer
                 f"{message}, and nothing comes after them: there is nothing to explain."
             )
         _warn(
-            f"{message}, as the output of `generate` does: what comes after them is explained. Give "
-            f"`target[{n}:]` to say so."
+            f"{message}, as the output of `generate` does: what comes after them is explained. "
+            f"Give `target[{n}:]` to say so."
         )
         return ids[n:]
     return ids

@@ -23,7 +23,8 @@ _PLAIN = (
     *(type(None), bool, int, float, complex, str, bytes, PurePath, range, slice),
     *(torch.dtype, torch.device),
 )
-_PART = 1 << 22  # elements summed at a time, since they are converted to larger integers
+# Elements summed at a time, since they are converted to larger integers; chosen, not measured.
+_PART = 1 << 22
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Texts up to this length are shown unchanged.
 _SHOWN = 200

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 CHECKPOINT_ENDING = ".safetensors"
-_TOKEN = 8  # random bytes in the name of a temporary file
+_TOKEN = 8  # random bytes in the name of a temporary file; chosen
 _ABANDONED = 60.0  # seconds: younger files may belong to a running process; chosen, not measured
 _LINKS = 40  # maximum number of links followed, as in Linux
 # Errors of folders that allow no new file, and of files that are mounted or belong to others in

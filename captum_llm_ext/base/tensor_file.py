@@ -27,8 +27,9 @@ T = TypeVar("T")
 _DIGEST = "sha256"
 _METADATA = "__metadata__"
 _ALIGNED = 8  # alignment of the header's length in bytes, so that tensors are aligned
-_CHUNK = 1 << 24  # bytes read at a time for a digest
-# Within this many nanoseconds after a change, the file's times may not show another one.
+_CHUNK = 1 << 24  # bytes read at a time for a digest; chosen, not measured
+# Within this many nanoseconds after a change, the file's times may not show another one. Chosen: a
+# clock tick of 10 ms, with a margin of ten.
 _TICK = 100_000_000
 _DTYPES = {
     "F64": torch.float64,

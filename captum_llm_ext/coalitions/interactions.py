@@ -26,14 +26,14 @@ _REACH = 4
 # as with twice as many rows and steps, in a half to a third of the time; without learning, errors
 # double.
 _MOST_FOR_SEARCH = 128
-_SEARCH_STEPS = 20
+_SEARCH_STEPS = 20  # of strength and noise, as counted in costs; about as many are usual
 # Relevances are learnt from this many rows, by steps of this size in their logarithms.
 _MOST_FOR_LEARNING = 320
 _LEARNING_STEPS = 6
 _LEARNING_RATE = 0.4
 # Maximum iterations of a fixed point, which three usually reach.
 _ROUNDS = 8
-_TINY = 1e-30
+_TINY = 1e-30  # avoids logarithms of 0
 # Gauss-Legendre nodes: interactions of up to 16 features are integrated exactly.
 _LOWER_NODES = (0.0198550718, 0.1016667613, 0.2372337950, 0.4082826788)
 _NODES = torch.tensor(

@@ -26,8 +26,9 @@ _PENALTIES = torch.cat(
 # With fewer observations, interactions cannot be distinguished from noise. Chosen, not measured.
 _FEWEST_OBSERVATIONS = 8
 # A Gaussian process on a smaller part of the observations adds nothing to a regression on all.
+# Chosen, not measured.
 _LARGEST_STRIDE = 8
-_MOST_OF_WALKS = 1024
+_MOST_OF_WALKS = 1024  # observations of walks that a ridge is fitted to; chosen, not measured
 # Entries of a matrix of interactions, several of which are in memory at a time. Chosen, not
 # measured.
 _MOST_ENTRIES = 2**24
@@ -39,7 +40,7 @@ _LEARNING = 1 / 3
 # features it nearly interpolated, and was off by 43 of them; over 24 games at most by 5.4 with 1.5
 # pairs and 3.0 with 3.
 _DETERMINED = 3.0
-# Weight, in draws, of the error expected from all features.
+# Weight, in draws, of the error expected from all features. Chosen, not measured.
 _LEANING = 4
 # Columns multiplied at a time. Chosen, not measured.
 _BLOCK = 96

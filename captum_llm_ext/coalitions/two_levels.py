@@ -16,7 +16,7 @@ import torch
 
 from captum_llm_ext.coalitions.causal_scope import Solution
 
-# Relative variance that counts as rounding.
+# Relative variance that counts as rounding. Chosen, not measured.
 _EXACT = 1e-6
 # If the surrogate's attributions are exact: the squared error that the difference may leave,
 # relative to the squared attributions, unless that takes more than this share of the reference's

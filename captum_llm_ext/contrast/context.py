@@ -15,7 +15,8 @@ from captum_llm_ext.text.inputs import GeneratedText, Prompt, RenderedPrompt, re
 # takes per feature. Chosen, not measured: more would find foils that win in fewer than one draw of
 # eight.
 _DRAWS = 8
-# Characters before a token in which the word that it may continue is searched.
+# Characters before a token in which the word that it may continue is searched. Chosen, not
+# measured.
 _TAIL = 32
 _FRAGMENT = "\ufffd"
 

@@ -19,11 +19,12 @@ _LOOKED_AT = 1024  # likeliest tokens examined; chosen, not measured
 _TOKENS = 8
 
 # Tokens before the answer that determine its grammar. There two texts may both continue with words
-# of a kind ("late because she", "late for work"), and differ in what follows these.
+# of a kind ("late because she", "late for work"), and differ in what follows these. Chosen, not
+# measured.
 _NEAR = 5
-_NEAR_WORDS = 6
+_NEAR_WORDS = 6  # likeliest words of the prompt's own; chosen, not measured
 # One token: later ones depend on the content of the answer ("right" is repeated), not on its
-# function.
+# function. Chosen, not measured.
 _FOLLOWING = 1
 
 Ids = tuple[int, ...]

@@ -431,8 +431,8 @@ def _checked(reported: Any) -> float:
     value = log_prob(reported)
     if value is None:
         raise UnusableAnswerError(
-            f"the server gave {reported!r:.80} as a log-probability: a number of nats, 0 at most, is "
-            "wanted."
+            f"the server gave {reported!r:.80} as a log-probability: a number of nats, 0 at most, "
+            "is wanted."
         )
     return -math.inf if is_ruled_out(value) else value
 

@@ -28,15 +28,16 @@ from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, Unusable
 _APART, _APART_PER_NAT = 0.05, 0.01
 # Log 1 in float32, with rounding.
 _ABOVE_ONE = 1e-6
-_MASS = 1e-3
+_MASS = 1e-3  # by which probabilities may sum to more than 1; chosen, not measured
 # Differences that are not noise if values are otherwise reproduced. Chosen, not measured.
 _SHARP, _TIMES_NOISE = 1e-3, 5.0
 # Generated tokens, alternatives to the last one, and tokens of the prompt that are sent. Shifts by
 # one in either direction show with two tokens and one alternative; the rest is for servers that
 # refuse some. Chosen, not measured: more would only cost more before every run.
 _N_WRITTEN, _N_OTHERS, _LONGEST = 3, 3, 48
-_N_LOOKED_AT = 64
+_N_LOOKED_AT = 64  # tokens considered as alternatives; chosen, not measured
 # Rounding steps that are coarse enough to be reported, and the allowed deviation of multiples.
+# Chosen, not measured.
 _GRAINS, _OFF_GRAIN = (1.0, 0.5, 0.25, 0.2, 0.1, 0.05), 1e-3
 # Number of samples at temperature 1, and allowed deviation of their surprisal in standard errors.
 # Over random distributions of 2,000 tokens with 0.6 to 3 nats of entropy, 32 samples detect values

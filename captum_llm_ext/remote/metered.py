@@ -18,7 +18,7 @@ from captum_llm_ext.remote.workers import do_all
 # Maximum number of answers per request, and the fallback: servers have lower limits of their own.
 # Chosen, not measured.
 _MOST_AT_ONCE, _FEW = 128, 8
-CHARACTERS_PER_TOKEN = 4.0  # for English, without a tokenizer
+CHARACTERS_PER_TOKEN = 4.0  # for English, without a tokenizer: the usual rule of thumb
 # A prompt is truncated if, among prompts of at least this many tokens, one is longer by this share
 # but has the same count. Chosen, not measured.
 _FEW_TOKENS, _CUT = 32, 0.1

@@ -474,8 +474,8 @@ class TextAdapter(_Adapter):
         )
         if self._on_mismatch == "error":
             raise ValueError(
-                f"{message}. Begin the target where the tokenizer does (mostly with its space), give "
-                "a provider that takes ids, such as `CompletionsProvider`, or say "
+                f"{message}. Begin the target where the tokenizer does (mostly with its space), "
+                "give a provider that takes ids, such as `CompletionsProvider`, or say "
                 '`on_mismatch="warn"` if yours joins tokens, not texts.'
             )
         if self._n_mismatches == 1:

@@ -31,7 +31,7 @@ from captum_llm_ext.remote.workers import do_all
 # Allowed difference in nats between repeated responses: batching changes last digits of half
 # precision. Chosen, not measured.
 _NOISE = 0.2
-_NOISE_PER_NAT = 0.01  # additional share of large values
+_NOISE_PER_NAT = 0.01  # additional share of large values; chosen, not measured
 # Seconds after which one prompt is repeated, to detect a change of the server. Chosen, not
 # measured.
 LONG = 60.0

@@ -28,7 +28,7 @@ _BELOW_BOUND = 2.0
 # Imputed value of a token without any report. Chosen, not measured: the bounds of 20 likeliest
 # tokens are -5 to -6.
 _UNTOLD = -8.0
-_N_ASKED = 4
+_N_ASKED = 4  # tries for a distribution; chosen, not measured
 # The maximum that servers accept; and how often another bias is tried.
 _MOST_BIAS, N_TRIES = 100.0, 3
 # Nats below the bound at which a token is assumed, and by which the bias is changed. Chosen, not
@@ -161,8 +161,8 @@ class TopK:
             if in_batch > NOISY:
                 raise HandshakeError(
                     "a prompt has other log-probabilities when others are asked about at the same "
-                    f"time, by {in_batch:.2g} nats: answers are mixed up, which `max_concurrency=1` "
-                    "avoids."
+                    f"time, by {in_batch:.2g} nats: answers are mixed up, which "
+                    "`max_concurrency=1` avoids."
                 )
             self.checks["asked beside others"] = f"the same within {in_batch:.1g} nats"
         self.noise = max(self.noise, again, in_batch)

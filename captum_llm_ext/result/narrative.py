@@ -117,7 +117,8 @@ def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
     rest = f", then to {' and '.join(causes[1:])}" if len(causes) > 1 else ""
     return [
         f"Most of {subject} follows from its own words, which have {_percent(1 - end.directly)} of "
-        f"what led to its tokens: followed through these, it goes back {mostly}to {causes[0]}{rest}."
+        f"what led to its tokens: followed through these, it goes back {mostly}to "
+        f"{causes[0]}{rest}."
     ]
 
 

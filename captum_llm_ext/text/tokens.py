@@ -26,6 +26,7 @@ _BYTE = re.compile("<0x[0-9A-F]{2}>")  # a part of a character, whatever the tok
 _LONGEST_FRAGMENT = 8
 # Number of tokens decoded together to see what the last of them adds. Two suffice for byte-level
 # BPE; the others are for decoders that look at neighbours, and for characters in several tokens.
+# Chosen, not measured.
 _DECODE_WINDOW = 16
 # Number of characters to the left that decide how a text is tokenised in place. In 400 splits of
 # prose, code and Markdown one character gave the same as 300 (byte-level BPE of 49,152 tokens); the

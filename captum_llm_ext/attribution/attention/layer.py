@@ -14,7 +14,7 @@ _MAX_PART_NUMBERS = 2**24  # numbers in all parts held at once; chosen, not meas
 # Relative error allowed between a sum and its parts: sums of some thousand products in the same
 # dtype. The tolerance for half precision is chosen, not measured.
 _DECOMPOSITION_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
-_DECOMPOSITION_TOLERANCE_HALF = 0.05
+_DECOMPOSITION_TOLERANCE_HALF = 0.05  # of half precision: chosen, not measured
 _MIN_FACTOR = 0.01  # smallest factor by which a layer may scale its attention; chosen, not measured
 
 

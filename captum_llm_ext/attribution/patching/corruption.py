@@ -18,7 +18,7 @@ from captum_llm_ext.text.inputs import Context, GeneratedText, render_text
 Feature = int | str | Sequence[int | str]
 
 # Draws of a baseline tried to find one of as many tokens: this many, plus this many per wanted
-# draw. Of texts of up to three tokens, one in ten or more qualifies.
+# draw. Of texts of up to three tokens, one in ten or more qualifies. Chosen, not measured.
 _TRIES, _TRIES_EACH = 64, 8
 _SHOWN = 4
 

@@ -50,7 +50,7 @@ Direction = Literal["denoise", "noise"]
 
 # Samples of noise averaged over, as in Meng et al. 2022.
 _NOISE_DRAWS = 10
-_NOISE_SCALE = 3.0
+_NOISE_SCALE = 3.0  # standard deviations of the embeddings, as in Meng et al. 2022
 # What bypasses the streams changes values by more than this, in their unit; the parts that models
 # always compute in float32 change them by less. Chosen, not measured.
 _BESIDE = 1e-4

@@ -16,7 +16,7 @@ Kind = Literal["removal", "insertion"]
 _ROUNDING = 1e-6
 _Z_95 = 1.96  # standard errors: 95 % of a normal distribution
 # Their mean misses the expectation by a tenth of the standard deviation, without scoring
-# coalitions.
+# coalitions. Chosen by that.
 _N_SHUFFLES = 100
 # Numbers in a jackknife over coalitions, to limit memory; chosen, not measured.
 _MAX_JACKKNIFE_NUMBERS = 2**22

@@ -12,7 +12,7 @@ AttrTarget = str | Callable[[Tensor, Tensor], Tensor]
 # Logits are reduced piece by piece: only a float32 copy of each piece is made. On a CPU a piece
 # fits into its cache. Chosen, not measured.
 _PIECE = {"cpu": 2**19}
-_PIECE_ELSEWHERE = 2**27
+_PIECE_ELSEWHERE = 2**27  # on other devices; chosen, not measured
 # Positions per reading of a layer's weights. Chosen, not measured.
 _PLACES = 2048
 _LOG2_E = math.log2(math.e)

@@ -7,8 +7,8 @@ from captum_llm_ext import _compat
 
 # A CPU gains nothing from batches beyond its caches, a GPU from larger ones. Chosen, not measured.
 _TOKENS_PER_BATCH = {"cpu": 4096}
-_TOKENS_ELSEWHERE = 65536
-_CPU_BUDGET = 2**30
+_TOKENS_ELSEWHERE = 65536  # on other devices; chosen, not measured
+_CPU_BUDGET = 2**30  # bytes a batch may take on a CPU at most; chosen, not measured
 # Rows of a pack attend one after another, so more gain nothing. Chosen, not measured.
 _IDS_PER_PACK = {"cpu": 2048}
 # Seconds to start a layer, however small; operations per second; positions whose arithmetic takes

@@ -21,7 +21,7 @@ _HALF = (torch.float16, torch.bfloat16)
 # or as maxima. On SmolLM2 and Gemma 3 in bfloat16, two ways of computing the same differed by less
 # than 1.6 times that change, at most once by as much.
 BEYOND = 3.0
-_BEYOND_MOST = 2.0
+_BEYOND_MOST = 2.0  # the same for maxima
 
 
 def rounding(dtype: torch.dtype | None) -> float:

@@ -17,7 +17,7 @@ from captum_llm_ext.model.forward.packing import Segment
 # Minimum share of the queries and of the keys of a stack that is not padding, except for short
 # ones. Chosen, not measured.
 _FULL = 0.75
-_SHORT = 8
+_SHORT = 8  # tokens of segments whose padding does not matter; chosen, not measured
 # Maximum number of pairs of queries and keys at once: their biases, and a copy of each key, take
 # memory. Chosen, not measured.
 _MOST_PAIRS = 2**17

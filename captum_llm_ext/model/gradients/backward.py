@@ -25,13 +25,13 @@ Measure = Literal["product", "l1", "l2"]
 # Tokens per pass beyond which a device is busy: more rows, or more target tokens at once, gain
 # nothing (measured on a CPU; beyond 2048 they lose by cache misses).
 _TOKENS = {"cpu": 1024}
-_TOKENS_ELSEWHERE = 65536
+_TOKENS_ELSEWHERE = 65536  # on other devices; chosen, not measured
 # Memory of a pass in addition to what it stores for the backward pass, as a multiple of that.
 # Chosen, not measured.
 _WORKING = 1.5
 # Largest relative difference between gradients due to other shapes of the same products.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3}
-_ROUNDING_HALF = 0.1
+_ROUNDING_HALF = 0.1  # of half precision; chosen, not measured
 
 _NO_GRADIENT = (
     "no gradient reaches the layer: the model runs without gradients there (quantised or offloaded "

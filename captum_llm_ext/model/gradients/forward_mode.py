@@ -19,7 +19,7 @@ from captum_llm_ext.model.gradients.layers import Layers
 # Cost of a derivative in backward passes: attention stores its weights (and the plain kernel is
 # slower than the fused one), everything else is the same products. Chosen, not measured.
 _COST = 1.5
-# Additional passes: the head's gradients, and what all derivatives of a pass share.
+# Additional passes: the head's gradients, and what all derivatives of a pass share; counted.
 _BESIDE = 2
 
 

@@ -50,7 +50,7 @@ _STOPPED_INPUT = "_captum_llm_ext_stopped"
 # Allowed rounding error of a sum of contributions, relative to the value (measured on 25 families:
 # 2e-15, 9e-7 and 2e-2; nonlinear functions begin at 1e-3).
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_TOLERANCE_HALF = 0.06
+_TOLERANCE_HALF = 0.06  # of half precision: three times the largest measured
 # Allowed relative nonlinearity of a module: rounding of half precision, or of the input of int8
 # weights (chosen, not measured; ReLU and GELU deviate by more than a half).
 _LINEAR_TOLERANCE = 0.05

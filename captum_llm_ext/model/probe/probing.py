@@ -33,21 +33,23 @@ from captum_llm_ext.model.probe.short_passes import ShortPasses
 # Number of ids in the first pass, which shows what a model returns. Chosen, not measured.
 _FIRST = 8
 # Number of further rows, with as many target tokens, that show whether the model sees ahead, up to
-# a quarter of the run; in a large run, one per this many rows.
+# a quarter of the run; in a large run, one per this many rows. Chosen, not measured.
 _CUTS = 8
 _ROWS_PER_CUT = 32
-# Number of these rows that end there; only these if a pack has shown what follows next.
+# Number of these rows that end there; only these if a pack has shown what follows next. Chosen, not
+# measured.
 _ENDED = 3
 # Number of target tokens at which these rows, and a pack, are compared, since each takes a token in
 # a pack. For 16 bits half of them: effects beyond rounding show there as well.
 _LATER = 32
-# Number of ids before the target in rows of the target alone.
+# Number of ids before the target in rows of the target alone. Chosen, not measured.
 _CLOSE = 16
-# Number of positions at which the shortest row is compared.
+# Number of positions at which the shortest row is compared. Chosen, not measured.
 _PLACES = 5
-# Number of such rows per pass.
+# Number of such rows per pass. Chosen, not measured.
 _AT_ONCE = 8
-# Number of rows, and of ids in each, that show whether only larger batches are coupled.
+# Number of rows, and of ids in each, that show whether only larger batches are coupled. Chosen, not
+# measured.
 _WIDE = 16
 _WIDE_IDS = 8
 # Maximum effect of the number of rows on a float32 model.
@@ -120,7 +122,7 @@ class Probe:
                 return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
         return self._together(found, at, alone)
 
-    # Rounding ---------------------------------------------------------------------------------------
+    # Rounding -------------------------------------------------------------------------------------
 
     def _rounding_within(self, found: Findings, ids: Sequence[int], logits: Tensor) -> Findings:
         """The effect of perturbed last digits on the logits of a few ids."""
@@ -179,7 +181,7 @@ class Probe:
         """Whether rounding may look like an effect."""
         return found.dtype not in ("float32", "float64") or _compat.half_precision(self._model)
 
-    # Returned logits -------------------------------------------------------------------------------
+    # Returned logits ------------------------------------------------------------------------------
 
     def _first(self, ids: Sequence[int], logits: Tensor) -> Findings:
         """Findings from all logits of a few ids."""
@@ -290,7 +292,7 @@ class Probe:
             )
         return n
 
-    # Effects on the output ----------------------------------------------------------------------
+    # Effects on the output ------------------------------------------------------------------------
 
     def _alone(self, found: Findings) -> Findings:
         """Findings on one row, unchanged and with other ids after some positions."""

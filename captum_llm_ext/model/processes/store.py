@@ -21,6 +21,7 @@ from captum_llm_ext.model.processes.connection import Connections
 # Seconds between heartbeats, sent by a separate thread even while a process computes. Chosen, not
 # measured.
 _BEAT = 1.0
+# Seconds without a heartbeat after which a process is given up; chosen, not measured.
 _SILENCE = 60.0
 # Seconds to wait after a connection has ended: the process may have finished before. Chosen, not
 # measured.
@@ -28,6 +29,7 @@ _ENDED = 3.0
 # Bytes: torch's store takes values of up to 8 MiB.
 _PIECE = 4 << 20
 _COUNT = 4  # bytes for the number of pieces that follow the first
+# Seconds between two looks at the store; chosen, not measured.
 _SHORTEST_NAP, _LONGEST_NAP = 0.0005, 0.02
 # Seconds that a failed process waits for the others to learn of it, before it may end the run.
 # Chosen, not measured.

@@ -141,8 +141,8 @@ class Journal:
             raise ValueError(f"{name} is damaged ({why}): {_KIND.advice}") from error
         if changes:
             raise ValueError(
-                f"the checkpoint {name} belongs to another run ({changes}): give the same arguments, "
-                "another file, or delete it to begin anew."
+                f"the checkpoint {name} belongs to another run ({changes}): give the same "
+                "arguments, another file, or delete it to begin anew."
             )
         self._known, self._target, self._budget = known, target, budget
 

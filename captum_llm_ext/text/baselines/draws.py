@@ -2,7 +2,8 @@
 
 import torch
 
-# Number of binary digits of a draw's place that its index determines; finer ones are random.
+# Number of binary digits of a draw's place that its index determines; finer ones are random. Enough
+# for 1,024 draws.
 _LEVELS = 10
 _WORD = 2**64 - 1
 

@@ -7,7 +7,7 @@ from captum_llm_ext.text.baselines.slot import Slot
 from captum_llm_ext.text.baselines.words import Atom
 
 REACH = 8  # atoms of the surroundings that are compared on each side; chosen, not measured
-_WINDOW = 60 * REACH  # characters that contain this many atoms
+_WINDOW = 60 * REACH  # characters that contain this many atoms; chosen, not measured
 
 
 @dataclass(frozen=True, slots=True)

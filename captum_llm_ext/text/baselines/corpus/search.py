@@ -21,7 +21,7 @@ AGREED = 5
 # Surroundings in which the feature is this much rarer than in others are not those of its slot, if
 # the others' rates are certain to this many standard errors. Chosen, not measured.
 AS_LIKELY = 0.75
-SURE = 1.5
+SURE = 1.5  # standard errors; chosen, not measured
 # Minimum information of template words in bits: about that of one word next to the feature. Chosen,
 # not measured.
 TELLING = 3.5

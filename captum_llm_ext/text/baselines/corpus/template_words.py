@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 # Minimum average predictability of a template word. With four equally likely paraphrases each has
-# it.
+# it. This and the following limits are chosen, not measured one by one; what they do together is in
+# benchmarks/results/unseen.json and corpus_index.json.
 EXPECTED = 0.2
 # ... if at least this share of gaps between the same neighbours contains a predictable word.
 WORDED = 0.5
@@ -24,14 +25,14 @@ WORDED = 0.5
 KINSHIP = 0.75
 # ... unless they occur together in more than this share of the passages of the rarer one.
 TOGETHER = 0.15
-MIN_COUNT = 8
+MIN_COUNT = 8  # occurrences that a template word has at least
 # A word is regular if the variance of its count per passage is at most this share of the Poisson
 # variance.
 REGULAR = 0.6
-MIN_PASSAGES = 50
-_ROUNDS = 8
-_MAX_FRAMES = 1_500
-_MAX_PASSAGES = 4_000
+MIN_PASSAGES = 50  # passages from which on regularity is judged
+_ROUNDS = 8  # of a fixed point that few reach later
+_MAX_FRAMES = 1_500  # template words compared pairwise, for memory
+_MAX_PASSAGES = 4_000  # passages in which they are counted together, for memory
 
 
 def context_classes(words: Tensor, kinds: Tensor, marks: Tensor, passages: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ _LONGEST = 4  # words of a phrase; chosen, not measured
 ENOUGH = 0.95
 _MORE_WORDS = 1  # words that a replacement may have more than the original; chosen, not measured
 # Of this many likeliest words, those are kept after which the following words are likeliest: of
-# four after "was", as in "was hungry, so", possibly none ("a", "born", "the", "an").
+# four after "was", as in "was hungry, so", possibly none ("a", "born", "the", "an"). Chosen, not
+# measured.
 _TRIED = 16
-_AFTER = 2  # words after a place that are scored
+_AFTER = 2  # words after a place that are scored; chosen, not measured
 # Probability of the own word beyond which the following words leave hardly another one. Chosen, not
 # measured.
 _DECIDED = 0.95
