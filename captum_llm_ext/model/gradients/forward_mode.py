@@ -87,7 +87,7 @@ class FeatureDerivatives:
             n_rows, len(self._members), self.n_owners, dtype=torch.float64, device="cpu"
         )
         features = self.owners[self.owners < self.n_owners].unique()
-        # All features of a point in one pass, which then needs to be run but once.
+        # All features of a point share one pass: the point is run once.
         n_together = max(1, min(len(features), self._most_tokens // length))
         most_rows = max(1, self._most_tokens // (n_together * length))
         for start in range(0, n_rows, most_rows):
