@@ -28,7 +28,7 @@ READ += ["bloom", *(name for name in architectures.OWN_ATTENTION if "alibi" not 
 REFUSED = {
     "mamba": r"backbone\.layers\.0 \(MambaBlock: MambaRMSNorm, MambaMixer\), backbone\.layers\.1",
     "mamba 2": r"layers\.0 \(Mamba2Block: .*Mamba2Mixer\)",
-    "qwen 3 next, linear attention": r"Qwen3NextGatedDeltaNet|no projection of its own",
+    "qwen 3 next, linear attention": r"Qwen3NextGatedDeltaNet|output projection of its own",
     "jamba, recurrent hybrid": r"layers\.0 \(JambaMambaDecoderLayer: JambaMambaMixer",
     "falcon-h1, recurrent hybrid": r"model\.layers\.0 does not add its attention",
     "lfm 2, convolution hybrid": r"layers\.0 \(Lfm2DecoderLayer: Lfm2ShortConv",

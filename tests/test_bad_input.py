@@ -186,9 +186,9 @@ def test_too_small_a_budget_says_which_would_do(model, tokenizer):
     prompt = "one two three four five six seven eight nine ten"
     with pytest.warns(UserWarning, match=r"12 evaluations for \d+ features.*at most 6 features"):
         _attribute(model, tokenizer, method=KernelShap, prompt=prompt, n_samples=12)
-    with pytest.warns(UserWarning, match="too few for a sound estimate"):
+    with pytest.warns(UserWarning, match="too few for a reliable estimate"):
         _attribute(model, tokenizer, method=ShapleyValueSampling, prompt=prompt, n_samples=1)
-    with pytest.warns(UserWarning, match="too few for a sound estimate"):
+    with pytest.warns(UserWarning, match="too few for a reliable estimate"):
         _attribute(model, tokenizer, method=Lime, prompt=prompt, n_samples=12)
 
 

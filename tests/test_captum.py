@@ -375,9 +375,9 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(
     ("given", "message"),
     [
         ({"return_input_shape": False}, "would be ignored: coalitions or points of KernelShap"),
-        ({"baselines": 3}, "What stands for absent features is said by the input"),
-        ({"baselines": torch.tensor([[0, 1, 0]])}, "is said by the input"),
-        ({"additional_forward_args": (1,)}, "is said by the input"),
+        ({"baselines": 3}, "What stands for absent features is set by the input"),
+        ({"baselines": torch.tensor([[0, 1, 0]])}, "is set by the input"),
+        ({"additional_forward_args": (1,)}, "is set by the input"),
         ({"use_futures": True}, "'use_futures', which KernelShap does not take: leave it out"),
         ({"n_sample": None}, "did you mean 'n_samples'"),
         ({"inputs": None}, "'inputs', which would be ignored"),

@@ -126,7 +126,7 @@ def test_log_probabilities_are_kept_beside_it_by_every_method(model, tokenizer, 
         found.refit(attr_target="prob").values, plain.values.exp(), equal_nan=True
     )
     assert own.provenance["attr_target"] == "log_prob"
-    with pytest.raises(ValueError, match="tells nothing of foils"):
+    with pytest.raises(ValueError, match="holds no values of foils"):
         plain.refit(attr_target="contrast")
 
 
@@ -564,9 +564,9 @@ def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokeni
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with Server(model, tokenizer) as server:
         texts = CompletionsProvider(server.url, "tiny", prompts="text")
-        with pytest.raises(ValueError, match="a provider that takes texts does not tell"):
+        with pytest.raises(ValueError, match="a provider that takes texts does not return"):
             remote(tokenizer, texts, Contrast(foils=7))
-        with pytest.raises(ValueError, match="say `top_logprobs=20`"):
+        with pytest.raises(ValueError, match="give `top_logprobs=20`"):
             remote(tokenizer, CompletionsProvider(server.url, "tiny"))
         assert not server.bodies
         # One that falls back on echoes tells no others: seen at the first answer.
@@ -575,7 +575,7 @@ def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokeni
         attribution = remote(tokenizer, echoes)
         attribution.handshake()
         n_before = len(server.prompts)
-        with pytest.raises(ValueError, match="no foils are to be found"):
+        with pytest.raises(ValueError, match="no foils can be found"):
             attribution.attribute(inp, TARGET)
         assert len(server.prompts) == n_before + 1
 

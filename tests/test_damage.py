@@ -236,6 +236,6 @@ def test_a_checkpoint_without_a_digest_is_to_be_made_anew(good, tmp_path):
     tensors = safetensors.torch.load(good["checkpoint"])
     safetensors.torch.save_file(tensors, path, {CHECKPOINT: json.dumps(rest)})
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"by an earlier version.*delete it to begin anew"):
+    with pytest.raises(ValueError, match=r"by an earlier version.*delete it to begin again"):
         journal(path)
     assert path.read_bytes() == before

@@ -369,7 +369,7 @@ def test_a_folder_of_something_else_is_left_alone(attribution, tmp_path):
     with pytest.raises(ValueError, match=r"holds results and no run\.json"):
         attribute_dataset(["Dave"], attribution, tmp_path)
     (tmp_path / "run.json").write_text("[1]")
-    with pytest.raises(ValueError, match="none of this package's"):
+    with pytest.raises(ValueError, match="not written by this package"):
         attribute_dataset(["Dave"], attribution, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
 
@@ -516,7 +516,9 @@ def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
 def test_processes_that_do_not_share_are_told(attribution, tmp_path, monkeypatch):
     records = [{"prompt": "Dave lives", "target": [7]}]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.warns(UserWarning, match=r"2 processes were started, and 1 of them do all records"):
+    with pytest.warns(
+        UserWarning, match=r"2 processes were started, and 1 of them each attribute all records"
+    ):
         attribute_dataset(records, attribution, tmp_path)
 
 

@@ -275,9 +275,9 @@ def test_results_are_good_for_all_that_results_are(smooth, tokenizer, tmp_path):
         assert len(names) == sums.shape[1]
         assert again.to_dataframe().shape[0] > 0
         assert again.additivity.isnan().all()
-        with pytest.raises(ValueError, match="gradients come from no coalitions"):
+        with pytest.raises(ValueError, match="gradients use no coalitions"):
             again.refit(FeatureAblation)
-        with pytest.raises(ValueError, match="gradients come from no coalitions"):
+        with pytest.raises(ValueError, match="gradients use no coalitions"):
             again.redundant_pairs()
     assert found.provenance["estimator"] == "expected gradients"
     assert found.provenance["n_samples"] == 9
@@ -364,7 +364,7 @@ WRONG = {
     "unit": ({"output_unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
     "output": ({"output_baselines": 4000}, ValueError, "a baseline gives token id 4000, outside"),
     "grouping": ({"feature_mask": torch.zeros(1, 3)}, ValueError, "`feature_mask` has shape"),
-    "grad": ({"grad_kwargs": {"retain_graph": True}}, ValueError, "which is decided here"),
+    "grad": ({"grad_kwargs": {"retain_graph": True}}, ValueError, "which is set internally"),
     "ids": ({"attribute_to_layer_input": True}, ValueError, "no gradient: attribute to its output"),
 }
 
@@ -540,7 +540,7 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(model, tokeni
     truth = attributed(model, tokenizer, inp, kind=kind)
     found = attributed(model, tokenizer, inp, kind=kind, use_futures=None, **given)
     assert torch.equal(found.full_attr, truth.full_attr)
-    with pytest.raises(TypeError, match="is said by the input"):
+    with pytest.raises(TypeError, match="is set by the input"):
         attributed(model, tokenizer, inp, kind=kind, additional_forward_args=(1,))
 
 

@@ -260,10 +260,10 @@ def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
     undo = change(own)
     more = [*GIVEN, {"prompt": "Ann", "target": [7]}]
     for one, options, out in runs:
-        with pytest.raises(ValueError, match="of another model: a row scored anew gives"):
+        with pytest.raises(ValueError, match="of another model: a row scored again gives"):
             attribute_dataset(more, one, out, **options)
         assert len(list(out.glob("*.safetensors"))) == 1
-    with pytest.raises(ValueError, match="of another model: a row scored anew gives"):
+    with pytest.raises(ValueError, match="of another model: a row scored again gives"):
         attribution.attribute(inp, [5, 6], checkpoint=path)
     undo()
     for one, options, out in runs:
@@ -283,7 +283,7 @@ def test_a_switch_that_attention_alone_shows_is_seen_in_a_checkpoint(own, tokeni
     path = tmp_path / "run.safetensors"
     attribution.attribute(inp, [5], checkpoint=path)
     attention.scale = 2.0
-    with pytest.raises(ValueError, match="of another model: a row scored anew gives"):
+    with pytest.raises(ValueError, match="of another model: a row scored again gives"):
         attribution.attribute(inp, [5], checkpoint=path)
 
 

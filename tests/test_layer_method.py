@@ -31,7 +31,7 @@ IDS = torch.tensor([[1, 2, 3]])
     [
         (2, "first", "layer Linear runs more than once in one pass"),
         (1, "idle", "layer Linear does not run in the model's forward"),
-        (1, None, "the model does not tell which one embeds token ids"),
+        (1, None, "the model does not expose which one embeds token ids"),
     ],
 )
 def test_a_layer_that_cannot_be_explained(runs, layer, message):

@@ -800,7 +800,7 @@ def test_copies_ask_anew(demo):
     slot = inp.slots[random.Random(0).randrange(3)]
     assert inp.matches()[slot.index].level == "model"
     other = pickle.loads(pickle.dumps(ModelBaselines(demo)))
-    with pytest.raises(ValueError, match="stayed where they were copied from"):
+    with pytest.raises(ValueError, match="which is not copied"):
         words(PROMPT, demo[1], other).with_model(Likelihood(*demo))
 
 
@@ -824,7 +824,7 @@ def test_gradients_take_each_word_by_itself(demo):
 
 
 def test_an_api_tells_no_distributions(demo):
-    with pytest.raises(ValueError, match="distributions, which an API does not tell"):
+    with pytest.raises(ValueError, match="distributions, which an API does not return"):
         RemoteLikelihood(None, demo[1]).likeliest("a", [(0, 1)], 1, lambda *_: True)
 
 

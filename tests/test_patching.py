@@ -205,7 +205,7 @@ class Mean(nn.Module):
 
 def test_what_passes_beside_the_stream_is_found(tokenizer):
     model = ReadsIdsAgain().eval()
-    with pytest.raises(ValueError, match=r"does not tell its decoder layers"):
+    with pytest.raises(ValueError, match=r"does not expose its decoder layers"):
         ActivationPatching(model)
     patching = ActivationPatching(model, layers=model.layers)
     with pytest.raises(ValueError, match=r"stream 0 of 2 is not all that"):
@@ -236,7 +236,7 @@ class SeesAhead(ReadsIdsAgain):
 
 def test_models_that_see_ahead_are_refused(tokenizer):
     model = SeesAhead().eval()
-    with pytest.raises(ValueError, match="sees nothing of what follows"):
+    with pytest.raises(ValueError, match="with causal attention"):
         ActivationPatching(model, layers=model.layers).trace(
             segments(tokenizer), TARGET, feature="Palm"
         )
@@ -642,7 +642,7 @@ def test_captums_inputs_and_chats(model, tokenizer):
     with pytest.raises(TypeError, match="would be ignored: a TextTokenInput has its own"):
         patching.trace(inp, TARGET, feature=4, baselines=8)
     template = TextTemplateInput("{} lives in {}", ["Dave", "Palm"], baselines=["Ann", "Rome"])
-    with pytest.raises(ValueError, match="does not tell its tokenizer"):
+    with pytest.raises(ValueError, match="does not expose its tokenizer"):
         patching.trace(template, TARGET, feature=0)
     with pytest.raises(TypeError, match="features that own tokens"):
         ActivationPatching(model, tokenizer).trace(template, TARGET, feature=0)

@@ -219,7 +219,7 @@ def test_models_that_processes_hold_together(found, alone, n):
             same(own["sharded"][case], alone[case], tolerance=2e-4)
             assert len(own["sharded"][case]["rows"]) == n // 2
         assert (
-            "held together by 2 processes, and gradients need it whole"
+            "sharded across 2 processes, and gradients need it whole"
             in (own["sharded"]["gradients"])
         )
 
@@ -289,7 +289,7 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
         assert status == 3
         assert after < 45  # less than it is waited for without a connection
         # The first one holds the store: without it nothing can be asked.
-        expected = "rank 1 has not been heard of" if dies else "store of the process group cannot"
+        expected = "rank 1 has not reported" if dies else "store of the process group cannot"
         assert expected in (tmp_path / f"{dies}.{1 - dies}").read_text()
 
 
@@ -309,7 +309,7 @@ def test_nobody_waits_in_a_pass_that_another_one_left(folder):
     # … and where it neither goes on nor ends, there is no way to have an error raised.
     assert "rank 0 ends itself" in found["caught.0"]
     assert "rank 1 failed (KeyError: 'broken here')" in found["caught.0"]
-    assert "rank 1 has not been heard of for 3 seconds" in found["stopped.0"]
+    assert "rank 1 has not reported for 3 seconds" in found["stopped.0"]
     assert "failed in the middle of a pass" in found["caught.1"]  # what is asked of it afterwards
     assert {name: status for name, (status, _) in ends.items()} == {
         "raised.0": 3,

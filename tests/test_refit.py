@@ -278,16 +278,16 @@ def test_what_coalitions_do_not_tell_is_an_error(model, tokenizer, planned):
         model, tokenizer, planned, prompt=prompt, unit=("sentence", "word"), **arguments
     )
     for wanted in SHAPLEY:
-        with pytest.raises(ValueError, match=f"do not tell Shapley.*again with {wanted.__name__}"):
+        with pytest.raises(ValueError, match=f"determine Shapley.*again with {wanted.__name__}"):
             result.refit(wanted)
     if planned is not Lime:
-        with pytest.raises(ValueError, match="do not tell what Lime asks for"):
+        with pytest.raises(ValueError, match="do not determine Lime's estimates"):
             result.refit(Lime)
     if planned is not FeatureAblation:
         with pytest.raises(ValueError, match=r"absence alone.*again with FeatureAblation"):
             result.refit(FeatureAblation)
     if planned is not PartitionShap:
-        with pytest.raises(ValueError, match="do not tell every group"):
+        with pytest.raises(ValueError, match="do not separate every group"):
             result.refit(PartitionShap)
 
 
@@ -383,9 +383,9 @@ def test_conversions_keep_their_digits_at_both_ends():
 
 def test_values_that_do_not_tell_others_are_refused(model, tokenizer):
     result = attribute(model, tokenizer, FeatureAblation, attr_target="logit")
-    with pytest.raises(ValueError, match="values of 'logit' do not tell 'log_prob'"):
+    with pytest.raises(ValueError, match="values of 'logit' do not determine 'log_prob'"):
         result.refit(attr_target="log_prob")
-    with pytest.raises(ValueError, match="tells nothing of foils"):
+    with pytest.raises(ValueError, match="holds no values of foils"):
         attribute(model, tokenizer, FeatureAblation).refit(attr_target="contrast")
     assert torch.equal(result.refit(attr_target="logit").full_attr, result.full_attr)
 
@@ -517,5 +517,5 @@ def test_two_features_that_say_the_same_are_told(tokenizer):
     assert float(result.additivity[0]) < 0.9
     plain = attribute(Either(), tokenizer, FeatureAblation, inp=inp, target=[7])
     assert plain.additivity.isnan().all()
-    with pytest.raises(ValueError, match="do not tell which features say the same"):
+    with pytest.raises(ValueError, match="do not determine which features are redundant"):
         plain.redundant_pairs()

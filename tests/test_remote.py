@@ -289,7 +289,7 @@ def test_servers_that_echo(model, tokenizer, way):
         assert list(handshake["refused"]) == ([] if way == "echo" else ["prompt_logprobs"])
         assert any("prompt_logprobs" in body for body in strict.bodies) == (way == "auto")
         # And no ids of what it writes: the text is encoded anew, visibly.
-        with pytest.warns(UserWarning, match="tells no ids"):
+        with pytest.warns(UserWarning, match="returns no ids"):
             generated = remote.attribute(inp, gen_args={"max_tokens": 3})
         assert generated.provenance["target_from"] == "text"
     local = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -574,7 +574,7 @@ def test_baselines_that_ask_the_model(model, tokenizer, server, provider, vllm):
     with pytest.raises(ValueError, match="which an API does not"):
         remote.attribute(inp, output_unit="word", **arguments)
     by_text = RemoteGenerationAttribution(method(PLACEHOLDER), tokenizer, vllm)
-    with pytest.raises(ValueError, match="a provider that takes texts does not tell"):
+    with pytest.raises(ValueError, match="a provider that takes texts does not return"):
         by_text.attribute(inp, **arguments)
 
 
@@ -604,9 +604,9 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
     def made(*args, **kwargs):
         return RemoteGenerationAttribution(method, tokenizer, *args, **kwargs)
 
-    with pytest.raises(ValueError, match="'logit': an API tells log-probabilities"):
+    with pytest.raises(ValueError, match="'logit': an API returns log-probabilities"):
         made(provider, "logit")
-    with pytest.raises(ValueError, match="an API tells log-probabilities"):
+    with pytest.raises(ValueError, match="an API returns log-probabilities"):
         made(provider, lambda logits, target: logits)
     with pytest.raises(TypeError, match="one process asks the API"):
         made(provider, accelerator=object())

@@ -160,7 +160,7 @@ def test_an_answer_has_its_size(kind):
         with pytest.raises((ApiError, ConnectionError)) as raised:
             asked(server.url, timeout=20.0)
         if kind != "one chunk":
-            assert "answered with more than 16 MiB, which is no answer" in str(raised.value)
+            assert "answered with more than 16 MiB, which is no valid answer" in str(raised.value)
         assert len(server.requests) == 1
 
 

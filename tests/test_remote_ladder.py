@@ -188,7 +188,7 @@ def test_what_is_not_told_apart_is_told_before_it_is_paid_for(server):
     ours = remote(chat(server), attr_target="frequency", predicate=lambda text: True)
     with pytest.raises(ValueError, match=r"given 8 of 8 times .* 8 of 8 times with none") as raised:
         ours.attribute(spans(), " golf")
-    assert "not told apart" in str(raised.value)
+    assert "not distinguished" in str(raised.value)
     assert len(server.bodies) == 3  # whether answers vary at all, then eight answers each
     ours = remote(
         chat(server), attr_target="similarity", similarity=lambda text, answer: len(text) % 2
@@ -217,7 +217,7 @@ FAULTS = {
     "temperature": "of another temperature",
     "positive": "as a log-probability: a number of nats, 0 at most",
     "NaN": "gave nan as a log-probability",
-    "logprobs ignored": "tells no log-probabilities of the tokens that it writes",
+    "logprobs ignored": "no log-probabilities of the tokens that it generates",
     "values of other tokens": "of another temperature",
 }
 
@@ -440,7 +440,7 @@ def test_a_server_that_does_not_go_on_with_answers_is_named(server):
         ours.attribute(spans(), gen_args={"max_new_tokens": 3})
     with pytest.raises(ApiError, match="it has no way to"):
         remote(chat(server, prefill="none")).attribute(spans())
-    with pytest.raises(ApiError, match="tells no log-probabilities of the tokens that it writes"):
+    with pytest.raises(ApiError, match="no log-probabilities of the tokens that it generates"):
         remote(AnthropicProvider("tiny", api_url=server.url)).attribute(spans())
 
 
@@ -672,7 +672,7 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
         (["--max-requests", "3"], "--max-requests would be ignored without --api"),
         (
             ["--provider", "anthropic", "--tokenizer", "demo"],
-            "Anthropic's messages tell text alone",
+            "Anthropic's messages return text alone",
         ),
         (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
         (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),

@@ -321,7 +321,7 @@ def silent(tokenizer):
         ({"top_p": 0.9, "max_new_tokens": 3}, ValueError, "`top_p` would be ignored"),
         ({"min_new_tokens": 30}, ValueError, "give a larger `max_new_tokens`"),
         ({"max_length": 4}, ValueError, "the prompt alone has"),
-        ({"token_healing": True}, ValueError, "`token_healing` writes the end of the prompt"),
+        ({"token_healing": True}, ValueError, "`token_healing` regenerates the end of the prompt"),
         ({"generation_config": {"max_new_tokens": 3}}, TypeError, "has a dict as"),
     ],
 )

@@ -64,8 +64,8 @@ def _check_head(model: nn.Module) -> None:
     advice = f"load it as `{own}`, which `AutoModelForCausalLM` gives." if own else ADVICE
     if is_masked(inner):
         raise TypeError(
-            f"{name} generates no text, it says what stands at a place and not what comes next: "
-            f"{advice}"
+            f"{name} generates no text, it predicts tokens at their own positions, not the next "
+            f"token: {advice}"
         )
     bare = {x for names in auto.MODEL_MAPPING_NAMES.values() for x in _tuple(names)}
     if name in bare and name.endswith("Model") and inner is uncompiled(model):

@@ -167,8 +167,8 @@ def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Pro
         asked = os.environ.get("WORLD_SIZE", "1")
         if asked.isdigit() and int(asked) > len(known.ranks):
             warnings.warn(
-                f"{asked} processes were started, and {len(known.ranks)} of them do all records by "
-                "themselves: make the attribution with `accelerator=Accelerator()` to share them "
+                f"{asked} processes were started, and {len(known.ranks)} of them each attribute "
+                "all records: make the attribution with `accelerator=Accelerator()` to share them "
                 "out.",
                 stacklevel=3,
             )
@@ -438,8 +438,8 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, A
     if not path.exists():
         if next(folder.glob("*.safetensors"), None) is not None:
             raise ValueError(
-                f"{str(folder)!r} holds results and no {_SETTINGS_FILE}, which says "
-                "what they are results of: give another folder."
+                f"{str(folder)!r} holds results and no {_SETTINGS_FILE}, which records "
+                "their settings: give another folder."
             )
         _write(path, settings)
         return settings
@@ -447,7 +447,7 @@ def _prepare_folder(folder: Path, settings: Mapping[str, Any]) -> Mapping[str, A
         then = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{str(path)!r} is none of this package's: give another folder."
+            f"{str(path)!r} was not written by this package: give another folder."
         ) from error
     differ = differences(then, settings)
     generates = {_GENERATION: settings[_GENERATION]}

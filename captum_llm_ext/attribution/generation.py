@@ -481,7 +481,8 @@ def _warn_of_absence(
     message = unseen(absent, "attributions are made from", "attributions")
     if message is not None:
         warnings.warn(
-            f"{message}, and of a natural prompt they blame the words before the answer. {instead}",
+            f"{message}, and of a natural prompt they attribute to the words before the answer. "
+            f"{instead}",
             stacklevel=stacklevel_of_caller(),
         )
 

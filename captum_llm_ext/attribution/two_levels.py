@@ -178,8 +178,8 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
     found = split(first, second, both.cost - 1, n, size)
     if not found.pays:
         warnings.warn(
-            f"the surrogate saves nothing here: what it misses varies "
-            f"{second.each / first.each:.2g} times as much as what it says, and the model "
+            f"the surrogate saves nothing here: the difference to the model varies "
+            f"{second.each / first.each:.2g} times as much as its values, and the model "
             f"is {both.cost - 1:.2g} times its work. Leave `surrogate` out, or give one that is "
             "closer or smaller.",
             stacklevel=stacklevel_of_caller(),

@@ -206,7 +206,7 @@ class WhatIf(ModelAccess):
         """The prompt, the answer's ids, and the settings for generating others."""
         if not isinstance(self.model, nn.Module):  # captum's placeholder for an API's model
             raise TypeError(
-                "an API does not write an answer token by token as it is told to: give a model of "
+                "an API cannot be forced to generate given tokens: give a model of "
                 "this process (`GenerationAttribution`)."
             )
         scorer = self._scorer(None)

@@ -85,8 +85,8 @@ def check_passed_on(
 
 
 _INSTEAD = {
-    "baselines": "What stands for absent features is said by the input.",
-    "additional_forward_args": "What the model is to read beside text is said by the input.",
+    "baselines": "What stands for absent features is set by the input.",
+    "additional_forward_args": "What the model is to read beside text is set by the input.",
 }
 
 
@@ -124,7 +124,7 @@ def unknown_argument(
     if close := _close(name, attribute):
         return f"{message}: did you mean {close[0]!r}?"
     if name == "baselines":
-        return f"{message}: what stands for absent features is said by the input."
+        return f"{message}: what stands for absent features is set by the input."
     return f"{message}: leave it out."
 
 

@@ -254,7 +254,7 @@ def _state(thing: object) -> Iterable[Any]:
         return (state, *code)
     held: dict[str, Any] = getattr(thing, "__dict__", {})
     if isinstance(thing, io.IOBase):  # its attributes are not its content
-        raise TypeError("what a file holds cannot be told")
+        raise TypeError("the content of a file cannot be determined")
     if not held and hasattr(thing, "tolist"):  # of numpy
         return (cast(Any, thing).tolist(),)
     if not held:

@@ -69,7 +69,7 @@ def is_remote(arguments: argparse.Namespace) -> bool:
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
-        raise UsageError("--tokenizer would be ignored: Anthropic's messages tell text alone.")
+        raise UsageError("--tokenizer would be ignored: Anthropic's messages return text alone.")
     if is_one and getattr(arguments, "labels", None) and arguments.rung != "label":
         raise UsageError("--labels would be ignored without --rung label.")
     return is_one
@@ -85,8 +85,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
     if is_of_answers(arguments.method):
         raise UsageError(
-            f"--method {arguments.method} measures by the model's embeddings, which no API tells: "
-            "--method lime --rung similarity compares the texts of answers."
+            f"--method {arguments.method} measures by the model's embeddings, which no API "
+            "returns: --method lime --rung similarity compares the texts of answers."
         )
     for option in ("dtype", "device_map", "revision", "gguf", "quantize", "input", "surrogate"):
         given = getattr(arguments, option, None)

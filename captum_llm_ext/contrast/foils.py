@@ -119,7 +119,7 @@ def _given(
         if token == context.target[t]:
             what = "is" if isinstance(foil, int) else "begins with"
             raise ValueError(
-                f"the foil {foil!r} {where} {what} that very token: nothing tells them apart "
+                f"the foil {foil!r} {where} {what} that very token: they cannot be distinguished "
                 "there. Give another one, or a list for each target token, with None where foils "
                 "are to be found."
             )

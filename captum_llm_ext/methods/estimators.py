@@ -154,8 +154,8 @@ def estimator(
     found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
         warnings.warn(
-            f"no standard errors come of {found.name} with this budget, and without them nothing "
-            f"tells a cause from noise: give at least {found.needs}.",
+            f"no standard errors come of {found.name} with this budget, and without them effects "
+            f"cannot be separated from noise: give at least {found.needs}.",
             stacklevel=stacklevel_of_caller(),
         )
     return found
@@ -488,7 +488,7 @@ def _warn_budget(evaluations: int, n_features: int) -> bool:
     """Warns of too few evaluations; returns whether it did."""
     if evaluations < 2 * n_features:
         warnings.warn(
-            f"{evaluations} evaluations for {n_features} features are too few for a sound "
+            f"{evaluations} evaluations for {n_features} features are too few for a reliable "
             f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
             "features (a coarser unit, `output_unit`, or `feature_mask`).",
             stacklevel=stacklevel_of_caller(),

@@ -117,8 +117,8 @@ def _activation_and_output(
         layer = layer or _compat.embeddings(cast(nn.Module, forward_func), "get_input_embeddings")
         if layer is None:
             raise ValueError(
-                "no layer was given, and the model does not tell which one embeds token ids: give "
-                "the module whose activations are meant."
+                "no layer was given, and the model does not expose which one embeds token ids: "
+                "give the module whose activations are meant."
             )
         context = _hooked(layer, leaf, of_input)
     with torch.enable_grad(), context:

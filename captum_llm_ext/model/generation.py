@@ -171,7 +171,7 @@ def _check_given(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
             )
     if settings.get("token_healing"):
         raise ValueError(
-            "`token_healing` writes the end of the prompt anew, so that the answer is no answer to "
+            "`token_healing` regenerates the end of the prompt, so that the answer is no answer to "
             "this prompt: leave it out."
         )
     if "do_sample" not in settings:
@@ -298,8 +298,8 @@ def _written(model: nn.Module, ids: Tensor, arguments: Mapping[str, Any]) -> Ten
         )
     if not torch.equal(found[:, :length].to(ids), ids):
         raise ValueError(
-            "what `generate` gave does not begin with the prompt's token ids, so that nothing "
-            "tells where the answer begins: generate it yourself and give it as `target`."
+            "what `generate` gave does not begin with the prompt's token ids, so the start of "
+            "the answer is unknown: generate it yourself and give it as `target`."
         )
     return found[:, length:].long()
 

@@ -76,7 +76,7 @@ def check_same(now: Tensor, then: Tensor, tolerance: Tensor, *, whose: str, advi
     if bool((beyond > 0).any()):
         t = int(beyond.argmax())
         raise ValueError(
-            f"{whose} of another model: a row scored anew gives {float(now[t]):.6g} for "
+            f"{whose} of another model: a row scored again gives {float(now[t]):.6g} for "
             f"{float(then[t]):.6g}, and rounding makes {float(tolerance[t]):.2g} at most. Weights, "
             f"adapters, hooks or a forward of its own may have changed. {advice}"
         )
@@ -86,7 +86,7 @@ def _warn_of_unread(names: Sequence[str]) -> None:
     shown = ", ".join(names[:_MOST_NAMES]) + (" …" if len(names) > _MOST_NAMES else "")
     warnings.warn(
         f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs in them "
-        "alone is told from this one by a single row that is scored anew, and by nothing else.",
+        "alone is only distinguished from this one by a single row that is scored again.",
         stacklevel=stacklevel_of_caller(),
     )
 

@@ -18,7 +18,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 _Change = Callable[[Tensor], Tensor | None]
 
 _NO_LAYERS = (
-    "{name} does not tell its decoder layers (or is held together by several processes, which no "
+    "{name} does not expose its decoder layers (or is sharded across several processes, which no "
     "stream can be read from): give them in order, `layers=[...]`, each a module that is given and "
     "gives back the stream (batch, length, size)."
 )
@@ -172,14 +172,14 @@ class ResidualStream:
             hook.remove()
         if n_runs == 0:
             raise ValueError(
-                f"{self._name} does not use the embedding that it tells: there is nowhere to add "
-                'noise to. Use `kind="replacement"`.'
+                f"{self._name} does not use the embedding that it declares: noise cannot be added "
+                'to it. Use `kind="replacement"`.'
             )
 
     def _embedding_layer(self) -> nn.Module:
         if not isinstance(self._embedding, nn.Module):
             raise ValueError(
-                f"{self._name} does not tell its embedding (`get_input_embeddings`), to which "
+                f"{self._name} does not expose its embedding (`get_input_embeddings`), to which "
                 'noise would be added: use `kind="replacement"`.'
             )
         return self._embedding

@@ -81,16 +81,17 @@ def echoed_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entr
     n_named = len(cast(list[Any], names)) if isinstance(names, list) else len(values)
     if len(values) <= 1 < len(ids) and n_named == len(values):
         raise UnusableAnswerError(
-            f"the server told log-probabilities of {len(values)} tokens to a prompt of {len(ids)}: "
-            "it ignores `echo`, and tells those of what it wrote alone."
+            f"the server returned log-probabilities of {len(values)} tokens to a prompt of "
+            f"{len(ids)}: "
+            "it ignores `echo`, and returns only those of the generated tokens."
         )
     if len(values) not in (len(ids), len(ids) + 1) or n_named != len(values):
         # One more is the generated token.
         raise wrong_count(max(len(values) - 1, 0), len(ids))
     if len(values) == len(ids) and values and values[0] is not None:
         raise UnusableAnswerError(
-            "the server told as many log-probabilities as the prompt has tokens, and one of the "
-            "first, which has none: whether they are shifted by one is not to be seen."
+            "the server returned as many log-probabilities as the prompt has tokens, and one of "
+            "the first, which has none: whether they are shifted by one cannot be determined."
         )
     pairs = zip(ids, values[: len(ids)], strict=True)
     return [None if value is None else {token: _number(value)} for token, value in pairs]
@@ -155,7 +156,8 @@ def wrong_count(found: int, wanted: int, n_prompts: int = 1) -> ApiError:
         what = "it may put a token (BOS) before each"
     prompts = "a prompt" if n_prompts == 1 else f"{n_prompts} prompts"
     return UnusableAnswerError(
-        f"the server told log-probabilities of {found} tokens to {prompts} of {wanted}: {what}, "
+        f"the server returned log-probabilities of {found} tokens to {prompts} of {wanted}: "
+        f"{what}, "
         "and nothing says which is which. Check that the tokenizer is the model's; a server that "
         'takes no ids wants `prompts="text"`.'
     )

@@ -58,8 +58,8 @@ class Label:
         second = second or next((name for name in named if name != first), None)
         if first is None or second is None or first == second:
             raise ValueError(
-                f"the labels {label!r} and {other!r} both begin with {first!r}: nothing tells them "
-                "apart. Give `labels` with other first tokens."
+                f"the labels {label!r} and {other!r} both begin with {first!r}: they cannot be "
+                "distinguished. Give `labels` with other first tokens."
             )
         self._tokens = first, second
         return [label if label is not None else first]

@@ -39,12 +39,12 @@ class RemoteLikelihood:
             ValueError: If the provider takes texts, whose first token has no probability.
         """
         if not self._scorer.takes_ids:
-            self._refuse("the probability of texts", "a provider that takes texts does not tell")
+            self._refuse("the probability of texts", "a provider that takes texts does not return")
         return self._scorer.sums([self._ids(text) for text in texts])
 
     def next_token(self, text: str) -> Tensor:
         """Not supported."""
-        self._refuse("distributions", "an API does not tell", ", or `output_unit=None`")
+        self._refuse("distributions", "an API does not return", ", or `output_unit=None`")
 
     def continuations(
         self, text: str, n: int, n_tokens: int, generator: torch.Generator
@@ -60,13 +60,13 @@ class RemoteLikelihood:
         fits: Callable[[int, str], bool],
     ) -> list[Listed | None]:
         """Not supported."""
-        self._refuse("distributions", "an API does not tell", _ANOTHER)
+        self._refuse("distributions", "an API does not return", _ANOTHER)
 
     def log_probs_between(
         self, beginnings: Sequence[str], texts: Sequence[str], rests: Sequence[str]
     ) -> Tensor:
         """Not supported without distributions."""
-        self._refuse("distributions", "an API does not tell", _ANOTHER)
+        self._refuse("distributions", "an API does not return", _ANOTHER)
 
     def greedy(
         self,
@@ -76,7 +76,7 @@ class RemoteLikelihood:
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """Not supported without distributions."""
-        self._refuse("distributions", "an API does not tell", _ANOTHER)
+        self._refuse("distributions", "an API does not return", _ANOTHER)
 
     def proposing(self, proposer: Any) -> Proposer:
         """See `LanguageModel.proposing`: a local model proposes for one behind an API."""

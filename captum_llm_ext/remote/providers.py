@@ -326,8 +326,8 @@ class TokenIdAdapter(_Adapter):
         if isinstance(found, str):
             self._anew = True
             warnings.warn(
-                "the server tells no ids of what it wrote: the target is its text, encoded anew "
-                "by the tokenizer. The model may have written other tokens.",
+                "the server returns no ids of the generated tokens: the target is its text, "
+                "encoded again by the tokenizer. The model may have written other tokens.",
                 stacklevel=stacklevel_of_caller(),
             )
             return _encoded_after(self._tokenizer, prompt, found)

@@ -327,7 +327,7 @@ def _check_gap(look: Callable[[int], _Gap], most: int, advice: str) -> None:
         else f"About {found.n_wanted:.0f} samples of each would tell this difference."
     )
     raise IndistinguishableError(
-        f"{found.shown}: they are not told apart, and no cause would be. {more} {advice}"
+        f"{found.shown}: they are not distinguished, and no effect would be. {more} {advice}"
     )
 
 

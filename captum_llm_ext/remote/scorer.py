@@ -144,9 +144,10 @@ class RemoteScorer:
         most = max(map(len, reported))
         if most <= 1:
             raise ValueError(
-                "the provider tells of no other tokens than it is sent, so no foils are to be "
-                "found: give them (`Contrast(foils=…)`), or have it tell the likeliest of each "
-                "place, such as `CompletionsProvider(url, top_logprobs=20)`."
+                "the provider returns log-probabilities of no tokens but those sent, so no "
+                "foils can be found: give them (`Contrast(foils=…)`), or have it return the "
+                "likeliest tokens "
+                "of each position, such as `CompletionsProvider(url, top_logprobs=20)`."
             )
         log_probs = torch.full((len(reported), most), -torch.inf, dtype=torch.float64, device="cpu")
         ids = torch.full(log_probs.shape, -1, dtype=torch.int64, device="cpu")
@@ -208,8 +209,8 @@ class RemoteScorer:
             raise UnusableAnswerError(
                 f"{self.n_missing} of {self._n_values} log-probabilities are missing, and "
                 f"`missing={self._missing}` would be most of what is explained: such a server "
-                "tells the likeliest tokens only. Have it tell those of all prompt tokens (vLLM: "
-                "`prompt_logprobs`)."
+                "returns the likeliest tokens only. Have it return those of all prompt tokens "
+                "(vLLM: `prompt_logprobs`)."
             )
         found = torch.stack([self._rows[d] for d in digests])
         return found.exp() if self.attr_target == "prob" else found
@@ -294,7 +295,7 @@ class RemoteScorer:
                 f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
                 "place where generated text is absent has to be asked for by itself. Fewer: "
                 f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
-                "tells the likeliest tokens (`top_logprobs`).",
+                "returns the likeliest tokens (`top_logprobs`).",
                 stacklevel=stacklevel_of_caller(),
             )
 

@@ -54,12 +54,12 @@ def check_written(answer: ChatAnswer, n: int) -> str:
     steps = answer.steps
     if not steps and not answer.text.strip():
         raise HandshakeError(
-            "the model writes nothing after this prompt, so that nothing is told of what it "
-            "writes: give a prompt that is to be gone on with, or ask by chat."
+            "the model generates nothing after this prompt, so no log-probabilities can be "
+            "checked: give a prompt that can be continued, or ask by chat."
         )
     if not steps or not all(step.top for step in steps):
         raise HandshakeError(
-            "the provider tells no log-probabilities of the tokens that it writes: only "
+            "the provider returns no log-probabilities of the tokens that it generates: only "
             '`attr_target="frequency"` or "similarity" would work with it.'
         )
     if len(steps) > n:
@@ -81,7 +81,7 @@ def check_written(answer: ChatAnswer, n: int) -> str:
         # penalty.
         return "the likeliest" if all(is_greedy) else _PENALISED
     raise HandshakeError(
-        "the log-probabilities that the provider tells of written tokens cannot be believed: "
+        "the log-probabilities that the provider returns for generated tokens are inconsistent: "
         f"{_misplaced(steps)}."
     )
 
@@ -104,8 +104,9 @@ def check_drawn(names: Sequence[str], top: Sequence[tuple[str, float]]) -> str:
     found, mean, off = surprise(names, dict(top))
     if abs(off) > _DEVIATIONS:
         raise HandshakeError(
-            f"tokens drawn at temperature 1 are {found:.2g} nats improbable on average, and what "
-            f"the provider tells says {mean:.2g}: its log-probabilities are of another temperature."
+            f"tokens drawn at temperature 1 are {found:.2g} nats improbable on average, and the "
+            f"provider's log-probabilities give {mean:.2g}: its log-probabilities are of another "
+            "temperature."
         )
     return f"as improbable as told, within {abs(off):.1f} standard errors"
 
@@ -119,7 +120,7 @@ def _check_distribution(values: Sequence[float], rounding: float) -> None:
     mass = sum(map(math.exp, values)) / math.exp(rounding / 2)
     if max(values) > _ABOVE_ONE:
         raise HandshakeError(
-            f"the provider tells {max(values):g} as a log-probability, which is above 0."
+            f"the provider returned {max(values):g} as a log-probability, which is above 0."
         )
     if mass > 1 + _MASS:
         zeros = "all are zero" if not any(values) else "they are of base 10, or so"

@@ -142,7 +142,7 @@ class TopK:
         if again > NOISY and is_kept:
             raise HandshakeError(
                 f"the answers that are kept differ by {again:.2g} nats from what the provider "
-                "tells now: another model answers by this name. Give another `cache`."
+                "returns now: another model answers by this name. Give another `cache`."
             )
         if again > NOISY:
             raise HandshakeError(
@@ -374,8 +374,8 @@ class Forced(TopK):
                 f"the provider refuses `logit_bias`: {error}", error.status
             ) from error
         raise HandshakeError(
-            f"the provider ignores `logit_bias`: {name!r} was given one of {bias:.3g} and is "
-            'not told accordingly. `rung="top-k"` would work, with bounds.'
+            f"the provider ignores `logit_bias`: {name!r} was given one of {bias:.3g}, and its "
+            'log-probability does not follow. `rung="top-k"` would work, with bounds.'
         )
 
     def value_of(
@@ -396,9 +396,10 @@ class Forced(TopK):
                 # It cannot be likelier than those that were reported.
                 if not found <= bound[2] and not is_same(found, bound[2], NOISY):
                     raise HandshakeError(
-                        f"{token!r} is told as {found:.3g} with a bias on it, and is not among the "
+                        f"{token!r} is reported as {found:.3g} with a bias on it, and is not among "
+                        "the "
                         f"likeliest without, of which the least has {bound[2]:.3g}: answers are "
-                        "mixed up, or what is told are not the likeliest tokens."
+                        "mixed up, or the reported tokens are not the likeliest."
                     )
                 value = min(found, bound[2])
                 return value, value, value

@@ -97,7 +97,7 @@ class Secrets:
         return "Secrets(***)"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a provider holds an API key and is not pickled: make it anew.")
+        raise TypeError("a provider holds an API key and is not pickled: construct it again.")
 
 
 def shown_url(url: str) -> str:
@@ -218,7 +218,7 @@ class Http:
                     raise
             except TooLongError:
                 message = f"{self.url} answered with more than {most / 2**20:.0f} MiB"
-                raise ApiError(f"{message}, which is no answer to what was asked.") from None
+                raise ApiError(f"{message}, which is no valid answer to the request.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
                 if asks_several and isinstance(error, TimeoutError) and epoch == self._epoch:

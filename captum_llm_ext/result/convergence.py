@@ -37,7 +37,7 @@ def earlier(
     """
     if evidence.design.correction is not None:
         raise ValueError(
-            "what a surrogate says and what it misses converge apart: attribute without "
+            "values of a surrogate and their correction converge separately: attribute without "
             "`surrogate` to see it."
         )
     chosen = torch.tensor(list(tokens), dtype=torch.int64, device="cpu")

@@ -138,7 +138,7 @@ def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bo
     if version < KIND.digest_since and not unverified:
         raise ValueError(
             f"{os.fspath(path)!r} is of format {version}, which has no digest: damage to its "
-            "numbers cannot be told. To read it all the same, give `unverified=True` to "
+            "numbers cannot be detected. To read it all the same, give `unverified=True` to "
             "`GenerationAttributionResult.load`, and `save` the result: the new file has one."
         )
     if version < KIND.digest_since:
@@ -169,8 +169,8 @@ def _warn_of_no_digest(path: str | os.PathLike[str], version: int, can_be_solved
     anew = " (`refit()` solves its coalitions anew)" if can_be_solved else ""
     warnings.warn(
         f"{os.fspath(path)!r} is of format {version}, which has no digest: damage that leaves its "
-        f"numbers and names plausible cannot be told. If they are those you know{anew}, `save` the "
-        "result: the new file has one.",
+        f"numbers and names plausible cannot be detected. If they are those you know{anew}, `save` "
+        "the result: the new file has one.",
         stacklevel=4,
     )
 

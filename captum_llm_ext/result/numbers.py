@@ -427,7 +427,7 @@ class ResultNumbers(LLMAttributionResult):
     def _evidence(self) -> Evidence:
         if self._is_of_gradients:
             raise ValueError(
-                "gradients come from no coalitions that could tell: attribute with "
+                "gradients use no coalitions to estimate this from: attribute with "
                 "`GenerationAttribution`."
             )
         if self.design is None:

@@ -52,7 +52,7 @@ def _check_probabilities(found: Tensor, full: Tensor, attr_target: object) -> No
         expected = full.double().exp()
         sizes = expected * (1 + full.double().abs())  # rounded before the exponential
     if _any_apart(found, expected, _within(found, [sizes])):
-        raise ValueError("`output_probs` are not the probabilities that `full_values` tell")
+        raise ValueError("`output_probs` are not the probabilities that follow from `full_values`")
 
 
 def _check_possible(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ def _check_possible(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> N
     unseen = _unseen([piece[1] for piece in rest["output_pieces"]], rest["output_features"])
     for name in ("output_attr", "output_attr_se"):
         if name in tensors and unseen is not None and bool((tensors[name][unseen] != 0).any()):
-            raise ValueError(f"`{name}` tells of what comes after a token")
+            raise ValueError(f"`{name}` attributes to features after a token")
 
 
 def _check_counts(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:

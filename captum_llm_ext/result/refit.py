@@ -310,8 +310,8 @@ class Evidence:
             return self.levels()[0].redundant_pairs(most)
         if self.design.planned not in (*_UNIFORM_SIZES, "exact"):
             raise ValueError(
-                f"the coalitions of {self.design.planned} do not tell which features say the same: "
-                "attribute with KernelShap, ShapleyValueSampling or ShapleyValues."
+                f"the coalitions of {self.design.planned} do not determine which features are "
+                "redundant: attribute with KernelShap, ShapleyValueSampling or ShapleyValues."
             )
         values = self.values.double().cpu()
         return coalitions.redundant_pairs(self.plan, values, self.scope, most=most)
@@ -389,8 +389,8 @@ class Evidence:
             return "exact"
         if planned not in _UNIFORM_SIZES:
             raise ValueError(
-                f"the coalitions of {planned} do not tell Shapley values, which need those of every"
-                f" size: attribute again with {kind.__name__}."
+                f"the coalitions of {planned} do not determine Shapley values, which need those of "
+                f"every size: attribute again with {kind.__name__}."
             )
         is_walk = planned == "antithetic permutations" and kind is not KernelShap
         return planned if is_walk or planned == "few pairs" else "paired kernel regression"
@@ -405,7 +405,7 @@ class Evidence:
             complete = self.is_complete and len(sampled) == 2**self.design.n_features
             return "half" if complete else "uniform"
         raise ValueError(
-            f"the coalitions of {planned} do not tell what Lime asks for: attribute again with "
+            f"the coalitions of {planned} do not determine Lime's estimates: attribute again with "
             "Lime, or refit those of KernelShap or ShapleyValueSampling."
         )
 
@@ -426,7 +426,7 @@ class Evidence:
             return self._as("exact Owen values", tree=tree)
         if method.scheme == "orders":
             raise ValueError(
-                f"the coalitions of {planned} do not tell every group of this nesting apart: "
+                f"the coalitions of {planned} do not separate every group of this nesting: "
                 'attribute again, or refit with `scheme="splits"`, which shares evenly where they '
                 "do not."
             )
@@ -472,7 +472,7 @@ def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) 
     if warns and effective < 2 * masks.shape[1]:
         warnings.warn(
             f"{len(masks)} coalitions of all sizes are worth about {effective:.0f} of Lime's, for "
-            f"{masks.shape[1]} features: attribute with Lime itself for a sound fit.",
+            f"{masks.shape[1]} features: attribute with Lime itself for a reliable fit.",
             stacklevel=2,
         )
     return kernel(masks) * weights.clamp_min(torch.finfo(weights.dtype).tiny)
@@ -513,7 +513,7 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
     if "contrast" in (given, wanted):
         if foil_values is None:
             raise ValueError(
-                "this result tells nothing of foils: attribute with "
+                "this result holds no values of foils: attribute with "
                 '`attr_target="contrast"`, which keeps log-probabilities beside them.'
             )
         foils = foil_values.double()
@@ -523,7 +523,7 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
     known = ("log_prob", "prob", "log_odds")
     if given not in known or wanted not in known:
         raise ValueError(
-            f"values of {given!r} do not tell {wanted!r}: without the model only "
+            f"values of {given!r} do not determine {wanted!r}: without the model only "
             f"{', '.join(map(repr, known))} can be turned into one another. Attribute again."
         )
     values = values.double()

@@ -130,7 +130,7 @@ class LayerAttention:
         projection, values = self._projection, self._read.values
         if projection is None:
             raise NotImplementedError(
-                f"what {self._name} attends to goes on by no projection of its own"
+                f"what {self._name} attends to is passed on without an output projection of its own"
             )
         n_heads, length, size = values.shape
         wide = values.new_zeros(1, length, n_heads * size)

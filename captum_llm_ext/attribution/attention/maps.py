@@ -86,7 +86,7 @@ def _each(
     layers = _compat.decoder_layers(model)
     if layers is None:
         raise ValueError(
-            f"{type(model).__name__} does not tell its layers (or is compiled), and attention "
+            f"{type(model).__name__} does not expose its layers (or is compiled), and attention "
             "cannot be read from it: use a method of gradients, or `GenerationAttribution`."
         )
     watch = _LayerHooks(model, layers, read, take)
@@ -132,8 +132,8 @@ def _check_same(model: nn.Module, own: Tensor, watched: Tensor) -> None:
     is_half = any(weight.dtype.itemsize < 4 for weight in model.parameters())
     if float(off) > (_SAME_TOLERANCE_HALF if is_half else _SAME_TOLERANCE):
         raise NotImplementedError(
-            f"eager attention, which tells its weights, gives other logits than the attention that "
-            f"{type(model).__name__} runs with (by {float(off):.1%}). Load it with "
+            "eager attention, which returns its weights, gives other logits than the attention "
+            f"that {type(model).__name__} runs with (by {float(off):.1%}). Load it with "
             '`attn_implementation="eager"` if those are what is to be explained'
         )
 

@@ -55,8 +55,8 @@ def check_own(method: object, given: Mapping[str, Any]) -> None:
     wrong = sorted(set(given.get("grad_kwargs") or ()) & set(_DECIDED))
     if wrong:
         raise ValueError(
-            f"`grad_kwargs` holds {wrong[0]!r}, which is decided here: `allow_unused` and "
-            "`materialize_grads` are yours."
+            f"`grad_kwargs` holds {wrong[0]!r}, which is set internally: only `allow_unused` "
+            "and `materialize_grads` can be given."
         )
 
 
@@ -137,7 +137,7 @@ def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tens
     shape = tuple(baselines.shape) if isinstance(baselines, Tensor) else type(baselines).__name__
     rows = "n" if is_drawn else "1"
     raise ValueError(
-        f"`baselines` is {shape} for {n_features} features: as in captum it tells which of them "
+        f"`baselines` is {shape} for {n_features} features: as in captum it gives which of them "
         f"are present at the beginning, as numbers ({rows}, {n_features}). What stands for absent "
-        "ones is said by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
+        "ones is set by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
     )

@@ -143,9 +143,9 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         self._access_model()
         if self._processes.are_many:
             raise ValueError(
-                f"the model is held together by {len(self._processes.ranks)} processes, and "
+                f"the model is sharded across {len(self._processes.ranks)} processes, and "
                 "gradients need it whole: load it on one device or with a `device_map`, or take "
-                "`GenerationAttribution`, which asks for none."
+                "`GenerationAttribution`, which needs none."
             )
 
     def _method_settings(self) -> dict[str, Any]:

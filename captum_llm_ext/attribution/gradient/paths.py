@@ -192,7 +192,7 @@ class Paths:
         step_by_step = self.found is not None and self.found.step_by_step and n_target > 1
         if is_joint and step_by_step:
             raise ValueError(
-                f"{type(self._model).__name__} is asked for every token apart: there is no joint "
+                f"{type(self._model).__name__} is scored one token per pass: there is no joint "
                 'probability to differentiate. Use `attr_target="log_prob"`.'
             )
         if spans is None:
@@ -507,7 +507,7 @@ class Paths:
             if not self._all_is_embedded(row):
                 raise ValueError(
                     f"{name} reads token ids also past its embeddings: gradients of these would "
-                    "tell a part only. Use `GenerationAttribution`."
+                    "be incomplete. Use `GenerationAttribution`."
                 )
         else:
             self._layers = Layers([layer], of_input=self._of_input)

@@ -93,8 +93,8 @@ def select_features(feature: Feature, context: Context, generated: GeneratedText
     for late in sorted(output):
         if late >= n_causes:
             raise ValueError(
-                f"no target token comes after {generated.names[late]!r}, and what stands there "
-                "changes none: name an earlier feature."
+                f"no target token comes after {generated.names[late]!r}, so replacing it changes "
+                "no value: name an earlier feature."
             )
     return Selection(own, output, tuple(names[c] for c in columns))
 

@@ -179,9 +179,9 @@ class PatchedRuns:
         found, name = self.scorer.findings, type(self._model).__name__
         if found is not None and found.step_by_step:
             raise ValueError(
-                f"{name} is asked step by step ({found.batching}): activation patching needs a "
-                "model that says every token of a text in one pass, and sees nothing of what "
-                "follows."
+                f"{name} is scored one token per pass ({found.batching}): activation patching "
+                "needs a model that predicts every token of a text in one pass, with causal "
+                "attention."
             )
         if found is not None and found.n_before:
             raise ValueError(

@@ -281,7 +281,7 @@ class ActivationPatching:
         found = self.tokenizer or getattr(inp, "tokenizer", None)
         if found is None:
             raise ValueError(
-                f"a {type(inp).__name__} does not tell its tokenizer: give "
+                f"a {type(inp).__name__} does not expose its tokenizer: give "
                 "`ActivationPatching(model, tokenizer)`."
             )
         return found

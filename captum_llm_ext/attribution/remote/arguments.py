@@ -49,7 +49,7 @@ def check_settings(
     """
     if not isinstance(attr_target, Contrast) and attr_target not in get_args(RemoteTarget):
         raise ValueError(
-            f"`attr_target` is {attr_target!r}: an API tells log-probabilities, so give "
+            f"`attr_target` is {attr_target!r}: an API returns log-probabilities, so give "
             "'log_prob', 'prob' or a contrast; or 'label', 'frequency', 'similarity' or "
             "'auto'. Logits and callables need the model itself: `GenerationAttribution`."
         )
@@ -105,7 +105,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
     if labels is not None and (attr_target != "label" or len(labels) != 2):
         raise ValueError(
             f"`labels` is {labels!r}: it is a pair, the label that is explained and the one "
-            'that it is held against, of `attr_target="label"`.'
+            'that it is compared with, of `attr_target="label"`.'
         )
     if rung is None:
         return
@@ -126,11 +126,11 @@ def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:
     if not takes_ids:
         raise ValueError(
             "a contrast needs log-probabilities of foils, which a provider that takes texts does "
-            f"not tell ({type(provider).__name__}): give one that takes ids, such as "
+            f"not return ({type(provider).__name__}): give one that takes ids, such as "
             "`CompletionsProvider`."
         )
     if contrast.is_found and getattr(provider, "top_logprobs", None) == 0:
         raise ValueError(
-            f"{type(provider).__name__} tells of no other tokens than it is sent, so no foils are "
-            "to be found: say `top_logprobs=20`, or give them (`Contrast(foils=…)`)."
+            f"{type(provider).__name__} returns log-probabilities of no tokens but those sent, so "
+            "no foils can be found: give `top_logprobs=20`, or give them (`Contrast(foils=…)`)."
         )

@@ -261,7 +261,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         if chosen is not None:
             if output_unit is not None:
                 raise ValueError(
-                    "`output_unit` needs log-probabilities of prompts, and this provider tells "
+                    "`output_unit` needs log-probabilities of prompts, and this provider returns "
                     f"less: {chosen.rung.name} holds the answer fixed. Leave it out."
                 )
             rest = {k: v for k, v in arguments.items() if k != "checkpoint"}

@@ -222,8 +222,8 @@ class RungChoice:
     ) -> ChosenRung:
         if isinstance(self.attr_target, Contrast):
             raise ValueError(
-                "a contrast needs log-probabilities of prompts, and the provider tells none: "
-                '`attr_target="label"` would hold one label against another.'
+                "a contrast needs log-probabilities of prompts, and the provider returns none: "
+                '`attr_target="label"` would compare one label with another.'
             )
         chat = chat_endpoint(self.provider)
         if chat is None:

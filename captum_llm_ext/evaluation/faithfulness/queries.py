@@ -38,7 +38,7 @@ def evaluate_coalitions(game: Game, masks: Tensor) -> Estimate:
     if not bool(values.isfinite().all()):
         raise ValueError(
             "the game gave a value that is not finite: from such values no curve and no rank "
-            "can be told."
+            "can be computed."
         )
     if draw_values is None:
         return Estimate(values[places])

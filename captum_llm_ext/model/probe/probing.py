@@ -201,8 +201,8 @@ class Probe:
         elif n < len(ids):
             if n > 1:
                 raise ValueError(
-                    f"{name} returns {n} logits for {len(ids)} ids: which belong to which cannot "
-                    "be told. Return logits for every id."
+                    f"{name} returns {n} logits for {len(ids)} ids: which belong to which is "
+                    "unknown. Return logits for every id."
                 )
             self._last_only = True
         if self._n_before or self._last_only:
@@ -287,7 +287,7 @@ class Probe:
         ):
             raise ValueError(
                 f"{type(self._model).__name__} returns {logits.shape[1]} logits for {len(ids)} "
-                f"ids: it cannot be told which belong to the ids. Return logits of the ids alone, "
+                f"ids: it is unknown which belong to the ids. Return logits of the ids alone, "
                 f"`logits[:, -{len(ids)}:]` of a soft prompt's model."
             )
         return n

@@ -107,7 +107,7 @@ class Processes:
         replicas = sorted({tuple(sorted(replica)) for replica in replicas})
         if sorted(rank for replica in replicas for rank in replica) != list(ranks):
             raise ValueError(
-                f"the model is held together by the processes {replicas}, which are not {n} in "
+                f"the model is sharded across the processes {replicas}, which are not {n} in "
                 "groups: load it the same way on every process."
             )
         return cls(ranks, replicas)
@@ -166,7 +166,7 @@ class Processes:
         if own in _parted:
             raise RuntimeError(
                 f"the processes {list(own)} hold a model together, and one of them failed in the "
-                "middle of a pass: what they compute now does not belong together. Start them anew."
+                "middle of a pass: their states are no longer consistent. Restart them."
             )
         number = _numbers[self.ranks]
         _numbers[self.ranks] += 1

@@ -141,7 +141,7 @@ class Store:
         if beat is not None and now - since > self._patience(beat):
             self._n_gone = 1
             raise RuntimeError(
-                f"rank {rank} has not been heard of for {now - since:.0f} seconds during "
+                f"rank {rank} has not reported for {now - since:.0f} seconds during "
                 f"{self._what}: its process is gone or stopped."
             )
         if beat is None and now - since > self._join_within:
@@ -280,7 +280,7 @@ class Store:
                     gone, silent = partner, now - since_beat
             if gone is None:
                 return
-            reason = f"rank {gone} has not been heard of for {silent:.0f} seconds"
+            reason = f"rank {gone} has not reported for {silent:.0f} seconds"
         print(
             f"captum-llm-ext: rank {self.rank} ends itself during {self._what}: it is in a pass "
             f"that it shares with rank {self._partners}, and {reason}",

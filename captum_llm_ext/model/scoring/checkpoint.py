@@ -19,7 +19,7 @@ _KIND = tensor_file.Kind(
     "checkpoint",
     "captum_llm_ext_checkpoint",
     format=2,
-    advice="give another name, or delete it to begin anew.",
+    advice="give another name, or delete it to begin again.",
     digest_since=2,
     oldest=2,
 )
@@ -142,7 +142,7 @@ class Journal:
         if changes:
             raise ValueError(
                 f"the checkpoint {name} belongs to another run ({changes}): give the same "
-                "arguments, another file, or delete it to begin anew."
+                "arguments, another file, or delete it to begin again."
             )
         self._known, self._target, self._budget = known, target, budget
 

@@ -120,8 +120,8 @@ class ModelBaselines:
         """A copy with a model, if it has no proposer."""
         if self._proposer is _LEFT_BEHIND:
             raise ValueError(
-                "these `ModelBaselines` asked a model of their own, which stayed where they were "
-                "copied from: make them anew, with the `proposer`."
+                "these `ModelBaselines` used a model of their own, which is not copied: construct "
+                "them again, with the `proposer`."
             )
         if self._model is not None and self._proposer is not None:
             return self
