@@ -3,8 +3,13 @@
 A long answer follows mostly from its own words. What the prompt does to each token directly, summed
 over the answer, is nearly its whole effect on the probability of the answer as it is: by the chain
 rule of probability that is the sum of what it does to each token after those before it. So direct
-effects are read first (they agree better with that effect: benchmarks/first_view.py), unless they
-do not tell which part did most, as their errors add up over a long answer.
+effects tell which part of the prompt an answer came from.
+
+Shares tell where chains of causes begin, and what nudged the first words counts in all that follows
+from them, however small it was: of an answer whose passage is worth 25 nats, the question 16 and a
+passage that is only spoken of 11, they give 20, 40 and 27 % (tests/test_html_totals.py). They are
+read first only where direct effects do not tell which part did most, as their errors add up over a
+long answer, and are not spoken of where these do.
 """
 
 from collections.abc import Sequence
@@ -44,7 +49,7 @@ class WholeAnswerShares:
 
     @property
     def is_listed(self) -> bool:
-        """Whether a line tells of it: the answer follows from its own words."""
+        """Whether there is something to tell: the answer follows from its own words."""
         return self.directly < 1 - OWN_WORDS
 
     @property
@@ -87,13 +92,18 @@ def whole_answer_shares(
         for share in total.why(None, len(total.names) + len(total.output_names))
     ]
     found = WholeAnswerShares(total.level, shares, directly, is_first=False)
-    is_first = found.is_listed and _is_certain(found) and not Reading(result).tells_the_first()
+    is_first = found.is_listed and _tells_of_the_prompt(found)
+    is_first = is_first and not Reading(result).tells_the_first()
     return replace(found, is_first=is_first)
 
 
-def _is_certain(found: WholeAnswerShares) -> bool:
-    """Whether some part of the prompt is told from none, with an error that is known."""
-    return any(not share.is_output and share.standard_error >= 0 for share in found.listed)
+def _tells_of_the_prompt(found: WholeAnswerShares) -> bool:
+    """Whether the largest share is of a part of the prompt, with an error that is known.
+
+    That most chains begin with a word of the answer says that nothing was told from noise there.
+    """
+    first = next(iter(found.listed), None)
+    return first is not None and not first.is_output and first.standard_error >= 0
 
 
 def totals(result: "ResultNumbers", levels: Sequence[str]) -> dict[str, TotalAttribution]:

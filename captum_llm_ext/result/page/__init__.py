@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 from captum_llm_ext.base.amounts import percent, plus_minus
+from captum_llm_ext.base.terminal import shortened
 from captum_llm_ext.result.page.changes import change_sentences
 from captum_llm_ext.result.page.provenance import provenance_rows
 
@@ -48,6 +49,7 @@ _TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "in_the_end", 
 _USED = ("unit", "noise_floor")  # of provenance, by the scripts
 _MOST_SHARES, _LEAST_SHARE = 3, 0.05  # of the whole answer, in a line
 _SINGLE = 1.96  # standard errors that tell one value from zero
+_LONGEST_HEADING = 60
 _PLAIN_ROWS = 500  # tokens that the page tells of where scripts are switched off
 
 
@@ -162,15 +164,13 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     said = (piece["text"] for piece in output if piece.get("role") != "template")
     # Of an answer that is no text, such as the token that ends it, the tokens' names are told.
     answer = " ".join("".join(said).split()) or " ".join(" ".join(names).split())
-    if len(answer) > 60:
-        answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
-    return f"What made the model write “{answer}”"
+    return f"What made the model write “{shortened(answer, _LONGEST_HEADING)}”"
 
 
 def _first_lines(data: Mapping[str, Any]) -> str:
-    """Where the whole answer comes from, directly and in the end, in the order to be read."""
+    """Where the whole answer comes from: in the end as well, where direct effects do not tell."""
     if not _is_through_first(data):
-        return _summary(data) + _total(data, "through the answer")
+        return _summary(data)
     whole = "whole answer, through its own words"
     return _total(data, whole) + _summary(data, "directly")
 
