@@ -78,7 +78,7 @@ QUESTIONS = (
     (HOTEL, "When and where is breakfast served?", 0, "garden"),
     (HOTEL, "Where is the swimming pool?", 1, "roof"),
     (HOTEL, "How much does parking cost?", 2, "twelve"),
-    (HOTEL, "Where must dogs not go?", 3, "restaurant"),
+    (HOTEL, "Where must dogs not go?", 3, "the restaurant."),
     # That of the fixture, whose answer goes on about another passage.
     (tuple(LAKE_PASSAGES.split("\n\n")[:4]), LAKE_PASSAGES.split("\n\n")[4], 3, "1642"),
 )
