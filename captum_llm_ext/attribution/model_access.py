@@ -205,7 +205,7 @@ class ModelAccess:
         # The search of candidates can take as long as leave-one-out: it is told as it goes on.
         asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
         asked.expect(run.full.ids)
-        run.context.condition_on_answer(AnswerKinds(context, asked))
+        run.context.condition_on_answer(AnswerKinds(context, asked), context.target_text)
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         """The model as baselines ask it."""

@@ -50,6 +50,11 @@ class FoilContext:
         return [piece.text for piece in self._generated.pieces]
 
     @property
+    def target_text(self) -> str:
+        """What the target says."""
+        return "".join(self._texts)
+
+    @property
     def whole(self) -> TokenRow:
         """What the model reads with every feature present."""
         text = self._generated.whole(self.full)

@@ -217,8 +217,13 @@ were written come next; NaN where nobody can say. A trial of no place is the tex
 class UsesAnswer(Protocol):
     """A baseline that goes by what was written after the text, too."""
 
-    def with_answer(self, fit: AnswerFit, /) -> Baseline:
-        """The same for an answer; the object itself stays as it is."""
+    def with_answer(self, fit: AnswerFit, text: str, /) -> Baseline:
+        """The same for an answer; the object itself stays as it is.
+
+        Args:
+            fit: How likely words of its kinds are.
+            text: What was written.
+        """
         ...
 
 
