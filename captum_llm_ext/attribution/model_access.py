@@ -153,22 +153,20 @@ class ModelAccess:
     ) -> GeneratedText:
         """The target as features; baselines that condition on the answer know it from here on."""
         generated = run.context.generated(ids, output_unit, output_baselines)
-        self._condition_on_answer(run, self._foil_context(run, generated))
+        run.foil_context = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
+        self._condition_on_answer(run, run.foil_context)
         return generated
 
-    def _foils(self, run: Run, generated: GeneratedText) -> Foils | None:
+    def _foils(self, run: Run) -> Foils | None:
         """The foils of a contrast; None where something else is explained."""
         if not isinstance(self.attr_target, Contrast):
             return None
         return foils_of(
             self.attr_target,
-            self._foil_context(run, generated),
+            run.foil_context.after(run.prompt),
             self._proposer(run.scorer),
             self._vocabulary_size(),
         )
-
-    def _foil_context(self, run: Run, generated: GeneratedText) -> FoilContext:
-        return FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
 
     def _provenance(
         self, run: Run, generated: GeneratedText, generation: Generation | None
