@@ -3,10 +3,11 @@
     PYTHONPATH=benchmarks python benchmarks/first_view.py [--model smollm2] [--cache FOLDER]
 
 Four passages and a question, as people ask a retrieval model; one has the fact. Answers that do not
-hold it are left out. Two references that are not this package's: the passage with the fact, and
-what each passage does to the log-probability of the whole answer as it was written, which by the
-chain rule is its total effect on it, through all that was written before: exact Shapley values of
-deleted passages from a plain loop of forward passes in float32.
+hold it are left out: the model is small, and writes nonsense to half of the questions. Two
+references that are not this package's: the passage with the fact, and what each passage does to the
+log-probability of the whole answer as it was written, which by the chain rule is its total effect
+on it, through all that was written before: exact Shapley values of deleted passages from a plain
+loop of forward passes in float32.
 
 `--cache` keeps each prompt's result: a run goes on where it was ended.
 """
@@ -24,11 +25,13 @@ import torch
 from captum.attr import KernelShap
 from environment import environment
 from real_causes.checkpoints import folder
+from real_results import LAKES as LAKE_PASSAGES
 from real_results import MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatInput, GenerationAttribution, GenerationAttributionResult
 from captum_llm_ext.result.reading import Reading
+from captum_llm_ext.result.whole_answer import whole_answer_shares
 
 RESULTS = Path(__file__).parent / "results" / "first_view.json"
 # What a language model draws has its error; what a set of deleted passages does has none.
@@ -75,7 +78,9 @@ QUESTIONS = (
     (HOTEL, "When and where is breakfast served?", 0, "garden"),
     (HOTEL, "Where is the swimming pool?", 1, "roof"),
     (HOTEL, "How much does parking cost?", 2, "twelve"),
-    (HOTEL, "Where must dogs not go?", 3, "restaurant"),
+    (HOTEL, "Where must dogs not go?", 3, "the restaurant."),
+    # That of the fixture, whose answer goes on about another passage.
+    (tuple(LAKE_PASSAGES.split("\n\n")[:4]), LAKE_PASSAGES.split("\n\n")[4], 3, "1642"),
 )
 N_PASSAGES = 4
 
@@ -133,12 +138,14 @@ def views(result: GenerationAttributionResult) -> dict[str, Any]:
     for cause in read.causes(0, n).prompt:
         direct[read.prompt.part_of[cause.column]] = cause.attribution
     total = result.total(level="paragraph")
+    end = whole_answer_shares(result, "paragraph")
     shares, begins = total.span()
     weights = total.strength / total.strength.sum()
     return {
         "direct": direct,
         "through": shares.tolist(),
         "begins": float(begins.sum()),
+        "first": "through" if end is not None and end.is_first else "direct",
         "direct_share": float((weights @ total.direct).sum()),
     }
 
@@ -196,6 +203,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             )
             if right
         }
+        if right:
+            told[absence]["first line: passage first"] = mean(
+                row[f"{row['first']}_rank"] == 1 for row in right
+            )
     return told
 
 

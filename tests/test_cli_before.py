@@ -21,6 +21,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.cli import main
+from captum_llm_ext.cli.progress import RunProgress
 from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.demo import PROMPT
 from captum_llm_ext.methods import HierarchicalAblation
@@ -481,6 +482,14 @@ def test_a_file_without_counterfactuals_is_told(capsys, tmp_path):
     assert "that holds none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("n_tokens", "is_cut"), [(1, False), (1, True), (2, False)])
+def test_an_answer_of_its_end_alone_is_said_to_be_empty(capsys, n_tokens, is_cut):
+    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "asks_model": False}
+    RunProgress(None, **quiet, cheaper=lambda _: ()).answered("</s>", n_tokens, is_cut)
+    is_empty = n_tokens == 1 and not is_cut
+    assert ("the model ended at once" in capsys.readouterr().err) == is_empty
+
+
 # Written wrongly in the option itself, in what it is given, and by what stands beside it.
 WRONG = (
     ["--nosuch"],
@@ -490,6 +499,20 @@ WRONG = (
     [*ATTRIBUTE, "--method", "kernal"],
     [*ATTRIBUTE, "--unit", "phrase"],
     [*ATTRIBUTE, "--output-unit", "phrase"],
+    [*ATTRIBUTE[:3], "--prompt-file", "nothing"],
+    [*ATTRIBUTE[:3], "--chat", "[]"],
+    [*ATTRIBUTE[:3], "--input", "nothing", "--out", "folder"],
+    [*ATTRIBUTE[:3], "--prompt", PROMPT, "--baselines", "delet"],
+    [*ATTRIBUTE[:3], "--prompt", PROMPT, "--baselines", "corpus:nothing"],
+    [*ATTRIBUTE, "--html", "a.png"],
+    [*ATTRIBUTE, "--html", "nowhere/a.html"],
+    [*ATTRIBUTE, "--device-map", "cuda:9x"],
+    [*ATTRIBUTE, "--gguf", "nothing.gguf"],
+    ["attribute", "--gguf", "nothing.gguf", "--prompt", PROMPT],
+    ["attribute", "--model", "folder/", "--prompt", PROMPT],
+    ["attribute", "--model", "m", "--api", "localhost:8000", "--prompt", PROMPT],
+    ["show", "nothing.safetensors"],
+    ["compare", "nothing.safetensors", "nowhere.safetensors"],
     [*ATTRIBUTE, "--png", "a.pdf"],
     [*ATTRIBUTE, "--save", "-"],
     [*ATTRIBUTE, "--foils", "a"],

@@ -307,9 +307,13 @@ def test_words_that_phrases_share_are_no_frame(frame):
         (("Red Square", "Green Park", "Hyde Park"), "{} was at {} with {}."),
         (("Line 12", "Route 7"), "{} takes {} to {}."),
         (("Fort Lee", "Palm Coast"), "From {} to {} and {}."),
+        (("red wine", "green tea"), "{} drinks {} with {}."),
+        (("red wine", "white wine", "green tea"), "{} drinks {} with {}."),
+        (("by train", "by night bus", "on foot"), "{} went home {} at {}."),
+        (("very good", "rather poor"), "The mark of {} was {} in {}."),
     ],
 )
-def test_names_of_few_places_are_no_other_wordings(places, frame):
+def test_values_of_few_places_are_no_other_wordings(places, frame):
     """Each of their words is likely in its place, and none is ever absent if it stays."""
     rng = random.Random(0)
     corpus = [

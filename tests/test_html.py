@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from captum_llm_ext.result import page as html
+from captum_llm_ext.result.page.provenance import provenance_rows
 
 SOURCE = Path(html.__file__)
 HOSTILE = [
@@ -1334,3 +1335,55 @@ def test_a_text_stands_beside_the_frame_for_viewers_that_strip_it():
     beside = html.fragment(data, "text").split("</iframe>")[1]
     assert "whole answer</b> ← " in beside.split("</summary>")[0]
     assert "−1.00" in beside.split("</summary>")[0]
+
+
+def test_marks_of_line_breaks_are_for_what_can_be_chosen(view):
+    prompt = [
+        {"text": "one", "feature": 0},
+        {"text": "\n\n", "feature": None},
+        {"text": "two", "feature": 1},
+        {"text": "\n", "feature": 2},
+    ]
+    page = view(example(n_prompt=3, prompt=prompt, input_tokens=["one", "two", "\n"]))
+    assert page.locator("#prompt .newline").count() == 1
+    assert page.locator("#prompt .piece .newline").count() == 1
+
+
+def test_a_template_runs_to_the_right_beside_text_that_runs_to_the_left(view):
+    prompt = [
+        {"text": "<|user|>", "feature": None, "role": "template"},
+        {"text": "أين تعيش", "feature": 0, "role": "user"},
+        {"text": " سارة", "feature": 1, "role": "user"},
+    ]
+    page = view(example(n_prompt=2, prompt=prompt, input_tokens=["أين تعيش", " سارة"]))
+    assert page.locator("#prompt").get_attribute("dir") == "rtl"
+    template = page.locator("#prompt .template").first
+    told = template.evaluate(
+        "e => [getComputedStyle(e).direction, getComputedStyle(e).unicodeBidi]"
+    )
+    assert told == ["ltr", "isolate"]
+
+
+def test_names_of_several_words_are_seen_whole_in_the_panel(view):
+    name = "How deep is Lake Baikal?"
+    names = [name, *(f" p{i}" for i in range(1, 6))]
+    pieces = [{"text": own, "feature": i} for i, own in enumerate(names)]
+    page = view(example(prompt=pieces, input_tokens=names))
+    button = page.locator(f"#top-prompt button[title='{name}']")
+    assert button.evaluate(
+        "e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight"
+    )
+
+
+def test_how_it_was_computed_is_told_in_words():
+    noted = {
+        "generation": {"eos_token_id": "2", "max_new_tokens": "28", "do_sample": "False"},
+        "probe": {"dtype": "float32", "n_before": 0, "sees_ahead": False, "packs_rows": True},
+    }
+    told = dict(provenance_rows({"provenance": noted}))
+    assert told["how the answer was generated"] == (
+        "until token 2, tokens at most 28, the likeliest token each time"
+    )
+    assert told["what the model was found to do"] == (
+        "float32, sees nothing of what follows a token, several texts in one row are exact"
+    )

@@ -1,5 +1,6 @@
 """What led to an answer in the end, and what would have changed it, as a page shows them."""
 
+import re
 from itertools import groupby
 from pathlib import Path
 
@@ -228,14 +229,15 @@ def test_direct_effects_are_seen_first_unless_they_do_not_tell_the_first(view, n
     page = view.text(result.to_html())
     certain = "two causes is certain" in result.narrative()
     assert page.is_checked("#effect input[value=direct]") == certain == (name != "chat")
-    first, second = page.locator("header p:not(#about) > b:first-child").all_inner_texts()
+    lines = page.locator("header p:not(#about) > b:first-child").all_inner_texts()
     summary = result.table().splitlines()[1:3]
-    if certain:
-        assert [first, second] == ["whole answer", "through the answer"]
+    if certain:  # shares answer another question, and lean to what the first words rest on
+        assert lines == ["whole answer"]
         assert summary[0].startswith("whole answer  ←  ")
-        assert summary[1].startswith("  in the end  ⇐  ")
+        assert not summary[1]
+        assert "followed through" not in result.narrative()
     else:
-        assert [first, second] == ["whole answer, through its own words", "directly"]
+        assert lines == ["whole answer, through its own words", "directly"]
         assert "Colours are shares in the end" in page.inner_text("#hint")
         assert summary[0].startswith("whole answer  ⇐  ")
         assert summary[1].startswith("    directly  ←  ")
@@ -258,10 +260,18 @@ def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
     assert violations(page, axe) == []
 
 
-@pytest.mark.parametrize(("name", "level"), [("rag", "paragraph"), ("chat", "turn")])
-def test_the_whole_in_the_end_is_told_alike_in_all_first_lines(name, level):
-    result = load(name)
-    total = result.total(level=level)
+def test_the_first_line_is_in_the_order_of_the_effect_on_the_whole_answer():
+    # Exact Shapley values of deleted paragraphs and turns, in plain float64 passes over the answers
+    # of these files: passages 24.8, question 16.5, another passage 10.6; turns 12.2 and 5.6 nats.
+    first = re.findall(r"[←⇐]  paragraph (\d).*, paragraph (\d)", str(load("rag")).splitlines()[1])
+    assert first == [("4", "5")]
+    first = re.findall(r"[←⇐]  turn (\d).*, turn (\d)", str(load("chat")).splitlines()[1])
+    assert first == [("2", "3")]
+
+
+def test_the_whole_in_the_end_is_told_alike_in_all_first_lines():
+    result = load("chat")
+    total = result.total(level="turn")
     told = [percent(*one) for one in by_size(total.span()[0], total.span_se()[0])][:2]
     parsed = Parsed(result.to_html())
     shown = parsed.texts["b"].replace("\u00a0", " ")

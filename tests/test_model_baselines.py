@@ -1,6 +1,7 @@
 """Absence by the model's own distribution, held against plain forward passes of the model."""
 
 import copy
+import itertools
 import math
 import pickle
 import random
@@ -200,7 +201,7 @@ def test_what_is_weighed_once_is_not_weighed_again(demo):
         fits.append(len(trials))
         return [-float(len(trial) + i % 3) for i, trial in enumerate(trials)]
 
-    baselines = bound(demo).with_answer(fit)
+    baselines = bound(demo).with_answer(fit, "")
     first = baselines.matches(inp)
     assert first != bound(demo).matches(inp)
     assert baselines.matches(inp) == first
@@ -235,6 +236,54 @@ def test_what_comes_after_a_word_tells_its_sort():
     shares = dict(result.provenance["matches"]["prompt"][2]["candidates"])
     assert shares.keys() == {*moods}
     assert shares["hungry"] < 0.5
+
+
+THINGS = ("cup", "hat", "key", "pen", "map")
+
+
+@pytest.fixture(scope="module")
+def lists():
+    """Of three things two are lost, and the third is kept."""
+    return counting(
+        [
+            f"has {', '.join(own)}. Lost {one}, {other}. Only {kept}."
+            for own in itertools.permutations(THINGS, 3)
+            for one, other, kept in itertools.permutations(own)
+        ]
+    )
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_what_the_answer_says_is_said_of_nothing_else(lists, place):
+    """Where it stands for another member of the list, the answer is that one."""
+    model, tokenizer = lists
+    own = ["cup", "hat", "pen"]
+    own.insert(place, "key")
+    own = own[:3] if place < 3 else own
+    lost = [thing for thing in own if thing != "key"]
+    inp = TextSegmentInput(f"has {', '.join(own)}. Lost {lost[0]}, {lost[1]}. Only", tokenizer)
+    attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
+    result = attribution.attribute(inp, "key", output_unit=None)
+    assert int(result.token_attr[0].argmax()) == 1 + place
+    for name, match in zip(inp.names, result.provenance["matches"]["prompt"], strict=True):
+        said = {text for text, _ in match["candidates"]}
+        assert ("key" in said) == (name.strip(" ,.") == "key"), name
+
+
+def test_another_ending_is_the_same_word(lists):
+    model, tokenizer = lists
+    asked = bound((model, tokenizer))
+
+    def said(prompt, answer):
+        """In the place of the second thing that is lost."""
+        inp = words(prompt, tokenizer, ModelBaselines())
+        knows = asked.with_answer(lambda trials: [0.0] * len(trials), answer)
+        return {text for text, _ in knows.matches(inp)[-2].candidates}
+
+    assert said("has cup, hat, pen. Lost cup, hat. Only", " the") == {"hat", "pen"}
+    assert said("has cup, hat, pen. Lost cup, hat. Only", " Pens, and more.") == {"hat"}
+    # What the text does not say is no copy.
+    assert said("Lost cup, hat. Only", " key") == said("Lost cup, hat. Only", "") > {"key"}
 
 
 class Asks(Likelihood):
@@ -564,6 +613,9 @@ def test_a_proposer_may_have_fewer_positions_than_the_prompt(demo):
         (lambda: (T5ForConditionalGeneration(T5Config(**TINY_T5)), tiny.byte_level()), "encoder"),
         (lambda: (BertModel(BertConfig(**TINY_BERT)), tiny.byte_level()), "no language head"),
         (lambda: tiny.llama(7), r"give `\(proposer, its tokenizer\)`"),
+        (lambda: (tiny.llama(), tiny.byte_level(), 1), r"a tuple: give `\(model, tokenizer\)`"),
+        (lambda: (tiny.llama(max_position_embeddings=1), tiny.byte_level()), "room for 1 tokens"),
+        (lambda: masked(max_position_embeddings=2), "room for 2 tokens at a time, and 3"),
     ],
 )
 def test_what_cannot_propose_is_told(demo, proposer, told):

@@ -5,6 +5,7 @@ On results of a real model with byte-level tokens (`benchmarks/real_results.py` 
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import torch
 from scipy import stats
 
+from captum_llm_ext.base.terminal import shortened
 from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors, plan_pairs
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.about import factor, header
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
-from captum_llm_ext.result.reading import Reading, first_level
+from captum_llm_ext.result.narrative import sentences
+from captum_llm_ext.result.reading import Reading, first_level, quoted
 from captum_llm_ext.result.refit import Evidence, jackknife_error
+from captum_llm_ext.text.segment import shorten
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("rag", "chat", "few_shot", "summary")
@@ -291,3 +295,55 @@ def test_shares_near_one_are_written_as_people_do():
         "12 %",
         "less than 0.01 %",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "said"),
+    [
+        (
+            "Lake Baikal lies in Siberia. It is 1,642 metres deep.",
+            40,
+            "“Lake Baikal lies in Siberia. It is…”",
+        ),
+        ("one two", 40, "“one two”"),
+        ("Donaudampfschifffahrtsgesellschaft", 12, "“Donaudampfs…”"),
+        ("ab 👩‍👩‍👧 and others", 6, "“ab…”"),  # a family is one character of five
+        ("鈴木さんは大阪に住んでいて", 8, "“鈴木さんは大阪…”"),
+    ],
+)
+def test_names_are_cut_behind_words_and_never_in_a_number(text, most, said):
+    assert quoted(text, most) == said
+
+
+def test_a_quoted_name_that_is_cut_again_stays_quoted():
+    name = "sentence 9 “Question: How deep is Lake Baikal?”"
+    assert shortened(name, 30) == "sentence 9 “Question: How…”"
+    assert shorten(name) == "sentence 9 “Question: How deep is Lake…”"
+    assert shortened("no quotation marks in it", 14) == "no quotation…"
+
+
+def test_what_runs_to_the_left_does_not_turn_the_numbers_behind_it():
+    result = GenerationAttributionResult.load(DATA / "summary.safetensors")
+    result.output_pieces[:] = [replace(piece, text="قال ") for piece in result.output_pieces]
+    first = sentences(result, 0, len(result.output_tokens))[0]
+    # Unicode's bidirectional algorithm gives a number the direction of Arabic before it.
+    assert re.search("“\u2068قال [^”]*\u2069” rests", first)
+    assert "\u2068" not in first.partition("rests")[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_that_was_cut_says_so(name):
+    result = GenerationAttributionResult.load(DATA / f"{name}.safetensors")
+    settings, n = result.provenance["generation"], len(result.output_tokens)
+    assert int(settings["max_new_tokens"]) == n
+    assert (header(result)[-1] == f"answer cut after {n} tokens") == (n > 1)
+    result.target[-1] = int(settings["eos_token_id"])
+    assert "cut" not in header(result)[-1]
+
+
+def test_errors_of_single_features_are_the_same_wherever_they_are_told():
+    result = GenerationAttributionResult.load(DATA / "chat.safetensors")
+    n = len(result.output_tokens)
+    told = result.attribute_span(0, n).standard_errors
+    for cause in Reading(result, "word").causes(0, n, precise=True).prompt:
+        assert cause.standard_error == pytest.approx(float(told[cause.column]))

@@ -119,10 +119,10 @@ def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--model", "/no/such/model", "--prompt", "x"], 1, "/no/such/model"),
+        (["--model", "/no/such/model", "--prompt", "x"], 2, "/no/such/model"),
         (["--unit", "phrase"], 2, "unknown unit 'phrase'"),
         (["--prompt", " "], 2, "the prompt is empty"),
-        (["--corpus", "/no/such/file"], 1, "/no/such/file"),
+        (["--corpus", "/no/such/file"], 2, "/no/such/file"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, status, message):

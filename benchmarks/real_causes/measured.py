@@ -122,8 +122,8 @@ class _Counted(ModelBaselines):
         asked = _Asked(model, self.cost)
         bound = self.bound = super().with_model(asked)
 
-        def with_answer(fit: Any) -> ModelBaselines:
-            self.bound = ModelBaselines.with_answer(bound, partial(asked.counted, fit))
+        def with_answer(fit: Any, text: str) -> ModelBaselines:
+            self.bound = ModelBaselines.with_answer(bound, partial(asked.counted, fit), text)
             return self.bound
 
         vars(bound)["with_answer"] = with_answer

@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_llm_ext.attribution.target import whole_row
 from captum_llm_ext.coalitions import Plan, Scope
 from captum_llm_ext.coalitions.owen_orders import Tree
-from captum_llm_ext.contrast import Foils
+from captum_llm_ext.contrast import FoilContext, Foils
 from captum_llm_ext.methods import nesting
 from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
@@ -37,7 +37,10 @@ class Run:
 
     Attributes:
         work_of_model: Cost of a row for `scorer`, relative to the surrogate.
+        foil_context: Prompt and target for the search of foils, once there is a target.
     """
+
+    foil_context: FoilContext
 
     def __init__(
         self,

@@ -365,7 +365,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
 
     def _game(self, run: Run, ids: Tensor, output_unit: Unit | None, output_baselines: Any) -> Game:
         generated = self._generated(run, ids, output_unit, output_baselines)
-        return Game(run, generated, self._foils(run, generated))
+        return Game(run, generated, self._foils(run))
 
     def _checkpoint_key(
         self,

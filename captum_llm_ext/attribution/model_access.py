@@ -153,22 +153,20 @@ class ModelAccess:
     ) -> GeneratedText:
         """The target as features; baselines that condition on the answer are given it."""
         generated = run.context.generated(ids, output_unit, output_baselines)
-        self._condition_on_answer(run, self._foil_context(run, generated))
+        run.foil_context = FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
+        self._condition_on_answer(run, run.foil_context)
         return generated
 
-    def _foils(self, run: Run, generated: GeneratedText) -> Foils | None:
+    def _foils(self, run: Run) -> Foils | None:
         """The foils of a contrast; None for other kinds of values."""
         if not isinstance(self.attr_target, Contrast):
             return None
         return foils_of(
             self.attr_target,
-            self._foil_context(run, generated),
+            run.foil_context.after(run.prompt),
             self._proposer(run.scorer),
             self._vocabulary_size(),
         )
-
-    def _foil_context(self, run: Run, generated: GeneratedText) -> FoilContext:
-        return FoilContext(run.prompt, run.full, generated, self.tokenizer, run.seed)
 
     def _provenance(
         self, run: Run, generated: GeneratedText, generation: Generation | None
@@ -205,7 +203,7 @@ class ModelAccess:
         # Searching candidates can take as long as leave-one-out, so its progress is shown.
         asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
         asked.expect(run.full.ids)
-        run.context.condition_on_answer(AnswerKinds(context, asked))
+        run.context.condition_on_answer(AnswerKinds(context, asked), context.target_text)
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         """The model as baselines use it."""

@@ -42,16 +42,20 @@ def columns(text: str) -> int:
 
 
 def shortened(text: str, most: int) -> str:
-    """The beginning of a line, limited to `most` columns."""
+    """The beginning of a line, limited to `most` columns; a closing quotation mark is kept."""
     if columns(text) <= most:
         return text
-    kept, taken = "", 1  # the sign for omitted text
+    missing = "…”" if text.endswith("”") and "“" in text[: most // 2] else "…"
+    kept, taken = "", len(missing)
     for char in text:
         taken += _columns_of(char)
         if taken > most:
             break
         kept += char
-    return kept.rstrip() + "…"
+    behind = kept.rpartition(" ")[0].rstrip()
+    is_within = not text[len(kept)].isspace() and not kept.endswith(" ")
+    kept = behind if is_within and columns(behind) >= most // 2 else kept
+    return kept.rstrip() + missing
 
 
 def one_line(text: str) -> str:

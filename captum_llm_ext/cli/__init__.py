@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import captum_llm_ext
 from captum_llm_ext.base.command_line import command_line
 from captum_llm_ext.cli import attribute, compare, counterfactual, demo, doctor, show
-from captum_llm_ext.cli.command import UsageError, note, say, shown_examples
+from captum_llm_ext.cli.command import UsageError, note, refuse_unknown, say, shown_examples
 from captum_llm_ext.cli.wording import in_options
 
 __all__ = ["main"]
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
-    arguments = parser.parse_args(given)
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        refuse_unknown(arguments.parser if arguments.command else parser, unknown)
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2

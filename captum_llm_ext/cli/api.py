@@ -1,6 +1,7 @@
 """Options of models behind an API: provider, rung, and limits."""
 
 import argparse
+import re
 from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, positive
@@ -70,6 +71,8 @@ def is_remote(arguments: argparse.Namespace) -> bool:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
         raise UsageError("--tokenizer would be ignored: Anthropic's messages return text alone.")
+    if arguments.api is not None and not re.match(r"https?://[^/]", arguments.api):
+        raise UsageError(f"--api {arguments.api}: give a URL such as http://localhost:8000/v1.")
     if is_one and getattr(arguments, "labels", None) and arguments.rung != "label":
         raise UsageError("--labels would be ignored without --rung label.")
     return is_one

@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, NoReturn
 
 from captum_llm_ext.cli.wording import in_options
 
@@ -49,8 +51,21 @@ def add_command(
     parser.add_argument(
         "--debug", action="store_true", help="show where an error came from, for bug reports"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Ends with status 2, and says which option may have been meant."""
+    known = parser.format_help()
+    options = sorted(set(re.findall(r"(?<!\S)--[a-z][a-z-]*", known)))
+    meant = [
+        close[0]
+        for one in unknown
+        if one.startswith("--") and (close := get_close_matches(one.split("=")[0], options, n=1))
+    ]
+    instead = f": did you mean {' '.join(meant)}?" if meant else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{instead}")
 
 
 def shown_examples(examples: Sequence[str]) -> str:

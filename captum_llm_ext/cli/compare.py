@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, add_command
+from captum_llm_ext.cli.given import check_saved
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 
@@ -76,6 +77,8 @@ def _check(arguments: argparse.Namespace) -> None:
         given, what = arguments.baselines, "--baselines"
     if len(set(given)) < 2:
         raise UsageError(f"{len(set(given))} different {what}: give at least two to compare.")
+    for name in arguments.results:
+        check_saved(name)
 
 
 def _options_of_a_run(arguments: argparse.Namespace) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say, whole
+from captum_llm_ext.cli.given import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.cli.outputs import write_picture
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise UsageError("--model needs a --prompt to continue.")
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
+    if arguments.corpus is not None:
+        check_there("--corpus", arguments.corpus)
     # A wrong name is reported before a model is loaded.
     parts = units(arguments.unit, is_nested=is_search(arguments.method))
     result = _attribute(arguments, parts)

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import is_remote
 from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
+from captum_llm_ext.cli.given import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
     HELP,
@@ -392,11 +394,23 @@ def _check_baselines(given: str) -> None:
     """Checks the syntax of an entry of ``--baselines``; no file is read.
 
     Raises:
-        UsageError: If a file is given without its kind.
+        UsageError: If a file is given without its kind or does not exist, or a word is mistyped.
     """
     kind, _, name = given.partition(":")
+    if given in ("corpus", "corpus:", "index", "index:", "token:"):
+        raise UsageError(
+            f"--baselines {given} says not which: {kind}:{'TEXT' if kind == 'token' else 'FILE'}."
+        )
+    if kind in ("corpus", "index") and name and not (kind == "corpus" and name == DEMO):
+        check_there("--baselines", name, shown=given)
     if kind in ("corpus", "index", "token") and name:
         return
+    close = get_close_matches(given, ("delete", "model"), n=1, cutoff=0.7)
+    if given.isalpha() and close and given != close[0]:
+        raise UsageError(
+            f"--baselines {given}: did you mean {close[0]}? (token:{given} for a token that reads "
+            "like that)"
+        )
     if kind.isalpha() and name:
         raise UsageError(
             f"--baselines {given}: before the colon goes corpus, index or token (token:{given} for "

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr
@@ -13,12 +14,18 @@ from typing import Any, NamedTuple
 
 from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
+from captum_llm_ext.cli.given import check_there
 from captum_llm_ext.cli.quantizing import HELP as QUANTIZE
 from captum_llm_ext.cli.quantizing import quantization
 from captum_llm_ext.demo import NAME as DEMO
 from captum_llm_ext.demo import folder
 
 _MAIN = "main"  # default branch of repositories
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]*\w)?", re.ASCII)
+# What transformers takes besides a JSON object.
+_DEVICES = re.compile(
+    r"(cpu|disk|mps|auto|balanced|balanced_low_0|sequential|[a-z]+:\d+|cuda|xpu|\d+)"
+)
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
@@ -81,8 +88,8 @@ def place_of(arguments: argparse.Namespace) -> Place:
     """Location of the model selected by the options of `add_loading`; nothing is loaded.
 
     Raises:
-        UsageError: If options contradict one another.
-        ValueError: If there is no model, or a required package is missing.
+        UsageError: If options contradict one another, or there is no model.
+        ValueError: If a required package is missing.
     """
     name, gguf = arguments.model, arguments.gguf
     if gguf is not None and arguments.quantize is not None:
@@ -97,15 +104,19 @@ def place_of(arguments: argparse.Namespace) -> Place:
         raise UsageError(f"--gguf {gguf}: give a file that ends in .gguf.")
     if name is None:
         path = Path(gguf).expanduser()
-        if not path.is_file():
-            raise ValueError(f"--gguf {gguf}: there is no such file.")
+        check_there("--gguf", str(path), shown=gguf)
+        _check_magic(path)
         if arguments.revision is not None:
             raise UsageError("--revision would be ignored: --gguf is a file.")
         place = Place(path.stem, str(path.parent), None, path.name)
+    elif name == DEMO:
+        raise UsageError(f"--model {DEMO} would be ignored: --gguf is a model itself.")
     else:
         if Path(name).expanduser().is_dir() and not (Path(name).expanduser() / gguf).is_file():
-            raise ValueError(f"--gguf {gguf}: there is no such file in {name}.")
-        where = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+            raise UsageError(f"--gguf {gguf}: there is no such file in {name}.")
+        where = location(name, of_gguf=True)
+        if Path(where).is_dir():
+            _check_magic(Path(where) / gguf)
         place = Place(f"{name} ({gguf})", where, arguments.revision, gguf)
     lacking = [package for package in ("gguf", "sentencepiece") if find_spec(package) is None]
     if lacking:
@@ -113,12 +124,16 @@ def place_of(arguments: argparse.Namespace) -> Place:
     return place
 
 
-def location(name: str, revision: str | None = None) -> str:
+def location(name: str, revision: str | None = None, *, of_gguf: bool = False) -> str:
     """Path or hub name under which transformers finds a model.
 
+    Args:
+        name: As given.
+        revision: Of a hub name.
+        of_gguf: Whether a file there holds it all.
+
     Raises:
-        UsageError: If a revision is given for a local model.
-        ValueError: If there is no model at a path.
+        UsageError: If a revision is given for a local model, or there is no model at a path.
     """
     if revision is not None and (name == DEMO or Path(name).expanduser().is_dir()):
         raise UsageError(
@@ -129,14 +144,25 @@ def location(name: str, revision: str | None = None) -> str:
         return str(folder())
     path = Path(name).expanduser()
     if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"the folder {name!r} holds no model (no config.json): {_ADVICE}")
+        if not of_gguf and not (path / "config.json").is_file():
+            raise UsageError(f"the folder {name!r} holds no model (no config.json): {_ADVICE}")
         return str(path)
     if path.is_file():
-        raise ValueError(f"the model {name!r} is a file: give the folder that it lies in.")
-    if not name.strip() or name.startswith((".", "~", "/")) or name.count("/") > 1:
-        raise ValueError(f"there is no model folder {name!r}: {_ADVICE}")
+        raise UsageError(f"the model {name!r} is a file: give the folder that it lies in.")
+    if not _HUB_NAME.fullmatch(name):
+        raise UsageError(f"there is no model folder {name!r}: {_ADVICE}")
     return name
+
+
+def _check_magic(path: Path) -> None:
+    """Checks that a file begins as llama.cpp's do.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(f"--gguf {path.name}: that is no GGUF file (it begins otherwise).")
 
 
 def load_tokenizer(place: Place) -> Any:
@@ -191,6 +217,8 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
 
 def _device_map(given: str | None) -> Any:
     if given is None or not given.lstrip().startswith("{"):
+        if given is not None and not _DEVICES.fullmatch(given):
+            raise UsageError(f"--device-map {given}: give cpu, cuda:0, auto, or a JSON object.")
         return given
     try:
         return json.loads(given)

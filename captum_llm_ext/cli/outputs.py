@@ -26,7 +26,9 @@ _HELP: dict[Kind, str] = {
 }
 PICTURES: tuple[Kind, ...] = ("png", "svg", "pdf")
 # File name endings by which other programs open them.
-_ENDINGS: dict[Kind, str] = {kind: f".{kind}" for kind in PICTURES}
+_ENDINGS: dict[Kind, str] = {
+    kind: ".safetensors" if kind == "save" else f".{kind}" for kind in _HELP
+}
 
 
 def add_outputs(parser: argparse.ArgumentParser, *kinds: Kind) -> None:
@@ -46,9 +48,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     """Checks that files can be written, before anything expensive.
 
     Raises:
-        UsageError: If two are the same file, one cannot be written to stdout, or a name has the
-            wrong ending.
-        ValueError: If the folder of one does not exist.
+        UsageError: If two are the same file, one cannot be written to stdout, a name has the wrong
+            ending, or the folder of one does not exist.
     """
     taken: dict[str, Kind] = {}
     for kind in _HELP:
@@ -57,10 +58,11 @@ def check_outputs(arguments: argparse.Namespace) -> None:
             continue
         if name == "-":
             raise UsageError(f"--{kind} -: only --json goes to stdout, give a file.")
-        ending = _ENDINGS.get(kind)
-        if ending is not None and not name.lower().endswith(ending):
-            others = [other for other, its in _ENDINGS.items() if name.lower().endswith(its)]
-            instead = f", or say --{others[0]} {name}" if others else ""
+        ending, given = _ENDINGS[kind], Path(name).suffix.lower()
+        others = [other for other, its in _ENDINGS.items() if other != kind and given == its]
+        if others or (kind in PICTURES and given != ending):
+            may = any(hasattr(arguments, other) for other in others)
+            instead = f", or say --{others[0]} {name}" if may else ""
             raise UsageError(f"--{kind} {name}: give a file that ends in {ending}{instead}.")
         same = taken.setdefault(os.path.realpath(name), kind)
         if same != kind:
@@ -70,7 +72,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         except OSError as error:
             is_folder = isinstance(error, IsADirectoryError)
             why = "is a folder" if is_folder else f"cannot be written ({error.strerror})"
-            raise ValueError(
+            raise UsageError(
                 f"--{kind} {name} {why}: give a file in a folder that is there."
             ) from error
 

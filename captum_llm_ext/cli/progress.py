@@ -76,6 +76,11 @@ class RunProgress:
         """Prints the answer, and whether it was truncated."""
         self._n_tokens = n_tokens
         say(f"answer: {one_line(text)}")
+        if n_tokens == 1 and not is_cut:
+            say(
+                "the model ended at once: what follows is why it wrote nothing (a chat model wants "
+                "--as-chat)"
+            )
         if is_cut:
             say(
                 f"the answer was cut after {n_tokens} tokens: a larger --max-new-tokens lets the "

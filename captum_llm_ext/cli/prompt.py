@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, note
+from captum_llm_ext.cli.given import read_text
 from captum_llm_ext.cli.loading import DEMO
 from captum_llm_ext.text.segment import Span, segmenter
 from captum_llm_ext.text.segment.parts import Parts
@@ -159,8 +159,8 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
     """The prompt from the options of `add_prompt`.
 
     Raises:
-        UsageError: If they contradict one another, or there is no prompt.
-        ValueError, OSError: If a file cannot be read, or contains no chat.
+        UsageError: If they contradict one another, there is no prompt, or a file cannot be read or
+            contains no chat.
     """
     roles = [role.strip() for role in (arguments.roles or _ROLES).split(",")]
     is_many = getattr(arguments, "input", None) is not None
@@ -181,6 +181,7 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
     if arguments.chat is not None:
         chat = _chat(arguments.chat)
         messages = list(chat["messages"])
+        _check_messages(messages, roles)
         if begin and any(isinstance(m, Mapping) and m.get("role") == _SYSTEM for m in messages):
             raise UsageError("--system: the --chat has a message of the system already.")
         return PromptOptions(messages=[*begin, *messages], tools=chat.get("tools"), roles=roles)
@@ -250,9 +251,10 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise UsageError("the prompt is empty: give --prompt a text with at least one word.")
         return text
     # The line break at the end of a file is the editor's.
-    text = _text(arguments.prompt_file).removesuffix("\n").removesuffix("\r")
+    name = arguments.prompt_file
+    text = read_text("--prompt-file", name).removesuffix("\n").removesuffix("\r")
     if not text.strip():
-        raise ValueError(f"the prompt in {arguments.prompt_file!r} is empty.")
+        raise UsageError(f"--prompt-file {name} is empty: give a text with at least one word.")
     return text
 
 
@@ -262,36 +264,50 @@ def _passages(names: Sequence[str]) -> dict[str, str]:
         raise UsageError("--context: a file is given twice.")
     short = [Path(name).name for name in names]
     shown = short if len({*short}) == len(short) else list(names)
-    passages = {name: _text(path).strip() for name, path in zip(shown, names, strict=True)}
+    passages = {
+        name: read_text("--context", path).strip() for name, path in zip(shown, names, strict=True)
+    }
     for name, text in passages.items():
         if not text:
-            raise ValueError(f"--context {name}: the file is empty.")
+            raise UsageError(f"--context {name}: the file is empty.")
     return passages
 
 
 def _chat(given: str) -> Mapping[str, Any]:
     is_json = given.lstrip().startswith(("[", "{"))
-    where = "--chat" if is_json else f"the chat in {given!r}"
-    wrong = UsageError if is_json else ValueError
+    where = "--chat" if is_json else f"--chat {given}"
     try:
-        found: Any = json.loads(given if is_json else _text(given))
+        found: Any = json.loads(given if is_json else read_text("--chat", given))
     except json.JSONDecodeError as error:
-        raise wrong(
+        raise UsageError(
             f"{where} is no JSON ({error}): give a list of messages with 'role' and 'content'."
         ) from error
     chat = cast(Any, found if isinstance(found, dict) else {"messages": found})
     if not isinstance(chat.get("messages"), Sequence) or isinstance(chat["messages"], str):
-        raise wrong(
+        raise UsageError(
             f"{where} has no list of messages: give a list of objects with 'role' and 'content', "
             'or an object that holds it as "messages".'
         )
     return chat
 
 
-def _text(name: str) -> str:
-    if name == "-":
-        return sys.stdin.read()
-    try:
-        return Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name!r} is no UTF-8 text ({error}).") from error
+def _check_messages(messages: Sequence[Any], roles: Sequence[str]) -> None:
+    """Checks that there is something to switch; templates know what else a message may hold.
+
+    Raises:
+        UsageError: If a message is none, or no message has one of the roles.
+    """
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise UsageError(
+                f"--chat: message {number} has no role: give objects with 'role' and 'content'."
+            )
+        if not {"content", "tool_calls"} & {*message}:
+            raise UsageError(f"--chat: message {number} ({message['role']}) has no 'content'.")
+    found = list(dict.fromkeys(message["role"] for message in messages))
+    if not {*found} & {*roles}:
+        told = f"its roles are {', '.join(found)}" if found else "it has no message"
+        raise UsageError(
+            f"--chat: no message is of {' or '.join(roles)}, whose turns are features; {told}. "
+            "--roles names others."
+        )

@@ -1,10 +1,12 @@
 """``captum-llm-ext attribute --input``: a file of prompts, a folder of results."""
 
 import argparse
+import json
 from pathlib import Path
 
 from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
+from captum_llm_ext.cli.given import check_there
 from captum_llm_ext.cli.job import Job, baselines_of
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
@@ -30,7 +32,6 @@ def check_records(arguments: argparse.Namespace) -> bool:
 
     Raises:
         UsageError: If an option would have no effect, or one is missing.
-        ValueError: If there is no such file.
     """
     if arguments.input is None:
         if arguments.out is not None:
@@ -53,14 +54,52 @@ def check_records(arguments: argparse.Namespace) -> bool:
     check_outputs(arguments)
     if len(arguments.baselines or []) > 1:
         raise UsageError(f"{len(arguments.baselines)} --baselines: give one.")
-    if not Path(arguments.input).is_file():
-        raise ValueError(f"--input {arguments.input}: there is no such file.")
     return True
 
 
+def _check_lines(name: str) -> None:
+    """Checks that some line is a record: one that is none is told of among the others.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    check_there("--input", name)
+    first = "it is empty"
+    try:
+        with open(name, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                trouble = _trouble(line)
+                if trouble is None:
+                    return
+                first = f"line {number} {trouble}" if first == "it is empty" else first
+    except (OSError, UnicodeDecodeError) as error:
+        first = str(error)
+    raise UsageError(
+        f'--input {name} has no record ({first}): give a line for each, {{"prompt": "…"}} or '
+        '{"messages": […]}.'
+    )
+
+
+def _trouble(line: str) -> str | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return "is no JSON"
+    if not isinstance(record, dict):
+        return "is no object"
+    return None if {"prompt", "messages"} & {*record} else "has neither prompt nor messages"
+
+
 def run_records(arguments: argparse.Namespace) -> int:
-    """Attributes every record; returns 1 if one failed."""
+    """Attributes every record; returns 1 if one failed.
+
+    Raises:
+        UsageError: If options contradict one another, or no line is a record.
+    """
     job = Job(arguments)
+    _check_lines(arguments.input)
     baselines = baselines_of(arguments)
     from captum_llm_ext.attribution.dataset import attribute_dataset
 

@@ -68,17 +68,16 @@ def report(result: "GenerationAttributionResult", k: int, level: str | None = No
 def _by_level(result: "GenerationAttributionResult", level: str, columns: int | None) -> str:
     """One line per part of the prompt: its attribution for the whole answer.
 
-    If the answer follows mostly from its own words, also its total share.
+    If direct effects do not show which part contributed most, its total share comes first.
     """
     from captum_llm_ext.result.whole_answer import whole_answer_shares
 
     causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
     end = whole_answer_shares(result, level)
     shares: dict[str, Share] = {}
-    if end is not None and end.is_listed:
+    if end is not None and end.is_first:
         shares = {share.name: share for share in end.shares if not share.is_output}
-    is_first = end is not None and end.is_first
-    order = dict.fromkeys([*shares, *causes] if is_first else [*causes, *shares])
+    order = dict.fromkeys([*shares, *causes])
     lines = [f"whole answer, by {level}{', and in the end through its own words' * bool(shares)}:"]
     for name in order:
         cause, share = causes.get(name), shares.get(name)
@@ -87,7 +86,7 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
         line = f"{line} {' '.join(name.split())}"
         line = line if columns is None else shortened(line, columns)
         kind = "raises" if cause is not None and cause.attribution > 0 else "lowers"
-        is_sure = (cause is not None and cause.is_marked) or (is_first and share is not None)
+        is_sure = (cause is not None and cause.is_marked) or share is not None
         lines.append(paint(line, kind if is_sure else "nothing"))
     return "\n".join(lines)
 

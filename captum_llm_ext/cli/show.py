@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
 from captum_llm_ext.cli.counterfactual import read_counterfactuals
+from captum_llm_ext.cli.given import check_saved, check_there
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.report import add_level, check_level, report
 
@@ -60,13 +61,19 @@ def run(arguments: argparse.Namespace) -> None:
     check_level(arguments)
     if arguments.level is not None and arguments.token is not None:
         raise UsageError("--level would be ignored with --token, which lists causes as they are.")
+    check_saved(arguments.result)
+    if arguments.counterfactuals:
+        check_there("--counterfactuals", arguments.counterfactuals)
     from captum_llm_ext.result import GenerationAttributionResult
 
     result = GenerationAttributionResult.load(arguments.result)
     if arguments.token is None:
         text = report(result, arguments.top, arguments.level)
     else:
-        text = _causes(result, arguments.token, arguments.top)
+        try:
+            text = _causes(result, arguments.token, arguments.top)
+        except ValueError as error:
+            raise UsageError(f"--token {arguments.token}: {error}") from error
     found = read_counterfactuals(arguments.counterfactuals) if arguments.counterfactuals else []
     text = "\n\n".join([text, *map(str, found)])
     write_outputs(arguments, result, text, result.plot_token_attr, found)

@@ -54,6 +54,11 @@ _VALUES: Mapping[str, str] = {
 }
 # Advice without an option is removed from messages, with its connecting words.
 _PHRASES = (
+    (
+        r"a text baseline names one token, as in captum \(say '<pad>'\)\. For replacement texts "
+        r"give a list with one entry per feature",
+        "--baselines takes delete, model, a token such as <pad>, corpus:FILE or index:FILE",
+    ),
     (r",? or `feature_mask`", ""),
     (r"(?<=`tol`), `stop`(?= and )", ""),
     (r"(?<=`tol`) and `stop` need\b", " needs"),

@@ -1,11 +1,13 @@
 """`FoilContext`: a prompt and a target, for which foils are searched."""
 
+from copy import copy
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from captum_llm_ext.model import TokenRow
+from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.words import KINDS, atoms, keeps_script, kind
@@ -46,10 +48,38 @@ class FoilContext:
         self.names = list(generated.labels)
         self._special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
         self._pieces: dict[int, str] = {}
+        self._likeliest: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def after(self, prompt: Prompt) -> "FoilContext":
+        """The same where the prompt's baselines know more; what was found of the whole stays."""
+        changed = copy(self)
+        changed._prompt = prompt
+        return changed
+
+    def likeliest(self, model: RowScorer, n: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens in the target's places, with every feature present.
+
+        They are asked for once, by whoever wants them first.
+
+        Args:
+            model: Is asked.
+            n: How many.
+
+        Returns:
+            Log-probabilities and token ids, each ``(1, n_target, n)``, as `Scorer.likeliest` does.
+        """
+        if n not in self._likeliest:
+            self._likeliest[n] = model.likeliest([self.whole], n)
+        return self._likeliest[n]
 
     @cached_property
     def _texts(self) -> list[str]:
         return [piece.text for piece in self._generated.pieces]
+
+    @property
+    def target_text(self) -> str:
+        """What the target says."""
+        return "".join(self._texts)
 
     @property
     def whole(self) -> TokenRow:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast
@@ -41,7 +42,11 @@ def found(
     own = [t for t in wanted if not context.goes_on(t)]
     n_looked = _LOOKED_AT * contrast.n_foils
     rows = [context.whole] if contrast.without is None else context.without(contrast.without)
-    guesses = _averaged(_guesses(rows, own, n_looked, model) if own else [])
+    guesses: dict[int, Guesses] = {}
+    if own:
+        is_whole = contrast.without is None
+        said = context.likeliest(model, n_looked) if is_whole else model.likeliest(rows, n_looked)
+        guesses = _averaged(_guesses(rows, own, *said))
     candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, context) for t in own}
     weighed = [
         t
@@ -66,10 +71,9 @@ def found(
 
 
 def _guesses(
-    rows: Sequence[TokenRow], wanted: Sequence[int], n: int, model: RowScorer
+    rows: Sequence[TokenRow], wanted: Sequence[int], log_probs: Tensor, ids: Tensor
 ) -> list[dict[int, Guesses]]:
     """Per row the likeliest tokens at the positions of target tokens, if it predicts them."""
-    log_probs, ids = model.likeliest(rows, n)
     return [
         {
             t: {

@@ -102,7 +102,7 @@ class AnswerKinds:
         ]
         if not word_starts or context.full.extras is not None:
             return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        [ids] = self._model.likeliest([context.whole], _LOOKED_AT)[1]
+        [ids] = context.likeliest(self._model, _LOOKED_AT)[1]
         kinds = {
             t: [token for token in ids[t].tolist() if token >= 0 and context.fits(token, t)][
                 :_WORDS

@@ -183,7 +183,10 @@ class Likelihood:
         """
         for begin, stop, some in self._windows(ids, at):
             window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
-            found = self._look([window])
+            # A row that is read alone needs no look at batches where the model is given packs.
+            read = [TokenRow(tuple(own), range(len(own))) for own in (window[:1], window)]
+            found = self._scorer.look(read)
+            self._seed = 0 if found.seeds else None
             if found.step_by_step:
                 for place in some:
                     row = torch.tensor([window[: place - begin]], dtype=torch.int64, device="cpu")
@@ -386,9 +389,10 @@ def as_proposer(given: Any, tokenizer: Any) -> Proposer:
 
     Raises:
         TypeError: If it is none of these, or the model is neither causal nor masked.
-        ValueError: If a model without a tokenizer has another vocabulary.
+        ValueError: If a model without a tokenizer has another vocabulary, or one has no room for
+            a word after another one.
     """
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) and len(given) == 2:
         model, own = given
     else:
         model, own = getattr(given, "model", given), getattr(given, "tokenizer", None)
@@ -406,7 +410,14 @@ def as_proposer(given: Any, tokenizer: Any) -> Proposer:
             f"`proposer` is a {type(given).__name__}: give `(model, tokenizer)`, a causal or "
             "masked language model of transformers and its tokenizer."
         )
-    if _compat.is_masked(model):
+    n_positions, is_masked = _compat.longest_sequence(model), _compat.is_masked(model)
+    # A word after another one; or between the marks that a text begins and ends with.
+    if n_positions is not None and n_positions < (least := 3 if is_masked else 2):
+        raise ValueError(
+            f"`proposer` is a {type(model).__name__} with room for {n_positions} tokens at a time, "
+            f"and {least} are the least that tell what may stand in a place: give another model."
+        )
+    if is_masked:
         return MaskedProposer(model, own)
     try:
         _compat.check_causal(model)

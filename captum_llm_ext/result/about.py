@@ -1,6 +1,7 @@
 """The settings of an attribution in words: model, method, unit, baselines, evaluations."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,13 +41,14 @@ _NATS = ("log_prob", "contrast", "log_odds")
 
 
 def header(result: "ResultNumbers") -> list[str]:
-    """Model, method, value and unit, absence, evaluations: those that are known, in words."""
+    """Model, method, value and unit, absence, evaluations, whether the answer was cut: in words."""
     parts = (
         describe_model,
         describe_method,
         describe_value,
         describe_absence,
         describe_evaluations,
+        describe_cut,
     )
     return [text for text in (part(result) for part in parts) if text]
 
@@ -99,6 +101,19 @@ def describe_evaluations(result: "ResultNumbers") -> str:
     estimate = "estimate from " if result.provenance.get("estimate") else ""
     n = result.n_evaluations
     return f"{estimate}{n:,} evaluation{'s' * (n != 1)}"
+
+
+def describe_cut(result: "ResultNumbers") -> str:
+    """``"answer cut after 40 tokens"``: no more were allowed; empty if it came to its end."""
+    settings: Any = result.provenance.get("generation")
+    n = len(result.output_tokens)
+    if not isinstance(settings, Mapping) or n < 2:
+        return ""
+    told = cast(Mapping[str, Any], settings)
+    ends = re.findall(r"\d+", str(told.get("eos_token_id", "")))
+    is_over = str(int(result.target[-1])) in ends
+    is_full = str(told.get("max_new_tokens")) == str(n)
+    return f"answer cut after {n} tokens" if is_full and not is_over else ""
 
 
 def factor(nats: float, *, of_odds: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ _MOSTLY = 0.5
 _ADDS_UP = 0.01
 _MOST_FOILS, _MOST_ENDS = 3, 3
 _ANSWER = 60
+_QUOTATION = re.compile("“([^”]*)”")
 _MEASURED = {
     "deleted": "by leaving parts out of the text",
     "model": "by having the model itself rewrite parts of the text",
@@ -57,18 +59,18 @@ def sentences(
     blocks = read.causes(start, stop, precise=True)
     is_whole = (start, stop) == (0, len(result.output_tokens))
     end = whole_answer_shares(result, read.prompt.level) if is_whole else None
-    in_end = [] if end is None or not end.is_listed else _in_the_end(result, end)
-    is_first = end is not None and end.is_first and bool(in_end)
+    in_end = [] if end is None or not end.is_first else _in_the_end(result, end)
+    is_first = bool(in_end)
     parts = [
-        *(in_end if is_first else []),
+        *in_end,
         *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
-        *([] if is_first else in_end),
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
         *_certainty(result, read, blocks.prompt, start, stop, is_second=is_first),
     ]
-    return _quoted_once([sentence for sentence in parts if sentence], read.prompt.level)
+    sentences = _quoted_once([sentence for sentence in parts if sentence], read.prompt.level)
+    return list(map(_isolated, sentences))
 
 
 def _quoted_once(sentences: Sequence[str], level: str) -> list[str]:
@@ -86,12 +88,26 @@ def _quoted_once(sentences: Sequence[str], level: str) -> list[str]:
     return [pattern.sub(shorter, sentence) for sentence in sentences]
 
 
+def _isolated(sentence: str) -> str:
+    """Quotations that run to the left isolated: they would turn the numbers behind them around."""
+    return _QUOTATION.sub(
+        lambda found: (
+            f"“\u2068{found[1]}\u2069”"
+            if any(unicodedata.bidirectional(char) in ("R", "AL") for char in found[1])
+            else found[0]
+        ),
+        sentence,
+    )
+
+
 def part_text(cause: Cause, level: str) -> str:
     """``the word “Palm”`` or ``paragraph 4 “Lake Baikal…”``."""
     name = " ".join((cause.label or cause.name).split())
     if "“" in name:
         return name
-    return f"the {level} {quoted(name)}" if level in (TOKEN, WORD) else quoted(name)
+    if level == "passage" and name == "question":  # what comes after the passages of --context
+        return f"the {name}"
+    return f"{'the ' * (level in (TOKEN, WORD))}{level} {quoted(name)}"
 
 
 def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
@@ -104,9 +120,7 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
 
 def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
     """Sentences on the total causes of an answer that follows mostly from its own words."""
-    subject = "it"
-    if end.is_first:
-        subject = subject_of(result, 0, len(result.output_tokens))
+    subject = subject_of(result, 0, len(result.output_tokens))
     causes = [
         f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
         for share in end.listed[:_MOST_ENDS]
@@ -319,8 +333,10 @@ def _certainty(
 
 def subject_of(result: "ResultNumbers", start: int, stop: int) -> str:
     """``“Lisbon”``, or ``the answer “…”``."""
-    texts = [piece.text for piece in result.output_pieces[start:stop]]
-    text = "".join(texts).strip() or " ".join(result.output_tokens[start:stop])
+    said = [piece for piece in result.output_pieces[start:stop] if piece.role != "template"]
+    text = "".join(piece.text for piece in said).strip() or " ".join(
+        result.output_tokens[start:stop]
+    )
     if stop - start == 1:
         return quoted(result.names.tokens[start], _ANSWER)
     is_whole = (start, stop) == (0, len(result.output_tokens))

@@ -148,9 +148,11 @@ class Reading:
     def _errors(self, parts: Parts, start: int, stop: int, precise: bool) -> Tensor:
         errors = self._result.full_attr_se[start:stop]
         columns = sum(part >= 0 for part in parts.part_of)
-        is_single = len(errors) == 1 and columns == len(parts.names)
-        replicates = self.replicates(start, stop) if precise and not is_single else None
-        return parts.errors(replicates, errors)
+        if not precise or (len(errors) == 1 and columns == len(parts.names)):
+            return parts.errors(None, errors)
+        if columns == len(parts.names):  # of columns as they are the coalitions tell it at once
+            return _by_part(self._result.attribute_span(start, stop).standard_errors, parts)
+        return parts.errors(self.replicates(start, stop), errors)
 
     def difference_error(self, start: int, stop: int, one: Cause, other: Cause) -> float:
         """The standard error of the difference in magnitude of two causes.

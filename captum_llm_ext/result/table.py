@@ -75,23 +75,21 @@ def table(
 def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> list[str]:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
-    If the answer follows mostly from its own words, its total causes come first. Empty if values of
-    tokens do not add up.
+    If direct effects do not show which part contributed most, the total causes come first. Empty if
+    values of tokens do not add up.
     """
     if not adds_up(result):
         return []
     paint = show or _plain
     directly = _ARROW + _directly(result, k, paint)
     end = whole_answer_shares(result)
-    if end is None or not end.is_listed:
+    if end is None or not end.is_first:
         return [_WHOLE + directly]
     shares = ", ".join(paint(str(share), "size") for share in end.listed[:k])
     through = f"  ⇐  {shares or _NOTHING}"
     why = f"(⇐ through the answer’s own words, which have {_percent(1 - end.directly)} of what led "
     why += "to its tokens)"
-    if end.is_first:
-        return [_WHOLE + through, f"{'directly':>{len(_WHOLE)}}{directly}", why]
-    return [_WHOLE + directly, f"{'in the end':>{len(_WHOLE)}}{through}", why]
+    return [_WHOLE + through, f"{'directly':>{len(_WHOLE)}}{directly}", why]
 
 
 def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:

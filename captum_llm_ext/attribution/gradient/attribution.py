@@ -437,7 +437,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             most_rows=internal_batch_size,
             grad_kwargs=grad_kwargs,
         )
-        foils = self._foils(run, generated)
+        foils = self._foils(run)
         joint = None
         bar = ProgressBar("points of the path", "row", is_shown=show_progress)
         paths.on_total, paths.on_rows = bar.announce, bar.advance

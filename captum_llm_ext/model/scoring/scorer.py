@@ -257,6 +257,11 @@ class Scorer:
         self._noise.note(rows, explained(values, asked, self.attr_target))
         return values
 
+    def look(self, rows: Sequence[TokenRow]) -> Findings:
+        """What the model does with such rows; looked at where these are news."""
+        with exclusive_use(self.model):
+            return self._look(rows)
+
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens at the positions that predict the target tokens, likeliest first.
 

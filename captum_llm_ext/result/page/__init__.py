@@ -21,6 +21,7 @@ from itertools import pairwise
 from typing import Any
 
 from captum_llm_ext.base.amounts import percent, plus_minus
+from captum_llm_ext.base.terminal import shortened
 from captum_llm_ext.result.page.changes import change_sentences
 from captum_llm_ext.result.page.provenance import provenance_rows
 
@@ -50,6 +51,7 @@ _USED = ("unit", "noise_floor")  # parts of the provenance that scripts use
 # Number of listed shares of the whole answer, and the smallest; chosen, not measured.
 _MOST_SHARES, _LEAST_SHARE = 3, 0.05
 _SINGLE = 1.96  # standard errors at which a single value is significant
+_LONGEST_HEADING = 60  # characters; chosen, not measured
 _PLAIN_ROWS = 500  # tokens listed if scripts are disabled; chosen, not measured
 
 
@@ -164,15 +166,13 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     texts = (piece["text"] for piece in output if piece.get("role") != "template")
     # If the answer has no text, such as a single end token, its tokens' names are shown.
     answer = " ".join("".join(texts).split()) or " ".join(" ".join(names).split())
-    if len(answer) > 60:
-        answer = (answer[:60].rpartition(" ")[0] or answer[:60]) + "…"
-    return f"What made the model write “{answer}”"
+    return f"What made the model write “{shortened(answer, _LONGEST_HEADING)}”"
 
 
 def _first_lines(data: Mapping[str, Any]) -> str:
-    """Direct and total causes of the whole answer, in reading order."""
+    """Causes of the whole answer: total ones as well if direct effects do not show the first."""
     if not _is_through_first(data):
-        return _summary(data) + _total(data, "through the answer")
+        return _summary(data)
     whole = "whole answer, through its own words"
     return _total(data, whole) + _summary(data, "directly")
 

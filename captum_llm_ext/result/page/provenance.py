@@ -23,21 +23,28 @@ _NAMES = {
     "generation": "how the answer was generated",
     "probe": "what the model was found to do",
 }
-# Names of entries within dictionaries, such as on generation and on the model.
+# Names of entries within dictionaries, such as on generation.
 _PARTS = {
-    "eos_token_id": "ends at token",
+    "eos_token_id": "until token",
     "max_new_tokens": "tokens at most",
-    "do_sample": "drawn at random",
-    "dtype": "computes in",
     "n_before": "positions before the text",
-    "last_only": "last position only",
-    "sees_ahead": "sees what follows",
-    "couples_rows": "sees other rows of a batch",
-    "mixes_lengths": "changes with the length of a batch",
-    "reuses_beginnings": "reuses beginnings",
-    "lends_beginnings": "shares beginnings",  # as older files have it
-    "shares_beginnings": "shares beginnings",
-    "packs_rows": "reads several rows as one",
+    "jumps": "values jump where numbers within move by",
+}
+_UNTOLD_ZERO = ("n_before", "jumps")
+# Of yes and no: what each says; nothing where it goes without saying.
+_CLAIMS = {
+    "do_sample": ("drawn at random", "the likeliest token each time"),
+    "last_only": ("gives the last position’s logits only", ""),
+    "sees_ahead": (
+        "what follows a token changes its value",
+        "sees nothing of what follows a token",
+    ),
+    "couples_rows": ("rows of a batch change one another", "rows of a batch change nothing"),
+    "mixes_lengths": ("padding changes values", "padding changes nothing"),
+    "reuses_beginnings": ("goes on from a cache", "cannot go on from a cache"),
+    "lends_beginnings": ("shares a cache", "cannot share a cache"),  # as files of before have it
+    "shares_beginnings": ("shares a cache", "cannot share a cache"),
+    "packs_rows": ("several texts in one row are exact", "no several texts in one row"),
 }
 _VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", "False": "no"}
 
@@ -61,12 +68,21 @@ def _spelled(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        named = ((str(key), _spelled(item)) for key, item in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        pairs = ((_PARTS.get(name, name.replace("_", " ")), text) for name, text in named)
-        return ", ".join(f"{name} {text}" for name, text in pairs if text)
+        named = (_part(str(key), item) for key, item in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return ", ".join(filter(None, named))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _listed(list(value))  # pyright: ignore[reportUnknownArgumentType]
     return _VALUES.get(value, value) if isinstance(value, str) else str(value)
+
+
+def _part(name: str, value: Any) -> str:
+    """One of what is noted together; empty where it says nothing."""
+    if name in _CLAIMS and str(value) in ("True", "False"):
+        return _CLAIMS[name][str(value) == "False"]
+    text = "" if name in _UNTOLD_ZERO and not value else _spelled(value)
+    return text and (
+        text if name == "dtype" else f"{_PARTS.get(name, name.replace('_', ' '))} {text}"
+    )
 
 
 def _listed(values: list[Any]) -> str:

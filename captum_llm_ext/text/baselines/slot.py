@@ -216,8 +216,13 @@ One number per trial; NaN if unknown. A trial without replacements is the origin
 class UsesAnswer(Protocol):
     """A baseline that can also use the text generated after the prompt."""
 
-    def with_answer(self, fit: AnswerFit, /) -> Baseline:
-        """A copy conditioned on an answer; the object itself is unchanged."""
+    def with_answer(self, fit: AnswerFit, text: str, /) -> Baseline:
+        """A copy conditioned on an answer; the object itself is unchanged.
+
+        Args:
+            fit: Likelihood of words of the same kinds as the answer's.
+            text: The answer.
+        """
         ...
 
 

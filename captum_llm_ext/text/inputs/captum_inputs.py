@@ -287,8 +287,8 @@ class _MergedPrompt(Prompt):
     def with_model(self, model: LanguageModel) -> Prompt:
         return self._wrap(self._prompt.with_model(model))
 
-    def with_answer(self, log_probs: AnswerLogProbs) -> Prompt:
-        return self._wrap(self._prompt.with_answer(log_probs))
+    def with_answer(self, log_probs: AnswerLogProbs, text: str) -> Prompt:
+        return self._wrap(self._prompt.with_answer(log_probs, text))
 
     def _wrap(self, prompt: Prompt) -> Prompt:
         changed = copy(self)

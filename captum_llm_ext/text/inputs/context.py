@@ -46,9 +46,9 @@ class Context:
             raise ValueError("the prompt is empty: it has no token before the target.")
         warn_of_mismatch(prompt.own_baseline, prompt.matches)
 
-    def condition_on_answer(self, log_probs: AnswerLogProbs) -> None:
+    def condition_on_answer(self, log_probs: AnswerLogProbs, text: str) -> None:
         """Conditions the baselines on an answer, if they support it."""
-        self.prompt = self.prompt.with_answer(log_probs)
+        self.prompt = self.prompt.with_answer(log_probs, text)
 
     def generated(self, ids: Tensor, unit: Unit | None, baselines: Any) -> GeneratedText:
         """The target as features; `baselines=None` uses those of the prompt."""

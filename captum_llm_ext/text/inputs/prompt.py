@@ -214,7 +214,7 @@ class Prompt(ABC):
         """A copy whose baselines can use this model; the prompt itself if none does."""
         return self
 
-    def with_answer(self, log_probs: AnswerLogProbs) -> "Prompt":
+    def with_answer(self, log_probs: AnswerLogProbs, text: str) -> "Prompt":
         """A copy whose baselines are conditioned on an answer; the prompt itself if none can be."""
         return self
 
@@ -257,11 +257,11 @@ class Replacements:
         """Whether the baseline can be conditioned on the text after the prompt."""
         return isinstance(self._baseline, UsesAnswer)
 
-    def with_answer(self, fit: AnswerFit) -> "Replacements":
+    def with_answer(self, fit: AnswerFit, text: str) -> "Replacements":
         """A copy conditioned on an answer, if the baseline supports it."""
         found = self._baseline
         return self._of(
-            found.with_answer(fit) if isinstance(found, UsesAnswer) else found, self._slots
+            found.with_answer(fit, text) if isinstance(found, UsesAnswer) else found, self._slots
         )
 
     def over(self, slots: Sequence[Slot]) -> "Replacements":

@@ -192,13 +192,13 @@ class TextSegmentInput(InterpretableInput, Prompt):
         changed.output_baseline = with_model(self.output_baseline, model)
         return changed
 
-    def with_answer(self, log_probs: AnswerLogProbs) -> Self:
+    def with_answer(self, log_probs: AnswerLogProbs, text: str) -> Self:
         """See `Prompt.with_answer`."""
         if not self._replacements.uses_answer:
             return self
         changed = copy(self)
         changed._replacements = self._replacements.with_answer(
-            lambda tries: log_probs([self._with_texts(texts) for texts in tries])
+            lambda tries: log_probs([self._with_texts(texts) for texts in tries]), text
         )
         return changed
 

@@ -62,8 +62,26 @@ def whole(text: str, spans: Iterable[tuple[int, int]]) -> list[Span]:
 
 
 def shorten(text: str, width: int = 40) -> str:
-    """The beginning of a text, for messages."""
-    return text if len(text) <= width else text[: width - 1] + "…"
+    """The beginning of a text, for messages and names: "It is 1,64…" is worse than "It is…".
+
+    Cut behind a word where that keeps half of the width, and inside no grapheme cluster. A text in
+    quotation marks, or that ends with such, keeps the closing one.
+
+    Args:
+        text: The text.
+        width: Characters at most, with the sign that something is missing.
+    """
+    if len(text) <= width:
+        return text
+    missing = "…”" if text.endswith("”") and "“" in text[: width - 2] else "…"
+    stop, inside = width - len(missing), joints(text[: 2 * width])
+    while stop in inside:
+        stop -= 1
+    kept = text[:stop].rstrip()
+    if len(kept) == stop and not text[stop].isspace():
+        behind = kept[: max(kept.rfind(" "), 0)].rstrip()
+        kept = behind if len(behind) >= width // 2 else kept
+    return kept + missing
 
 
 def _content_end(text: str, start: int, stop: int, otherwise: int) -> int:

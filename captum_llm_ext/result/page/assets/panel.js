@@ -131,7 +131,7 @@ function tableRow(view, row, most, axis) {
 }
 
 const MOST_ROWS = 7, LEAST_ROW = 0.02; /* of the strongest: less is told as a sum */
-const LONG_TEXT = 30; /* characters from which a cause is a passage, shown on several lines */
+const LONG_TEXT = 16; /* characters from which a cause may take several lines */
 function fillTable(table, view, rows) {
   const most = peak(rows.map((row) => row.value));
   const worth = rows.filter((row) => Math.abs(row.value) >= LEAST_ROW * most).slice(0, MOST_ROWS);
@@ -161,17 +161,18 @@ function drawEffects(view) {
 }
 
 /* What shares are, and what they leave out. */
-function notesOnShares(shares) {
+function notesOnShares(view, shares) {
   const { negative, uncertain } = data.total[prompt.name];
   const isTold = shares.some(({ isUntold }) => !isUntold), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
   const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
   return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
+    + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, direct effects tell better where they tell it." : "")
     + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : "")
     + (!isTold ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
 }
 
 function notesOn(view) {
-  if (isThrough()) return notesOnShares(view.kind === "rows" ? [view.prompt, view.output] : [view.tokens]);
+  if (isThrough()) return notesOnShares(view, view.kind === "rows" ? [view.prompt, view.output] : [view.tokens]);
   const notes = [], rows = view.kind === "rows";
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause. That asks which part of it the answer came from; without output_unit=None, words of the answer are causes as well.");
   if (isWhole(view) && nOutput) notes.push("Earlier words of the answer are causes, too: this tells which word led to the next. To ask of the prompt alone, which passage it came from, hold the answer fixed: output_unit=None, or --output-unit none.");
@@ -180,7 +181,10 @@ function notesOn(view) {
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
   if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale.");
   if (hasErrors) notes.push("± is one standard error; what lies within " + beyond.toFixed(2) + " of them could be noise, with so many looked at together, and is pale.");
-  if (2 * floor >= 10 ** -decimals(commonPeak("prompt", "answer"))) notes.push("What is below " + withUnit(String(Number(floor.toPrecision(2)))) + ", the noise of the model's own arithmetic, is pale" + (hasErrors ? " too." : "."));
+  if (2 * floor >= 10 ** -decimals(commonPeak("prompt", "answer"))) {
+    const n = rows ? view.to - view.from : 1, noise = Number((floor * Math.sqrt(n)).toPrecision(2));
+    notes.push("What is below " + withUnit(String(noise)) + ", the noise of the model's own arithmetic" + (n > 1 ? " in " + n + " tokens" : "") + ", is pale" + (hasErrors ? " too." : "."));
+  }
   if (groupOf.size) notes.push("≈ " + groupOf.size + " features were not told apart within the budget: groups of them share evenly.");
   if (rows && data.fixed_share) notes.push("Fixed text, such as the token that texts begin with, has " + Math.round(100 * mean(data.fixed_share.slice(view.from, view.to))) + "\u00a0% of what all tokens " + (data.attr_target === "attention" ? "take." : "add."));
   if (isUnsigned) notes.push("Sizes, which neither raise nor lower.");

@@ -1,12 +1,12 @@
 /* Running text: pieces, bubbles, colours, and marks beside the scroll bar. */
 
-/* White space around a piece stays uncoloured; a piece of nothing else is coloured and marked. */
-function fill(el, text) {
+/* White space around a piece stays uncoloured; a live piece of nothing else is coloured and marked. */
+function fill(el, text, live) {
   const lead = text.match(/^\s*/)[0];
   const ink = make("span", "ink");
   if (lead.length === text.length) {
     text.split("\n").forEach((part, i) => {
-      if (i) ink.append(make("span", "newline"), "\n");
+      if (i) ink.append(live ? make("span", "newline") : "", "\n");
       ink.append(part);
     });
     el.append(ink);
@@ -51,7 +51,7 @@ function layOut(box, side, pieces, placeOf) {
     if (role === "template") el.classList.add("template");
     if (!live && role === "template" && text.length > MOST_TEMPLATE) fold(el);
     el.setAttribute("role", "option");
-    const ink = fill(el, text);
+    const ink = fill(el, text, live);
     placeOf(role).append(el);
     if (!live) { el.setAttribute("aria-disabled", "true"); continue; }
     if (!text.trim()) el.setAttribute("aria-label", /\n/.test(text) ? "new line" : text ? "space" : "part of a character");

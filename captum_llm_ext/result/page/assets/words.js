@@ -72,11 +72,13 @@ function visible(text) {
   if (inner) return inner.replace(/\s+/g, " ");
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
 }
-/* Cut by characters as a reader sees them: half an emoji is none. */
+/* Cut by characters as a reader sees them, half an emoji is none; behind a word where that keeps half. */
 function short(text, most = 48) {
   if (text.length <= most) return text;
-  const shown = Intl.Segmenter ? Array.from(new Intl.Segmenter().segment(text.slice(0, 4 * most)), (part) => part.segment) : Array.from(text);
-  return shown.length > most ? shown.slice(0, most - 1).join("").trimEnd() + "…" : shown.join("");
+  const letters = Intl.Segmenter ? Array.from(new Intl.Segmenter().segment(text.slice(0, 4 * most)), (part) => part.segment) : Array.from(text);
+  if (letters.length <= most) return letters.join("");
+  const kept = letters.slice(0, most - 1).join(""), behind = kept.slice(0, Math.max(kept.lastIndexOf(" "), 0));
+  return (letters[most - 1].trim() && behind.length >= most / 2 ? behind : kept).trimEnd() + "…";
 }
 /* What runs to the left is isolated: it would turn the words around it. */
 const runsLeft = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/;

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,13 +15,14 @@ from captum_llm_ext.text.baselines.corpus.joint import Occurrences, joint_occurr
 from captum_llm_ext.text.baselines.corpus.phrase import parts, phrases
 from captum_llm_ext.text.baselines.corpus.search import Found, Query, Search, query_of
 from captum_llm_ext.text.baselines.surroundings import Surroundings
-from captum_llm_ext.text.baselines.words import SENTENCE_END, border
+from captum_llm_ext.text.baselines.words import SENTENCE_END, WORD, border
 
 # A slot is constant if at most this share of its occurrences differs, since matches contain stray
 # ones. Chosen, not measured.
 SLIPS = 0.05
 # This many other texts, all of template words without names or numbers, count as paraphrases of the
-# original. Chosen, not measured.
+# original, but not after a template word and without a filler inside: "lives in" and "has moved to"
+# have fillers around, "red wine" and "green tea" after "drinks" are values. Chosen, not measured.
 WORDINGS = 2
 _LOCATED = ("both", "left", "right")
 _PLACED = (*_LOCATED, "kinds")
@@ -116,10 +117,8 @@ class Lookup:
             found = None if offer is None else parts(offer.texts, place.atoms, n_left, n_right)
             if offer is None or not found or found.total() <= SLIPS * offer.texts.total():
                 continue
-            if len(found) <= WORDINGS and all(map(self._is_framed, found)):
-                begins = n_left == len(place.left) or border(place.left[n_left]) >= SENTENCE_END
-                if not any(_is_name(text, begins and not n_left) for text in (place.core, *found)):
-                    continue
+            if self._are_wordings(place, n_left, n_right, found):
+                continue
             own = {(place.core,): offer.texts.total() - found.total()}
             return Candidates.counted(
                 offer.found.level,
@@ -129,6 +128,19 @@ class Lookup:
                 exclude_original=self._exclude_original,
             )
         return None
+
+    def _are_wordings(
+        self, place: Surroundings, n_left: int, n_right: int, found: Collection[str]
+    ) -> bool:
+        """Whether a phrase and the few others in its place are taken to say the same."""
+        if len(found) > WORDINGS or not all(map(self._is_framed, found)):
+            return False
+        before = place.left[n_left] if n_left < len(place.left) else words.BREAK
+        begins = border(before) >= SENTENCE_END and not n_left
+        if any(_is_name(text, begins) for text in (place.core, *found)):
+            return False
+        around = place.left[:n_left] + place.right[:n_right]
+        return border(before) > WORD or not all(map(self._is_framed, around))
 
     def _is_framed(self, text: str) -> bool:
         atoms = [atom.text for atom in words.atoms(text)]

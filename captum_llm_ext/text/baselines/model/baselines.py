@@ -3,13 +3,14 @@
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
 
+from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.candidates import BLANK, Candidates, Match
 from captum_llm_ext.text.baselines.corpus.baselines import HasSlots
 from captum_llm_ext.text.baselines.draws import part_of
@@ -31,6 +32,7 @@ _TOLD = 10
 # hardly affect these, and cost most: on 42 real prompts the last 8 to 64 name the same causes, and
 # the last 5 fewer.
 _REACH = 12
+_STEM = 3  # least letters of a word with endings; chosen, not measured
 _LEFT_BEHIND = "left behind"  # placeholder of a proposer that was not copied
 _NO_OTHER = "its place, where no other text of its kind is likely"
 
@@ -67,6 +69,10 @@ class ModelBaselines:
     This applies to the 12 words and phrases before the answer: those further away hardly affect its
     kinds. It does not apply to features of many words, generated text (what follows it was
     generated because of it), and prompts of models behind an API.
+
+    *Copied words*: a word that answer and prompt share, with whatever ending, is drawn in no other
+    place. For "milk and cheese, but forgot the", the draw "milk and eggs, but forgot the" would
+    change the answer "eggs" by mentioning eggs, not by the absence of cheese.
 
     *Phrases*: words that determine one another are absent together. A word is bound to the one
     before it if it is more likely than not after that, and unlikely after others ("Lake" after
@@ -107,6 +113,8 @@ class ModelBaselines:
         self._model: Proposer | None = proposer if isinstance(proposer, Proposer) else None
         self.n_candidates = n_candidates
         self._fit: AnswerFit | None = None
+        self._answer = ""
+        self._copied: dict[str, list[str]] = {}
         self._known: dict[Slot, _Filling | None] = {}
         self._weighed: set[Slot] = set()
         self._read: dict[str, list[tuple[Span, Alternatives]]] = {}
@@ -129,10 +137,11 @@ class ModelBaselines:
         other._model = model if self._proposer is None else model.proposing(self._proposer)
         return other
 
-    def with_answer(self, fit: AnswerFit) -> "ModelBaselines":
+    def with_answer(self, fit: AnswerFit, text: str) -> "ModelBaselines":
         """See `UsesAnswer`."""
         other = ModelBaselines(self._proposer, n_candidates=self.n_candidates)
         other._model, other._read, other._fit = self._model, self._read, fit
+        other._answer = text
         return other
 
     def read(self, slots: Sequence[Slot]) -> Bonds:
@@ -205,11 +214,20 @@ class ModelBaselines:
         # Each of several words is followed by the others, which are absent as well.
         goes_on = len(parts) == 1 and not slot.generated
         texts = alternatives.fitting if goes_on else alternatives.texts
-        found = [_candidates(texts(part)) for part in parts]
+        copied = self._copied_from(slot.context)
+        found = [_candidates(_without(texts(part), copied)) for part in parts]
         ends = pairwise([(start, start), *parts, (stop, stop)])
         between = [slot.context[one[1] : other[0]] for one, other in ends]
         own = [slot.context[slice(*part)] for part in parts]
         return _Filling(place, found, between, [own.index(text) for text in own])
+
+    def _copied_from(self, text: str) -> list[str]:
+        """Words of the answer that a text says."""
+        if text not in self._copied:
+            said = _words_of(text) if self._answer else frozenset[str]()
+            answered = sorted(_words_of(self._answer))
+            self._copied[text] = [word for word in answered if _has_form_of(word, said)]
+        return self._copied[text]
 
     def _heed(self, fit: AnswerFit, slots: Sequence[Slot], bonds: Bonds) -> None:
         """Weights candidates of the last places by the probability of the answer's kinds.
@@ -335,6 +353,32 @@ class _Filling:
     def _assembled(self, texts: Sequence[str]) -> str:
         first, *rest = self.between
         return first + "".join(t + b for t, b in zip(texts, rest, strict=True))
+
+
+def _words_of(text: str) -> frozenset[str]:
+    """The words of a text, in lower case."""
+    found = (atom.text for atom in words.atoms(text))
+    return frozenset(word.casefold() for word in found if not words.is_mark(word))
+
+
+def _has_form_of(word: str, others: Iterable[str]) -> bool:
+    """Whether one of these is the word, or it with another ending ("egg" and "eggs")."""
+    for other in others:
+        short, long = sorted((word, other), key=len)
+        if word == other or (len(short) >= _STEM and long.startswith(short)):
+            return True
+    return False
+
+
+def _without(texts: Mapping[str, float], others: Sequence[str]) -> dict[str, float]:
+    """Texts with probabilities, the original first; of the rest those that say no other word."""
+    own = _words_of(next(iter(texts)))
+    others = [word for word in others if not _has_form_of(word, own)]
+    return {
+        text: chance
+        for text, chance in texts.items()
+        if not any(_has_form_of(word, others) for word in _words_of(text) - own)
+    }
 
 
 def _candidates(texts: dict[str, float]) -> Candidates:
