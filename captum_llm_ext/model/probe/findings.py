@@ -56,6 +56,7 @@ class Findings:
         coupling: The largest difference due to other rows.
         rounding: The largest difference without either: of a row alone, and in a batch.
         draws: How the model draws at random; None: not at all.
+        repeats: Whether many equal passes were compared, and had equal values.
         moved: How far perturbed last digits change the output, for 16 bits; None: unknown.
         jumps: Relative perturbation of internal numbers at which values jump; 0: never, or unknown.
         is_rough: Whether values have a relevant noise floor.
@@ -79,6 +80,7 @@ class Findings:
     coupling: float | None = None
     rounding: float = 0.0
     draws: Drawing | None = None
+    repeats: bool = False
     moved: Apart | None = None
     jumps: float = 0.0
     is_rough: bool = False

@@ -119,6 +119,7 @@ def _both(one: Findings, other: Findings) -> Findings:
         coupling=max(coupling, default=None),
         rounding=max(one.rounding, other.rounding),
         draws=max(one.draws, other.draws, key=_HOW.index),
+        repeats=one.repeats or other.repeats,
         is_rough=one.is_rough or other.is_rough,
         packing=_packing_of_both(one.packing, other.packing),
     )

@@ -19,10 +19,9 @@ from captum_llm_ext.model.probe.differences import FINE
 
 # Rows that are recomputed: the longest, the shortest, and some at random, in batches that no run
 # would form. At most this many, and as many as this share of the run's cost, or as a pass's fixed
-# cost pays for; but two, or up to four for this many values.
+# cost pays for; but four.
 _ROWS = 64
-_LEAST_ROWS, _MOST_OF_LEAST = 2, 4
-_LEAST_VALUES = 48
+_LEAST_ROWS = 4
 _SHARE = 1 / 16
 _PASSES = 4
 # One of this many is also computed alone.
@@ -65,7 +64,7 @@ _ROUNDED_BEYOND = 1.25
 # A value that hardly changes with logits; rounding is measured on the others.
 _STEADY = 1e-3
 # A noise floor of this many times the expected rounding raises a warning. Chosen, not measured.
-_WORTH_TELLING = 4
+_WORTH_TELLING = 6
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.bfloat16, torch.float16)}
 
 
@@ -127,9 +126,11 @@ class NoiseFloor:
             is_odd = checked > explained
             if not found.batches_known:  # then no equal passes have been compared
                 is_odd |= float(floor.max()) > _WORTH_TELLING * explained
-            if is_odd and self._differs_again(found, asked):
-                found = replace(found, draws="unseen", is_rough=True)
-                floor = floor.maximum(self._of_draws(found, asked))
+            if is_odd and not found.repeats:
+                found = replace(found, repeats=not self._differs_again(found, asked))
+                if not found.repeats:
+                    found = replace(found, draws="unseen", is_rough=True)
+                    floor = floor.maximum(self._of_draws(found, asked))
         if float(floor.max()) > _WORTH_TELLING * explained:
             warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
         return floor, found
@@ -206,7 +207,7 @@ class NoiseFloor:
         Args:
             found, asked, together, cuts: As for `floor`.
         """
-        order = self._measurable(asked)
+        order = self._measurable()
         rows = [self._kept[ids][1] for ids in order]
         computed = torch.stack([self._kept[ids][2] for ids in order])
         short = [self._cut(ids, i, found) for i, ids in enumerate(order)] if cuts else rows
@@ -303,12 +304,12 @@ class NoiseFloor:
         # A skipped layer changes certain tokens as much as others.
         return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
 
-    def _measurable(self, asked: Asked) -> list[tuple[int, ...]]:
+    def _measurable(self) -> list[tuple[int, ...]]:
         """Rows to recompute: as many as the run's cost allows."""
         order = self._order()
         most = max(_SHARE * self._passes.n_positions, _PASSES * self._overhead())
-        least = min(_MOST_OF_LEAST, max(_LEAST_ROWS, -(-_LEAST_VALUES // len(asked))))
-        return order[: max(least, int(most) // len(order[0]))]  # in a batch all have equal length
+        n_rows = int(most) // len(order[0])  # in a batch all have equal length
+        return order[: max(_LEAST_ROWS, n_rows)]
 
     def _overhead(self) -> int:
         return memory.overhead(self._passes.model, self._passes.device)

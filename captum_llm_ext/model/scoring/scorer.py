@@ -287,8 +287,8 @@ class Scorer:
 
         Some of the scored rows, short and long ones, are recomputed in other batches: a run with
         other batches shows no larger differences, as far as these rows tell. This takes a sixteenth
-        of the run's cost, and a batch of two rows at least. If the probe saw nothing beyond float32
-        rounding, some values from separate short passes confirm it.
+        of the run's cost, and a batch of at least four rows. If the probe saw nothing beyond
+        float32 rounding, some values from separate short passes confirm it.
 
         Args:
             row: The row of the whole text.
