@@ -116,14 +116,14 @@ def real_causes(report: dict[str, Any]) -> str:
 def faithfulness(report: dict[str, Any]) -> str:
     """What the truth, the choice of deletion and chance get, by kind of absence."""
     rows = [row for row in report["rows"] if row["metric"] == "comprehensiveness"]
-    told = (
+    pairs = (
         f"{row['measured_by']} {row['scores']['the truth']:.1f} and "
         f"{row['scores']['leave-one-out, deletion']:.1f}"
         for row in rows
     )
     return (
-        "What the absence of the true causes, and of what deletion names, takes from an answer of "
-        f"the demo, in nats: {'; '.join(told)}."
+        "Nats of log-probability that an answer of the demo loses when its true causes are absent, "
+        f"and when those named by deletion are: {'; '.join(pairs)}."
     )
 
 
