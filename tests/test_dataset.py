@@ -395,7 +395,7 @@ def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
         (["--prompt", "x", "--out", "y"], 2, "--save writes one"),
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
-        (["--input", "no.jsonl", "--out", "y"], 1, "there is no such file"),
+        (["--input", "no.jsonl", "--out", "y"], 2, "there is no such file"),
         (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
         (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "no such folder"),
     ],

@@ -24,7 +24,7 @@ _MAIN = "main"  # default branch of repositories
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]*\w)?", re.ASCII)
 # What transformers takes besides a JSON object.
 _DEVICES = re.compile(
-    r"(cpu|disk|mps|auto|balanced|balanced_low_0|sequential|[a-z]+:\d+|cuda|xpu|\d+)"
+    r"(cpu|disk|meta|mps|auto|balanced|balanced_low_0|sequential|[a-z]+:\d+|cuda|xpu|\d+)"
 )
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _ADVICE = (

@@ -150,9 +150,11 @@ class Reading:
         columns = sum(part >= 0 for part in parts.part_of)
         if not precise or (len(errors) == 1 and columns == len(parts.names)):
             return parts.errors(None, errors)
-        if columns == len(parts.names):  # of columns as they are the coalitions tell it at once
+        replicates = self.replicates(start, stop)
+        if replicates is not None and columns == len(parts.names):
+            # Parts of one column each have the errors of a span, as everywhere else.
             return _by_part(self._result.attribute_span(start, stop).standard_errors, parts)
-        return parts.errors(self.replicates(start, stop), errors)
+        return parts.errors(replicates, errors)
 
     def difference_error(self, start: int, stop: int, one: Cause, other: Cause) -> float:
         """The standard error of the difference in magnitude of two causes.
