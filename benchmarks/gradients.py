@@ -14,7 +14,6 @@ tokens as features, of groups of them (forward mode), of the whole answer (one w
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -34,7 +33,7 @@ from captum.attr import (
 from environment import environment
 from fact_grammar import SHIPPED, Document, Grammar, corpus, load
 from ground_truth import documents, precision
-from measured import in_turn, llama, prompt_of, texts
+from measured import forget_peak, in_turn, kilobytes, llama, prompt_of, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import CorpusBaselines, GenerationGradientAttribution, TextSegmentInput
@@ -262,7 +261,7 @@ def memory_of(name: str, folder: str) -> float:
     model, tokenizer, inp, target = checkpoint(folder, MEMORY)
     with torch.no_grad():
         model(input_ids=inp.inp_tensor)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = forget_peak()
     method = LayerIntegratedGradients(model, model.get_input_embeddings())
     given: dict[str, Any] = {"n_steps": MEMORY[2]}
     if name == "here":
@@ -272,7 +271,7 @@ def memory_of(name: str, folder: str) -> float:
         if "10 rows" in name:
             given["internal_batch_size"] = 10
         LLMGradientAttribution(method, tokenizer).attribute(inp, target, **given)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (kilobytes("VmHWM") - before) / 1024
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ def in_turn(candidates: dict[str, Callable[[], object]], runs: int) -> dict[str,
             times[name].append(seconds(function))
             print(f"  {name:34} {times[name][-1]:8.2f} s", flush=True)
     return times
+
+
+def kilobytes(name: str) -> int:
+    """What Linux says of this process's memory."""
+    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
+
+
+def forget_peak() -> int:
+    """The memory of this process in kB; `VmHWM` is the peak from here on, without making models."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return kilobytes("VmRSS")
 
 
 def llama(layers: int = 8, hidden: int = 512, vocabulary: int = 32000) -> LlamaForCausalLM:

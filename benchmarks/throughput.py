@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 from environment import environment
-from measured import Counting, counts, in_turn, llama, prompt_of, texts
+from measured import Counting, counts, forget_peak, in_turn, kilobytes, llama, prompt_of, texts
 from peers import beside_inseq, beside_shap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -301,12 +301,6 @@ def peak_memory() -> dict[str, Any]:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def kilobytes(name: str) -> int:
-    """What Linux says of this process's memory."""
-    status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
-
-
 def peak() -> None:
     torch.set_num_threads(1)
     model = llama(2, 256, 128000)
@@ -317,9 +311,7 @@ def peak() -> None:
     prompts += [ids[: 512 * i] + ids[512 * i + 64 : p] for i in range(8)]
     rows = [TokenRow((*q, *ids[p : p + t - 1]), range(len(q) - 1, len(q) - 1 + t)) for q in prompts]
     scorer = Scorer(model)
-    # From here on: what making the model took is more than what is to be measured.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kilobytes("VmRSS")
+    before = forget_peak()
     scorer.values(rows, torch.tensor(ids[p:]))
     most = kilobytes("VmHWM")
     print(
