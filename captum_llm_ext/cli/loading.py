@@ -22,10 +22,8 @@ from captum_llm_ext.demo import folder
 
 _MAIN = "main"  # default branch of repositories
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]*\w)?", re.ASCII)
-# What transformers takes besides a JSON object.
-_DEVICES = re.compile(
-    r"(cpu|disk|meta|mps|auto|balanced|balanced_low_0|sequential|[a-z]+:\d+|cuda|xpu|\d+)"
-)
+# The form of a device or of a placement ("auto"): torch knows the names, and may learn new ones.
+_DEVICE = re.compile(r"[a-z_0-9]+(:\d+)?")
 _DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 _ADVICE = (
     f"give '{DEMO}' (the tiny model that comes with the package), the name of a Hugging Face "
@@ -217,7 +215,7 @@ def load_model(place: Place, arguments: argparse.Namespace) -> Any:
 
 def _device_map(given: str | None) -> Any:
     if given is None or not given.lstrip().startswith("{"):
-        if given is not None and not _DEVICES.fullmatch(given):
+        if given is not None and not _DEVICE.fullmatch(given):
             raise UsageError(f"--device-map {given}: give cpu, cuda:0, auto, or a JSON object.")
         return given
     try:
