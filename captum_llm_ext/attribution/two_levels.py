@@ -33,7 +33,7 @@ NOT_LINEAR = (
 # Draws of the empty coalition that both model and surrogate score: with four, the estimated error
 # itself is off by half. Eight is chosen, not measured.
 _EMPTY_OF_BOTH = 8
-_FEWEST_OF_BOTH = 16  # coalitions, the fewest that give a variance to plan by; chosen, not measured
+_FEWEST_OF_BOTH = 8  # coalitions, the fewest that give a variance to plan by; chosen, not measured
 
 
 class _Sample:

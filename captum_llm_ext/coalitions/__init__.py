@@ -31,7 +31,8 @@ from captum_llm_ext.coalitions.enumeration import (
     solve_leave_one_out,
     solve_only_one_in,
 )
-from captum_llm_ext.coalitions.kernel import solve_few_pairs, solve_kernel
+from captum_llm_ext.coalitions.few_pairs import solve_few_pairs
+from captum_llm_ext.coalitions.kernel import solve_kernel
 from captum_llm_ext.coalitions.lime import (
     cosine_kernel,
     logit_scaled,

@@ -11,7 +11,7 @@ from captum_llm_ext.coalitions.causal_scope import (
     View,
     solve_changing_views,
 )
-from captum_llm_ext.coalitions.clustered_errors import normal_scale, sandwich
+from captum_llm_ext.coalitions.clustered_errors import sandwich
 from captum_llm_ext.coalitions.enumeration import exact
 from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
@@ -36,12 +36,6 @@ _MOST_ENTRIES = 2**24
 EFFORT = 3e11
 # The additional share of effort for learning which features interact. Chosen, not measured.
 _LEARNING = 1 / 3
-# Pairs per feature from which a regression's own standard errors are valid: with 11 pairs for 7
-# features it nearly interpolated, and was off by 43 of them; over 24 games at most by 5.4 with 1.5
-# pairs and 3.0 with 3.
-_DETERMINED = 3.0
-# Weight, in draws, of the error expected from all features. Chosen, not measured.
-_LEANING = 4
 # Columns multiplied at a time. Chosen, not measured.
 _BLOCK = 96
 
@@ -75,46 +69,16 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
     effort = scope.share(effort)
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
-        return _of_all(view) if is_complete(view) else regress(view, effort)
+        return of_all(view) if is_complete(view) else regress(view, effort)
 
     return solve_changing_views(plan, values, scope, solve)
 
 
-def _of_all(view: View) -> tuple[Tensor, Tensor]:
+def of_all(view: View) -> tuple[Tensor, Tensor]:
     """Attributions of a view with every coalition, and their variances."""
     attributions, variances = exact(view)
     unrepeated = variances.isnan() & (view.empty_variances == 0)
     return attributions, variances.masked_fill(unrepeated, 0)
-
-
-def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
-    """Like `solve_kernel`, with valid standard errors from a handful of pairs on.
-
-    Below six coalitions per feature a regression has no valid errors. Then the mean over pairs of
-    each one's estimate is used (Covert and Lee 2021, arXiv 2012.01536, equation 10): less accurate
-    for additive games, and as accurate for mostly noise, such as the difference of a model and a
-    rounded copy.
-    """
-    effort = scope.share(EFFORT)
-
-    def solve(view: View) -> tuple[Tensor, Tensor]:
-        n = view.n_visible
-        gain = view.full_values - view.empty_values
-        if n < 2:
-            return gain.expand(n, -1), view.empty_variances.expand(n, -1)
-        if is_complete(view):
-            found = _of_all(view)
-            # Every coalition once, with random texts: the solution is complete, but without an
-            # error. Pairs give one.
-            if not bool(found[1].isnan().any()):
-                return found
-        observed = _observe(view, gain)
-        if len(observed.x) >= _DETERMINED * n:
-            return regress(view, effort)
-        deviations, variances = _mean_of_products(observed)
-        return gain / n + deviations, variances + view.empty_variances / n**2
-
-    return solve_changing_views(plan, values, scope, solve)
 
 
 def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +92,7 @@ def regress(view: View, effort: float) -> tuple[Tensor, Tensor]:
     gain = view.full_values - view.empty_values
     if n < 2:
         return gain.expand(n, -1), view.empty_variances.expand(n, -1)
-    observed = _observe(view, gain)
+    observed = observe(view, gain)
     # Rows of a walk are dependent: when left out, they are predicted by their neighbours instead of
     # by the model. The ridge then fits the noise; thinning them loses little.
     walks = len(observed.draws.unique()) < len(observed.draws)
@@ -158,7 +122,7 @@ def _affordable(n_observations: int, n_features: int, effort: float) -> int:
 
 
 @dataclass(frozen=True)
-class _Observations:
+class Observations:
     """Observations of a regression constrained by the empty and the full coalition.
 
     Attributes:
@@ -178,11 +142,11 @@ class _Observations:
     paired: Tensor
     chance: Tensor
 
-    def thinned(self, most: int) -> "_Observations":
+    def thinned(self, most: int) -> "Observations":
         """At most `most` observations, evenly spaced."""
         rows = torch.arange(0, len(self.x), max(-(-len(self.x) // most), 1), device="cpu")
         weights = self.weights[rows]
-        return _Observations(
+        return Observations(
             self.x[rows],
             self.y[rows],
             weights / weights.mean(),
@@ -192,7 +156,8 @@ class _Observations:
         )
 
 
-def _observe(view: View, gain: Tensor) -> _Observations:
+def observe(view: View, gain: Tensor) -> Observations:
+    """Observations of a view; `gain` is the value of the full minus that of the empty mask."""
     rows = view.informative.nonzero()[:, 0]
     sizes, draws, paired = view.sizes[rows, None].double(), view.draws[rows], view.paired[rows]
     y = view.values[rows] - view.empty_values - gain * sizes / view.n_visible
@@ -210,7 +175,7 @@ def _observe(view: View, gain: Tensor) -> _Observations:
     x = view.masks[rows].double() - sizes[keep] / view.n_visible
     # If replacement texts do not vary, a complete size is not random.
     chance = ~view.complete[rows, None] | (view.empty_variances > 0)
-    return _Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep], chance)
+    return Observations(x, y[keep], weights / weights.mean(), draws[keep], paired[keep], chance)
 
 
 def kernel_weights(view: View, rows: Tensor) -> Tensor:
@@ -228,38 +193,7 @@ def ridge(view: View) -> tuple[Tensor, Tensor, Tensor]:
         Deviations from equal attributions and their variances, ``(n_visible, n_group)``, and
         weighted mean squares of left-out residuals, ``(n_group,)``.
     """
-    return _ridge(_observe(view, view.full_values - view.empty_values))
-
-
-def _mean_of_products(observed: _Observations) -> tuple[Tensor, Tensor]:
-    """Deviations from equal attributions and their variances, ``(n_visible, n_group)``.
-
-    The sampling distribution is symmetric in the features: the expected Gram matrix is a multiple
-    of the identity on vectors that sum to 0, and only this multiple is estimated.
-    """
-    x, y, weights = observed.x, observed.y, observed.weights[:, None]
-    n_observations, n = x.shape
-    if not n_observations:
-        nothing = torch.zeros(n, y.shape[1], dtype=y.dtype, device="cpu")
-        return nothing, nothing + torch.nan
-    sizes = weights * x.square().sum(1, keepdim=True) / (n - 1)
-    level = sizes.mean()
-    deviations = (weights * x).T @ y / (n_observations * level)
-    clusters, which = observed.draws.unique(return_inverse=True)
-    # The contribution of each draw to the sum, minus what its weight explains.
-    own = x[:, :, None] * (weights * y)[:, None] - sizes[:, :, None] * deviations
-    sums = torch.zeros(len(clusters), *own.shape[1:], dtype=own.dtype, device="cpu")
-    sums.index_add_(0, which, own)
-    n_draws = len(clusters)
-    if n_draws < 2:
-        return deviations, torch.full_like(deviations, torch.nan)
-    spread = sums.square().sum(0) * n_draws / (n_draws - 1)
-    variances = spread / (n_observations * level) ** 2
-    # With few draws, some features happen to have almost no data: each is shrunk to the mean of
-    # all.
-    shared = variances.mean(0, keepdim=True)
-    variances = ((n_draws - 1) * variances + _LEANING * shared) / (n_draws - 1 + _LEANING)
-    return deviations, variances * normal_scale(n_draws - 1) ** 2
+    return _ridge(observe(view, view.full_values - view.empty_values))
 
 
 def _run_lengths(repeated: Tensor) -> Tensor:
@@ -280,7 +214,7 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _ridge(observed: _Observations) -> tuple[Tensor, Tensor, Tensor]:
+def _ridge(observed: Observations) -> tuple[Tensor, Tensor, Tensor]:
     """Deviations from equal attributions, their variances, and mean squared left-out residuals."""
     x, y, weights = observed.x, observed.y, observed.weights[:, None]
     n_observations, n = x.shape
