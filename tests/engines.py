@@ -126,7 +126,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.asked = _Model(self.model)
-        self.tokenizer_manager = object()
+        # What it reads from the model's configuration, with ``context_length`` left to it.
+        self.tokenizer_manager = SimpleNamespace(context_len=512)
         self.server_args = SimpleNamespace(model_path="tiny", context_length=None)
 
     def generate(

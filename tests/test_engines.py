@@ -121,6 +121,15 @@ def test_an_engine_that_reads_other_prompts_is_refused(model, tokenizer, inp):
         provider.get_token_logprobs([[5, 6, 7]])
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_longest_prompt_is_the_engines(engine, model):
+    run = engine(model)
+    assert EngineProvider(run).max_model_len == 512
+    if engine is Engine:  # a user's own limit comes before the model's
+        run.server_args.context_length = 64
+        assert EngineProvider(run).max_model_len == 64
+
+
 def test_what_is_no_engine_is_refused(model):
     with pytest.raises(TypeError, match="give a vLLM `LLM` or an SGLang `Engine`"):
         EngineProvider(model)

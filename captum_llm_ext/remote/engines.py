@@ -33,6 +33,9 @@ class EngineProvider:
         method = KernelShap(RemoteLLMAttribution.placeholder_model)
         result = RemoteGenerationAttribution(method, tokenizer, provider).attribute(inp)
 
+    vLLM 0.32 was run beside the model itself; SGLang was not run: its interface is followed as its
+    sources say.
+
     Prompts are sent as token ids, hundreds at a time; common prefixes are computed once if the
     engine's prefix cache is enabled. Log-probabilities are those before any temperature.
 
@@ -220,6 +223,9 @@ class _SGLang:
 
     ``logprob_start_len`` is the start of log-probabilities; positions before are reused, and the
     first returned entry belongs to a token without one.
+
+    Written after its sources, of which those of autumn 2026 have the same arguments and answers;
+    not run with a real engine, which needs a GPU.
     """
 
     name = "SGLang"
@@ -228,8 +234,10 @@ class _SGLang:
         self._engine = engine
         settings: Any = getattr(engine, "server_args", None)
         self.model_name: str | None = getattr(settings, "model_path", None)
-        length = getattr(settings, "context_length", None)
-        self.max_model_len: int | None = length if isinstance(length, int) else None
+        # The setting is None unless a user gives one: the model's own length is kept elsewhere.
+        manager: Any = getattr(engine, "tokenizer_manager", None)
+        lengths = (getattr(settings, "context_length", None), getattr(manager, "context_len", None))
+        self.max_model_len: int | None = next((n for n in lengths if isinstance(n, int)), None)
 
     def scored(
         self, prompts: Sequence[list[int]], starts: Sequence[int], top: int
