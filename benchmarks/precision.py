@@ -55,7 +55,7 @@ ANSWER = (
 SHORT = "The deepest lake is Baikal in Siberia. Where is it?"
 SEEDS = 40
 WORDS = 36
-SIZES = (12, 16, 20, 24, 32, 48)
+SIZES = (8, 12, 16, 24, 32)
 Row = dict[str, Any]
 
 

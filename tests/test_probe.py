@@ -816,16 +816,37 @@ def test_values_that_last_digits_decide_have_a_floor(name, seed):
 @pytest.mark.parametrize("seed", [2, 15])
 @pytest.mark.parametrize("make", [lambda model: model, rounds_activations])
 def test_sixteen_bits_have_a_floor_where_batches_show_none(make, seed):
-    """With eight bits within, few values differ from batch to batch, but far."""
+    """With eight bits within, few values differ from batch to batch, but far.
+
+    Rows that run one by one show nothing of batches at all: their floor is that of batches.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.15}
     model = make(tiny.llama(seed=seed, **sizes)).bfloat16()
     rows, target = rows_of(seed=seed)
-    scorer = Scorer(model)
-    values = scorer.values(rows, target)
     truth = step_by_step(lambda ids: model(ids).logits, rows, target)
-    apart = (values - truth).abs().amax(0)
-    assert float(apart.max()) > 0
-    assert bool((apart <= scorer.noise_floor(rows[0], target)).all())
+    floors = []
+    for max_rows in (None, 1):
+        scorer = Scorer(model, max_rows=max_rows)
+        apart = (scorer.values(rows, target) - truth).abs().amax(0)
+        floors.append(scorer.noise_floor(rows[0], target))
+        assert float(apart.max()) > 0
+        assert bool((apart <= floors[-1]).all())
+    assert float(floors[1].max()) < 2 * float(floors[0].max())
+
+
+def test_a_share_of_the_numbers_is_rounded_otherwise():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48).bfloat16(), torch.randn(3, 200, 64).bfloat16()
+    with torch.no_grad():
+        plain = layer(x)
+        with rounded_otherwise(layer, share=1 / 32):
+            moved = layer(x)
+        assert torch.equal(layer(x), plain)
+    assert moved.shape == plain.shape
+    # Drawn with replacement, and half of the draws round to the same number.
+    assert 1 / 128 < float((moved != plain).double().mean()) <= 1 / 32
+    digit = torch.finfo(torch.bfloat16).eps
+    assert bool(((moved - plain).abs() <= digit * plain.abs()).all())
 
 
 class RoundsWithin(nn.Module):

@@ -80,7 +80,8 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             from fewer coalitions, whose number follows from the observed variances and the cost of
             each (bytes of weights; for a scorer without a model an eighth of the model's). Standard
             errors are those of the sum. `n_samples` is then the number of the surrogate's
-            coalitions. A poor surrogate increases the standard errors but adds no bias.
+            coalitions. From few coalitions the second term is shrunk towards equal parts, and the
+            standard errors allow for what that leaves out: a poor surrogate increases them.
             `n_evaluations` of the result counts the model's rows, ``provenance["surrogate"]`` the
             surrogate's. Only for methods whose attributions are linear in the values; others raise
             an error.

@@ -51,12 +51,13 @@ _LEAST_DRAWN = 4  # passes over each of them
 # An event in one pass of this many is missed by all of these with probability .05.
 _SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
-# If fewer values than this differ in any way tried, this many rows are run with some of the
-# internal numbers rounded differently. Values differ by no more than this factor times the likely
-# maximum of these: at most .93 of it in 320 small models in bfloat16 and float16, a pass per token
-# compared with any batch. By batches alone, 13 of 16 with activations also rounded to 8 bits had
-# been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
-# rounded differently, the floor of these would be twice as large.
+# If fewer values than this differ in any way tried, or rows run alone, which shows nothing of other
+# batches, this many rows are run with some of the internal numbers rounded differently. Values
+# differ by no more than this factor times the likely maximum of these: at most .93 of it in 320
+# small models in bfloat16 and float16, a pass per token compared with any batch, and at most .84 in
+# 56 whose rows had run alone. By batches alone, 13 of 16 with activations also rounded to 8 bits
+# had been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
+# rounded differently, the floor of these would be two to three times as large.
 _FEW_DIFFER = 0.5
 _ROUNDED_ROWS = 8
 _ROUNDED_SHARE = 1 / 32
@@ -224,33 +225,38 @@ class NoiseFloor:
             some = [*short[:1], *rows[1:]]  # so that one has another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
-        # A jump is large, and so rare that other batches may not show it. And rows that run alone
-        # do not show the effect of batches.
-        if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
+        # A jump is large, and so rare that other batches may not show it.
+        if found.jumps and not found.couples_rows:
             ways.append(self._moved(rows, computed, found, asked))
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         likely = max(self._likely(torch.stack(ways)), digit)
-        if found.moved is not None and together and not found.couples_rows:
-            likely = max(likely, self._rounded(torch.stack(ways), found, asked))
+        if found.moved is not None and not found.couples_rows:
+            known = torch.stack(ways) if together else None  # rows alone do not show other batches
+            if known is None or self._few_differ(known):
+                likely = max(likely, self._rounded(found, asked, together))
         assert self._scale is not None
         return likely * self._scale
 
-    def _rounded(self, ways: Tensor, found: Findings, asked: Asked) -> float:
-        """The probable effect of 16-bit rounding, if few values differ in the ways tried; else 0.
+    def _few_differ(self, ways: Tensor) -> bool:
+        """Whether few values differ in the ways tried, which then show little of other batches.
 
-        The ways tried then show little of other batches, above all if activations are also rounded
-        to 8 bits: a last digit changes few values there, but strongly.
+        Above all if activations are also rounded to 8 bits: a last digit changes few values there,
+        but strongly.
         """
         ratios, known = self._ratios(ways)
-        if bool(known.any()) and float((ratios[known] > FINE).double().mean()) >= _FEW_DIFFER:
-            return 0.0
+        if not bool(known.any()):
+            return True
+        return float((ratios[known] > FINE).double().mean()) < _FEW_DIFFER
+
+    def _rounded(self, found: Findings, asked: Asked, together: bool) -> float:
+        """The probable effect of 16-bit rounding in other batches."""
         kept = [self._kept[ids] for ids in self._order()[:_ROUNDED_ROWS]]
         rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
         with rounded_otherwise(self._passes.model, share=_ROUNDED_SHARE):
-            if found.step_by_step:
-                moved = torch.stack([self._alone(row, found, asked) for row in rows])
-            else:
+            if together and not found.step_by_step:
                 moved = self._together(rows, asked)
+            else:
+                moved = torch.stack([self._alone(row, found, asked) for row in rows])
         ratios, known = self._ratios(torch.stack([own, moved]))
         return max(_ROUNDED_BEYOND * self._largest(ratios[known]), float(ratios.max()))
 
