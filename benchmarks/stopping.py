@@ -35,6 +35,13 @@ from captum_llm_ext.coalitions import (
     solve_kernel,
 )
 
+WITHIN = (0.05, 0.1, 0.2)
+RULES = {
+    "top1": TopCauses(1),
+    "top3": TopCauses(3),
+    "answer top1": TopCauses(1, "answer"),
+    **{f"answer top3 within {within}": TopCauses(3, "answer", within) for within in WITHIN},
+}
 N_FEATURES, N_SEEDS, MOST, GROWTH = 30, 12, 16, 0.25
 PROMPTS = (
     "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include",
@@ -64,9 +71,9 @@ def lost(truth: Tensor, found: Tensor, k: int) -> float:
     return float((kth - sizes[chosen].min()) / (truth.max() - truth.min()))
 
 
-def on_games(kinds: dict[str, Any], k: int) -> dict[str, Any]:
+def on_games(kinds: dict[str, Any], k: int, within: float = 0.05) -> dict[str, Any]:
     """Means over games and seeds."""
-    rule, rows = TopCauses(k), []
+    rule, rows = TopCauses(k, within=within), []
     for make in kinds.values():
         for seed in range(N_SEEDS):
             game = make(N_FEATURES, torch.Generator().manual_seed(seed))
@@ -81,6 +88,7 @@ def on_games(kinds: dict[str, Any], k: int) -> dict[str, Any]:
     return {
         "n_games": len(rows),
         "k": k,
+        "within": within,
         "stopped": len(passed) / len(rows),
         "evaluations_per_feature": sum(n for n, _ in at_stop) / len(rows) / N_FEATURES,
         "fixed_per_feature": sum(n for _, n, _ in rows) / len(rows) / N_FEATURES,
@@ -93,14 +101,13 @@ def on_games(kinds: dict[str, Any], k: int) -> dict[str, Any]:
 def on_text(model: Any, tokenizer: Any, prompts: Any, baselines: Any, n_new: int) -> dict[str, Any]:
     """Evaluations of answers, fixed and with rules."""
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
-    rules = ("top1", "top3", "answer top1", "answer top3")
-    rows: dict[str, list[Any]] = {rule: [] for rule in rules}
+    rows: dict[str, list[Any]] = {rule: [] for rule in RULES}
     for prompt in prompts:
         inp = TextSegmentInput(prompt, tokenizer, "word", baselines=baselines)
         fixed = attribution.attribute(inp, gen_args={"max_new_tokens": n_new})
-        for rule in rules:
-            found = attribution.attribute(inp, fixed.target, stop=rule)
-            k, whole = int(rule[-1]), rule.startswith("answer")
+        for rule, stop in RULES.items():
+            found = attribution.attribute(inp, fixed.target, stop=stop)
+            k, whole = stop.k, stop.of == "answer"
             pairs = (
                 [(fixed.full_attr.sum(0), found.full_attr.sum(0))]
                 if whole
@@ -112,7 +119,9 @@ def on_text(model: Any, tokenizer: Any, prompts: Any, baselines: Any, n_new: int
             settled = sum(found.settled) / len(found.settled)
             ratio = fixed.n_evaluations / found.n_evaluations
             rows[rule].append((ratio, settled, close))
-            print(prompt[:30], rule, f"{ratio:.2f}x, settled {settled:.2f}, agree {close:.2f}")
+            print(
+                repr(prompt[:30]), rule, f"{ratio:.2f}x, settled {settled:.2f}, agree {close:.2f}"
+            )
     names = ("fewer_evaluations", "settled", "agrees_with_fixed")
     return {
         rule: {name: sum(row[i] for row in found) / len(found) for i, name in enumerate(names)}
@@ -127,7 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
     for name, kinds in {"developed on": games.DEVELOPED_ON, "held out": games.HELD_OUT}.items():
-        found[name] = [on_games(kinds, k) for k in (1, 3)]
+        found[name] = [on_games(kinds, 1), *(on_games(kinds, 3, within) for within in WITHIN)]
         print(name, *found[name], sep="\n")
     model, tokenizer, texts = load_demo()
     found["demo"] = on_text(model, tokenizer, PROMPTS, CorpusBaselines(texts), 40)
