@@ -843,8 +843,8 @@ def test_a_share_of_the_numbers_is_rounded_otherwise():
             moved = layer(x)
         assert torch.equal(layer(x), plain)
     assert moved.shape == plain.shape
-    # Drawn with replacement, and half of the draws round to the same number.
-    assert 1 / 128 < float((moved != plain).double().mean()) <= 1 / 32
+    # About half of the draws round to the same number.
+    assert 1 / 128 < float((moved != plain).double().mean()) < 1.1 / 32
     digit = torch.finfo(torch.bfloat16).eps
     assert bool(((moved - plain).abs() <= digit * plain.abs()).all())
 

@@ -88,7 +88,7 @@ class TopCauses:
         k: Number of causes.
         of: ``"token"``: the k strongest of every target token; ``"answer"``: those of the whole
             answer.
-        within: Tolerance as a share of the range (of a token; of the answer), the epsilon of SHAP@k:
+        within: Tolerance as a share of the range (of a token; of the answer), SHAP@k's epsilon:
             features that differ by less count as tied. A larger one ends runs earlier, and accepts
             sets that are further off.
 

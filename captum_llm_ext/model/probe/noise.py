@@ -53,9 +53,9 @@ _SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
 # If fewer values than this differ in any way tried, or rows run alone, which shows nothing of other
 # batches, this many rows are run with some of the internal numbers rounded differently. Values
-# differ by no more than this factor times the likely maximum of these: at most .93 of it in 56
-# small models in bfloat16 and float16, with rows alone and in threes, compared with whole batches
-# and a pass per token. By batches alone, 13 of 16 with activations also rounded to 8 bits
+# differ by no more than this factor times the likely maximum of these: at most .93 of it in 320
+# small models in bfloat16 and float16, a pass per token compared with any batch, and at most .84 in
+# 56 whose rows had run alone. By batches alone, 13 of 16 with activations also rounded to 8 bits
 # had been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
 # rounded differently, the floor of these would be two to three times as large.
 _FEW_DIFFER = 0.5
