@@ -28,6 +28,7 @@ class Server:
         refuses: Of a chat's text, whether the model refuses to answer.
         bias: What ``logit_bias`` does: "told" changes what is told as well, "raw" what is written
             alone, "ignored" nothing.
+        reports_ids: Whether ``logprob_token_ids`` are told instead of the likeliest, as with vLLM.
         name_told: As which model it answers.
         follows_temperature: Whether what is told of written tokens is of the temperature asked for.
         penalty: Taken off the logits of tokens that were read or written, when it writes; values
@@ -47,6 +48,7 @@ class Server:
         self.follows_temperature = False
         self.goes_on, self.refuses = False, None
         self.bias, self.name_told = "told", "tiny-0"
+        self.reports_ids = False
         self.delay = self.penalty = 0.0
         self.lists = "instead"
         self.base = ""
@@ -198,6 +200,9 @@ class Server:
             likeliest = values.topk(max(top, 1)).indices.tolist()
             if token not in likeliest and self.lists != "not":
                 likeliest = [token, *likeliest[: -1 if self.lists == "instead" else None]]
+            given = body.get("logprob_token_ids")
+            if given and self.reports_ids:
+                likeliest = [token, *given]
             tops.append({self.name(i, body): float(values[i]) for i in likeliest})
             if token == self.tokenizer.eos_token_id:
                 break

@@ -51,6 +51,7 @@ def shared(demo):
 def server(shared):
     shared.part, shared.always, shared.goes_on, shared.refuses = {}, None, False, None
     shared.bias, shared.name_told, shared.lists = "told", "tiny-0", "instead"
+    shared.reports_ids, shared.known = False, None
     for noted in (shared.prompts, shared.bodies):
         noted.clear()
     return shared
@@ -282,10 +283,76 @@ def test_a_bias_makes_every_token_told(demo, server, bias, kind):
     torch.testing.assert_close(found.token_attr.double(), truth.token_attr, atol=2e-4, rtol=0)
     assert found.provenance["share_censored"] == 0
     assert found.provenance["handshake"]["logit_bias"].startswith("told with")
-    assert len(server.bodies) - 7 <= told.n_requests
+    assert len(server.bodies) - 8 <= told.n_requests
     # What would be bounds without.
     bounds = remote(chat(server), top_logprobs=3).attribute(spans(), target)
     assert bounds.provenance["share_censored"] > 0.2
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_given_ids_are_told_by_one_request_each(demo, server, kind):
+    server.reports_ids, server.bias = True, "ignored"
+    provider = chat(server) if kind == "chat" else CompletionsProvider(server.url, "tiny")
+    ours = RemoteGenerationAttribution(
+        ShapleyValues(PLACEHOLDER), demo[1], provider, rung="stepwise", top_logprobs=3
+    )
+    target = " golf and"
+    found = ours.attribute(spans(demo[1]), target)
+    handshake = found.provenance["handshake"]
+    n_given = sum("logprob_token_ids" in body for body in server.bodies)
+    # Two of the target's tokens for every coalition, and the handshake's: none is asked for twice.
+    assert n_given == 2 * found.n_evaluations + 1
+    assert len(server.bodies) - n_given <= 10
+    truth = local(demo, target, ShapleyValues)
+    torch.testing.assert_close(found.values.double(), truth.values.double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.token_attr.double(), truth.token_attr, atol=2e-4, rtol=0)
+    assert found.provenance["share_censored"] == 0
+    assert handshake["logprob_token_ids"] == "told" and "logit_bias" not in handshake
+
+
+def test_a_function_may_be_given_ids(demo, server):
+    asked = []
+
+    def answer(messages, logprob_token_ids=(), **settings):
+        asked.append(list(logprob_token_ids))
+        server.reports_ids = True
+        body = {"model": "tiny", "messages": messages, "logprobs": True, **settings}
+        body = {name: value for name, value in body.items() if value is not None}
+        said = server.chat(_as_chat(body, logprob_token_ids))["choices"][0]
+        steps = said["logprobs"]["content"]
+        tops = [{top["token"]: top["logprob"] for top in step["top_logprobs"]} for step in steps]
+        return said["message"]["content"], tops
+
+    provider = CallableProvider(answer)
+    ours = RemoteGenerationAttribution(
+        FeatureAblation(PLACEHOLDER), demo[1], provider, rung="stepwise", top_logprobs=3
+    )
+    found = ours.attribute(spans(demo[1]), " golf")
+    truth = local(demo, " golf")
+    torch.testing.assert_close(found.values.double(), truth.values.double(), atol=1e-4, rtol=0)
+    assert any(asked) and found.provenance["share_censored"] == 0
+
+
+def _as_chat(body, ids):
+    prefill = body.pop("prefill")
+    if prefill:
+        more = {"continue_final_message": True, "add_generation_prompt": False}
+        body["messages"] = [*body["messages"], {"role": "assistant", "content": prefill}]
+        body |= more
+    return body | ({"logprob_token_ids": list(ids)} if ids else {})
+
+
+def test_given_ids_that_are_ignored_or_refused_leave_the_bias(demo, server):
+    ours = {"model", "messages", "max_tokens", "temperature", "n", "seed", "logprobs"}
+    ours |= {"top_logprobs", "logit_bias", "continue_final_message", "add_generation_prompt"}
+    for known in (None, ours):
+        server.known = known
+        ours = RemoteGenerationAttribution(
+            FeatureAblation(PLACEHOLDER), demo[1], chat(server), rung="stepwise", top_logprobs=3
+        )
+        found = ours.attribute(spans(demo[1]), " golf")
+        assert "logit_bias" in found.provenance["handshake"]
+        assert found.provenance["share_censored"] == 0
 
 
 def test_a_bias_that_does_nothing_is_named(demo, server):

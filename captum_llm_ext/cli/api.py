@@ -42,7 +42,7 @@ def add_api(parser: argparse.ArgumentParser) -> None:
         "--rung",
         choices=_RUNGS,
         help="log_prob: of the answer's tokens, by what the server tells: forced (of whole "
-        "prompts), stepwise (of any next token, by logit_bias) or top-k (of the likeliest); "
+        "prompts), stepwise (of any next token, by its id) or top-k (of the likeliest); "
         "label: how much likelier one first token is than another; frequency: how often the answer "
         "is given; similarity: how similar to it what is written is; auto: the first that the "
         "server proves able to (default)",

@@ -88,6 +88,8 @@ class ChatRequest:
         way: How the model is made to continue it.
         top: Number of likeliest tokens to report at every position.
         bias: Added to the logits of token ids; only for endpoints with `takes_bias`.
+        reported: Token ids to report at every position instead of the likeliest; only for
+            endpoints with `takes_ids`.
         n: Number of answers requested; fewer may be returned.
         seed: Seed of the first answer, for providers that support it.
     """
@@ -99,6 +101,7 @@ class ChatRequest:
     way: Prefill = field(default="none", kw_only=True)
     top: int = field(default=0, kw_only=True)
     bias: Mapping[int, float] | None = field(default=None, kw_only=True)
+    reported: Sequence[int] = field(default=(), kw_only=True)
     n: int = field(default=1, kw_only=True)
     seed: int | None = field(default=None, kw_only=True)
 
@@ -112,7 +115,8 @@ class ChatEndpoint(Protocol):
             empty if there are none.
         max_concurrency: Maximum number of threads.
 
-    One that supports a bias declares ``takes_bias = True``.
+    One that supports a bias declares ``takes_bias = True``, and one that reports given token ids
+    ``takes_ids = True``. Servers behind it may still ignore or refuse either.
     """
 
     prefills: tuple[Prefill, ...]

@@ -110,7 +110,7 @@ class ChatProvider(_HttpProvider):
             secrets = Secrets(own | dict(headers or {}))
             self._http = Http(url, secrets, timeout=timeout, max_retries=max_retries)
 
-    takes_bias = True
+    takes_bias = takes_ids = True
 
     @classmethod
     def over(cls, http: Http, model: str) -> "ChatProvider":
@@ -231,8 +231,8 @@ class CallableProvider:
 
     Args:
         fn: Called as ``fn(messages, max_tokens=…, temperature=…, prefill=…, top_logprobs=…,
-            seed=…)``, and ``logit_bias=`` if it has such an argument; returns the text after
-            `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest tokens at each
+            seed=…)``, and ``logit_bias=`` or ``logprob_token_ids=`` (token ids to report instead of
+            the likeliest) if it has such an argument; returns the text after `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest tokens at each
             position: a list of mappings from a token to nats (or one, for the first position).
         name: Name in results.
         prefill: Whether it continues a prefilled answer (``prefill=``).
@@ -253,6 +253,7 @@ class CallableProvider:
         self.model_name = name or str(getattr(fn, "__name__", type(fn).__name__))
         self.prefills: tuple[Prefill, ...] = ("continue",) if prefill else ()
         self.takes_bias = _takes(fn, "logit_bias")
+        self.takes_ids = _takes(fn, "logprob_token_ids")
 
     def __repr__(self) -> str:
         return f"CallableProvider({self.model_name})"
@@ -267,6 +268,7 @@ class CallableProvider:
             top_logprobs=question.top,
             seed=question.seed,
             **({"logit_bias": dict(question.bias)} if question.bias else {}),
+            **({"logprob_token_ids": list(question.reported)} if question.reported else {}),
         )
         text, tops = cast(tuple[Any, Any], found) if isinstance(found, tuple) else (found, ())
         if not isinstance(text, str):
@@ -282,7 +284,7 @@ class ChatOverCompletions:
     """A `CompletionsProvider` that is sent texts, in which a prefilled answer is just more text."""
 
     prefills: tuple[Prefill, ...] = ("continue",)
-    takes_bias = True
+    takes_bias = takes_ids = True
 
     def __init__(self, provider: CompletionsProvider) -> None:
         self._provider, self.max_concurrency = provider, provider.max_concurrency
@@ -379,6 +381,7 @@ def _settings(question: ChatRequest) -> dict[str, Any]:
     }
     found |= {"n": question.n} if question.n > 1 else {}
     found |= {} if question.seed is None else {"seed": question.seed}
+    found |= {"logprob_token_ids": list(question.reported)} if question.reported else {}
     bias = {str(token): value for token, value in (question.bias or {}).items()}
     return found | ({"logit_bias": bias} if bias else {})
 

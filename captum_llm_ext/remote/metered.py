@@ -264,6 +264,7 @@ class MeteredEndpoint:
         q = question
         about = [q.way if q.prefill else None, list(map(dict, q.messages)), q.prefill]
         about += [q.n_tokens, q.temperature, q.top, sorted((q.bias or {}).items())]
+        about += [sorted(q.reported)] if q.reported else []  # keeps the keys of earlier files
         return _digest([self._who, identity, *about, number])
 
     def _kept(self, question: ChatRequest, numbers: range) -> list[ChatAnswer | None]:

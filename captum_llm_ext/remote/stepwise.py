@@ -38,7 +38,11 @@ _LOOKED_FOR, _CHANGE = 6.0, 6.0
 _CERTAIN = -0.01
 # Minimum rounding of reported values in nats: six digits are usual.
 _ROUNDED = 1e-6
-_Mode = Literal["raw", "biased"]
+# How a server reports a given token: if its id is given, or biased, without or with the bias.
+_Mode = Literal["by id", "raw", "biased"]
+# Token ids given in a test: a sampled token is reported anyway, so one would not show whether a
+# server ignores them.
+_N_GIVEN = 2
 
 
 class TopK:
@@ -294,12 +298,9 @@ class TopK:
         step = self._reported_of(messages, begun)
         if step is None:
             return _UNTOLD, -math.inf, 0.0
-        reported: dict[str, float] = {}
-        for name, value in step.top:  # two tokens may have one text
-            reported[name] = max(value, reported.get(name, -math.inf))
-        if math.isfinite(reported.get(token, -math.inf)):
-            value = reported[token]
-            return value, value - self._rounding_step / 2, min(value + self._rounding_step / 2, 0.0)
+        value = _by_name(step.top).get(token, -math.inf)
+        if math.isfinite(value):
+            return self._rounded(value)
         # Reported values are rounded, and so is their complement to 1.
         off = self._rounding_step / 2 + _ROUNDED
         rest = 1 - sum(math.exp(value - off) for _, value in step.top)
@@ -312,20 +313,27 @@ class TopK:
 
         If a sample ends the answer, some servers report no token: another sample may.
         """
-        question = replace(self._first(messages), prefill=begun)
+        return self._first_step(replace(self._first(messages), prefill=begun))
+
+    def _first_step(self, question: ChatRequest) -> Step | None:
         for i in range(_N_ASKED):
             steps = self._endpoint.answers(question, range(i, i + 1))[0].steps
             if steps and steps[0].top:
                 return steps[0]
         return None
 
+    def _rounded(self, value: float) -> tuple[float, float, float]:
+        """A reported value, and the bounds of what it may have been rounded from."""
+        return value, value - self._rounding_step / 2, min(value + self._rounding_step / 2, 0.0)
+
 
 class Forced(TopK):
-    """Log-probabilities of the target's tokens, step by step, of any token: by ``logit_bias``.
+    """Log-probabilities of the target's tokens, step by step, of any token.
 
-    A token that is not among the likeliest becomes one by a bias on its logit. Some servers then
-    report its log-probability without the bias, others with it, which is converted back; which of
-    the two is tested beforehand.
+    If the server reports given token ids (``logprob_token_ids``), one request is enough. Otherwise
+    a token that is not among the likeliest becomes one by a bias on its logit (``logit_bias``).
+    Some servers then report its log-probability without the bias, others with it, which is
+    converted back. Which of these holds is tested beforehand.
 
     Args:
         endpoint, top, n_tokens: As for `TopK`.
@@ -342,19 +350,26 @@ class Forced(TopK):
     @property
     def blind_spots(self) -> str:
         """See `Rung.blind_spots`."""
+        if self._mode == "by id":
+            return "nothing but what rounding leaves out"
         return "nothing but what rounding and a few tries at a bias leave out, which has a bound"
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
-        """See `TopK.look`; also tests the effect of a bias."""
+        """See `TopK.look`; also tests whether given ids are reported, or the effect of a bias."""
         steps = super().look(messages)
         top = self.likeliest(messages)
         best = max((value for _, value in top), default=-math.inf)
         pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
         known = [(name, v, self._id(name, "")) for name, v in pairs]
         probes = [(name, v, number) for name, v, number in known if number is not None]
+        if self._reports_ids(messages, probes[:_N_GIVEN]):
+            self._mode = "by id"
+            self.checks["logprob_token_ids"] = "told"
+            return steps
         if not getattr(self._endpoint.provider, "takes_bias", False) or not probes:
             raise HandshakeError(
-                "the provider takes no `logit_bias`, or no token's id is known: "
+                "the provider reports no given ids and takes no `logit_bias`, or no token's id is "
+                "known: "
                 '`rung="top-k"` would work, with bounds.'
             )
         name, value, number = probes[0]
@@ -378,13 +393,39 @@ class Forced(TopK):
             'log-probability does not follow. `rung="top-k"` would work, with bounds.'
         )
 
+    def _reports_ids(
+        self, messages: Sequence[Message], probes: Sequence[tuple[str, float, int]]
+    ) -> bool:
+        """Whether tokens of known values are reported if their ids are given."""
+        if not getattr(self._endpoint.provider, "takes_ids", False) or len(probes) < _N_GIVEN:
+            return False
+        try:
+            found = self._of_ids(messages, "", [number for _, _, number in probes])
+        except ApiError as error:
+            if error.status not in UNKNOWN_ARGUMENT:
+                raise
+            return False
+        return all(name in found and is_same(found[name], value) for name, value, _ in probes)
+
+    def _of_ids(
+        self, messages: Sequence[Message], begun: str, ids: Sequence[int]
+    ) -> dict[str, float]:
+        """What is reported at a position if these token ids are to be."""
+        # A server that ignores ids reports no more than the likeliest and the sampled token.
+        step = self._first_step(replace(self._first(messages), prefill=begun, top=1, reported=ids))
+        return {} if step is None else _by_name([*step.top, (step.text, step.value)])
+
     def value_of(
         self, messages: Sequence[Message], begun: str, token: str
     ) -> tuple[float, float, float]:
-        """See `TopK.value_of`: exact, if a bias brings it among the likeliest."""
-        bound = super().value_of(messages, begun, token)
+        """See `TopK.value_of`: exact, if reported by its id or brought among the likeliest."""
         number = self._id(token, begun)
-        if math.isfinite(bound[1]) or number is None:
+        if self._mode == "by id" and number is not None:
+            value = self._of_ids(messages, begun, [number]).get(token, -math.inf)
+            if math.isfinite(value):
+                return self._rounded(value)
+        bound = super().value_of(messages, begun, token)
+        if math.isfinite(bound[1]) or number is None or self._mode == "by id":
             return bound
         step = self._reported_of(messages, begun)
         best = max((value for _, value in step.top), default=0.0) if step else 0.0
@@ -443,6 +484,19 @@ class Forced(TopK):
         """The id of a token, if its text is a single token."""
         ids = tokens.encode_in_place(self._tokenizer, token, begun[-tokens.CONTEXT :])
         return int(ids[0]) if len(ids) == 1 else None
+
+
+def reports_any_token(provider: object) -> bool:
+    """Whether the values of tokens that are not among the likeliest may be requested."""
+    return bool(getattr(provider, "takes_ids", False) or getattr(provider, "takes_bias", False))
+
+
+def _by_name(pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Values by token text; two tokens may have one text."""
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        found[name] = max(value, found.get(name, -math.inf))
+    return found
 
 
 def _likeliest(answer: ChatAnswer) -> list[tuple[str, float]]:

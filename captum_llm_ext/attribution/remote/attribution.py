@@ -51,7 +51,7 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
-from captum_llm_ext.remote.stepwise import TopK
+from captum_llm_ext.remote.stepwise import TopK, reports_any_token
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.text.baselines import LanguageModel
@@ -133,14 +133,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             next; a warning says if it is not.
         predicate: For a frequency: whether a text counts as the answer; by default equality.
         similarity: ``"lexical"`` (common words and character n-grams), ``"f1"`` (words),
-            ``"difflib"`` (characters, in order), float`` from 0 to 1: an embedding, a judge. -> or
-            a callable ``(text, answer) -> float`` from 0 to 1, such as by embeddings or a judge. ->
-            float`` from 0 to 1: an embedding, a judge.
+            ``"difflib"`` (characters, in order), or a callable ``(text, answer) -> float`` from 0
+            to 1, such as by embeddings or a judge.
         labels: For ``"label"``: the explained label, and the one it is compared with. Default (or
             None for either): `target` or what the model generates, and the likeliest other first
             token.
         rung: Instead of the highest that works: ``"forced"`` (log-probabilities of prompts),
-            ``"stepwise"`` (of any given next token, by ``logit_bias``; needs `tokenizer`),
+            ``"stepwise"`` (of any given next token, by ``logprob_token_ids`` or ``logit_bias``;
+            needs `tokenizer`),
             ``"top-k"``, ``"label"``, ``"frequency"``, ``"similarity"``.
         max_requests, max_usd: Limits below the first rung; beyond them a `RuntimeError` is raised,
             and the same call with higher limits resumes.
@@ -327,9 +327,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
             if chosen.scorer.attr_target == "log_prob":
                 message += ' `attr_target="prob"` hardly depends on what is only bounded.'
-            if rung.name == TopK.name and getattr(
-                chosen.scorer.endpoint.provider, "takes_bias", False
-            ):
+            if rung.name == TopK.name and reports_any_token(chosen.scorer.endpoint.provider):
                 message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
         warnings.warn(f"not distinguishable: {message}", stacklevel=stacklevel_of_caller())
         return result

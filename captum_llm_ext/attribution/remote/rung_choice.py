@@ -33,7 +33,7 @@ from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
-from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK
+from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK, reports_any_token
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs import ChatInput, Prompt, as_prompt
@@ -146,7 +146,7 @@ class RungChoice:
             tells = callable(getattr(self.provider, "get_logprobs", None))
             if tells or isinstance(self.provider, TokenProvider):
                 own.append("forced")
-            if getattr(chat_endpoint(self.provider), "takes_bias", False):
+            if reports_any_token(chat_endpoint(self.provider)):
                 own.append("stepwise")
         own.append("top-k")
         if self.attr_target == "auto":
