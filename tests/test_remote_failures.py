@@ -468,14 +468,18 @@ def test_missing_log_probabilities_where_the_user_says_what_they_are(tokenizer, 
     server.prompts.clear()
     server.failures.append(None)
     server.failures.append(changed(with_value(None)))
-    found = remote(provider, tokenizer, missing=-20.0).attribute(inp, TARGET, checkpoint=path)
+    with pytest.warns(UserWarning, match="% of the values are bounds, and within these"):
+        found = remote(provider, tokenizer, missing=-20.0).attribute(inp, TARGET, checkpoint=path)
     assert len(server.prompts) == found.n_evaluations - 3 + 1
     assert len({tuple(p) for p in server.prompts} & set(asked[:3])) == 1
     assert found.provenance["n_missing"] == 1
     assert (found.values[:, -1] == -20.0).sum() == 1
     # It is kept as missing: what stands for it may change, or nothing be allowed to.
     server.prompts.clear()
-    other = remote(provider, tokenizer, missing=-5.0).attribute(inp, TARGET, checkpoint=path)
+    with pytest.warns(UserWarning, match="% of the values are bounds, and within these"):
+        other = remote(provider, tokenizer, missing=-5.0).attribute(inp, TARGET, checkpoint=path)
+    # Of a value from a checkpoint no more is known than that it is a log-probability.
+    assert int((other.value_interval[1] == 0).sum()) == 1
     assert (other.values[:, -1] == -5.0).sum() == 1
     with pytest.raises(ValueError, match="no log-probability"):
         remote(provider, tokenizer).attribute(inp, TARGET, checkpoint=path)

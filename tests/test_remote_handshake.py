@@ -1,9 +1,11 @@
 """Servers that tell other numbers than they are asked for: each is found out, and named."""
 
+import warnings
+
 import pytest
 import tiny
 import torch
-from captum.attr import FeatureAblation, RemoteLLMAttribution
+from captum.attr import FeatureAblation, KernelShap, RemoteLLMAttribution, ShapleyValues
 from remote_server import PARTS, Server, changed
 
 from captum_llm_ext import (
@@ -241,6 +243,75 @@ def test_missing_values_hide_no_server_that_tells_nothing(model, tokenizer):
     many = remote(LikeliestOnly(model, 0, 2), tokenizer, missing=-20.0)
     with pytest.raises(ValueError, match=r"\d+ of \d+ log-probabilities are missing"):
         many.attribute(inp, TARGET)
+
+
+class Forgetful:
+    """Of every third long prompt's last token tells the `n_others` likeliest others alone."""
+
+    def __init__(self, model, n_others):
+        self.model, self.n_others = model, n_others
+
+    def get_token_logprobs(self, prompts):
+        return [[None, *self.told(ids)] for ids in prompts]
+
+    def told(self, ids):
+        with torch.no_grad():
+            rows = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for i, (row, token) in enumerate(zip(rows, ids[1:], strict=False), 2):
+            others = {int(j): float(row[j]) for j in row.topk(self.n_others + 1).indices}
+            is_forgotten = i == len(ids) > 12 and sum(ids) % 3 == 0
+            others = dict([pair for pair in others.items() if pair[0] != token][: self.n_others])
+            yield (others or None) if is_forgotten else {token: float(row[token]), **others}
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyValues, KernelShap])
+@pytest.mark.parametrize("attr_target", ["log_prob", "prob"])
+@pytest.mark.parametrize("n_others", [0, 4])
+def test_missing_values_are_bounds(model, tokenizer, method, attr_target, n_others):
+    inp = TextSegmentInput(
+        "Dave lives in Rome. Ann is in TX.",
+        tokenizer,
+        unit=[(0, 4), (5, 18), (20, 23), (24, 33)],
+        baselines="delete",
+    )
+    target = " golf and chess and music and art"
+    ours = RemoteGenerationAttribution(
+        method(RemoteLLMAttribution.placeholder_model),
+        tokenizer,
+        Forgetful(model, n_others),
+        attr_target,
+        missing=-9.0,
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = ours.attribute(inp, target)
+    apart = found.provenance.get("first_cause")
+    assert (apart is not None and not apart["is_told_apart"]) == any(
+        "% of the values are bounds" in str(one.message) for one in warned
+    )
+    local = GenerationAttribution(method(model), tokenizer, attr_target)
+    exact = local.attribute(inp, target, output_unit=None)
+    lower, upper = found.value_interval
+    is_known = lower == upper
+    assert found.provenance["n_missing"] == int((~is_known[: found.n_evaluations]).sum()) > 0
+    truth = exact.values.double()
+    assert bool(((lower <= truth + 1e-6) & (truth <= upper + 1e-6)).all())
+    torch.testing.assert_close(found.values[is_known].double(), truth[is_known], atol=1e-5, rtol=0)
+    imputed = found.values[~is_known].double()
+    guess = torch.tensor(-9.0).exp() if attr_target == "prob" else torch.tensor(-9.0)
+    assert bool((imputed <= upper[~is_known] + 1e-7).all())
+    assert bool((imputed <= guess + 1e-7).all())
+    top = 1.0 if attr_target == "prob" else 0.0
+    # Of tokens that are told instead, none is less likely.
+    assert bool((upper[~is_known] < top - 0.1).all()) == (n_others > 0)
+    ends = found.token_attr_interval
+    if method is KernelShap:
+        return
+    low, high = ends
+    own = exact.token_attr.double()
+    assert bool(((low <= own + 1e-5) & (own <= high + 1e-5)).all())
+    assert bool(torch.isinf(ends).any()) == (attr_target == "log_prob")
+    assert found.provenance["first_cause"] is not None
 
 
 def test_it_takes_place_once_per_provider(tokenizer, server):

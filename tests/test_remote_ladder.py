@@ -1,5 +1,6 @@
 """Servers that tell less than log-probabilities of prompts, against the same model run here."""
 
+import itertools
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from captum_llm_ext import (
     load_demo,
 )
 from captum_llm_ext.cli import main
+from captum_llm_ext.remote.bounds import Bounds
 from captum_llm_ext.remote.chat_endpoint import ChatRequest
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
@@ -307,7 +309,8 @@ def test_given_ids_are_told_by_one_request_each(demo, server, kind):
     torch.testing.assert_close(found.values.double(), truth.values.double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.token_attr.double(), truth.token_attr, atol=2e-4, rtol=0)
     assert found.provenance["share_censored"] == 0
-    assert handshake["logprob_token_ids"] == "told" and "logit_bias" not in handshake
+    assert handshake["logprob_token_ids"] == "told"
+    assert "logit_bias" not in handshake
 
 
 def test_a_function_may_be_given_ids(demo, server):
@@ -330,7 +333,8 @@ def test_a_function_may_be_given_ids(demo, server):
     found = ours.attribute(spans(demo[1]), " golf")
     truth = local(demo, " golf")
     torch.testing.assert_close(found.values.double(), truth.values.double(), atol=1e-4, rtol=0)
-    assert any(asked) and found.provenance["share_censored"] == 0
+    assert any(asked)
+    assert found.provenance["share_censored"] == 0
 
 
 def _as_chat(body, ids):
@@ -353,6 +357,32 @@ def test_given_ids_that_are_ignored_or_refused_leave_the_bias(demo, server):
         found = ours.attribute(spans(demo[1]), " golf")
         assert "logit_bias" in found.provenance["handshake"]
         assert found.provenance["share_censored"] == 0
+
+
+def test_the_first_cause_is_told_apart_from_every_other_one():
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(200):
+        weight = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+        lower = torch.randn(4, 1, generator=generator, dtype=torch.float64)
+        upper = lower + torch.rand(4, 1, generator=generator, dtype=torch.float64) ** 3
+        attributions = ((lower + upper) / 2 * weight).sum(0)
+        bounds = Bounds([bytes([i]) for i in range(4)], lower, upper)
+        told = bounds.first_cause(weight, attributions, is_product=False)
+        # A linear function is largest in a corner.
+        corners = [
+            torch.stack([(lower, upper)[end][i, 0] for i, end in enumerate(ends)]) @ weight
+            for ends in itertools.product((0, 1), repeat=4)
+        ]
+        is_first = [int(corner.argmax()) == told["first"] for corner in corners]
+        assert told["is_told_apart"] == all(is_first)
+        if not all(is_first):
+            lead = [float(corner[told["second"]] - corner[told["first"]]) for corner in corners]
+            assert max(lead) > 0
+        by_rank = attributions.argsort(descending=True).tolist()
+        seen.append((told["is_told_apart"], by_rank.index(told["second"])))
+    # Of both there are some; and some where the third may be the first, and the second may not.
+    assert {(True, 1), (False, 1), (False, 2)} <= set(seen)
 
 
 def test_a_bias_that_does_nothing_is_named(demo, server):

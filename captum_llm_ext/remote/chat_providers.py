@@ -231,9 +231,11 @@ class CallableProvider:
 
     Args:
         fn: Called as ``fn(messages, max_tokens=…, temperature=…, prefill=…, top_logprobs=…,
-            seed=…)``, and ``logit_bias=`` or ``logprob_token_ids=`` (token ids to report instead of
-            the likeliest) if it has such an argument; returns the text after `prefill`, or ``(text, top)`` with the log-probabilities of the likeliest tokens at each
-            position: a list of mappings from a token to nats (or one, for the first position).
+            seed=…)``; returns the text after `prefill`, or ``(text, top)`` with the
+            log-probabilities of the likeliest tokens at each position: a list of mappings from a
+            token to nats (or one, for the first position). Also with ``logit_bias=`` or
+            ``logprob_token_ids=`` (token ids to report instead of the likeliest), if it has such
+            an argument.
         name: Name in results.
         prefill: Whether it continues a prefilled answer (``prefill=``).
         max_concurrency: Maximum number of threads.

@@ -8,18 +8,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions import (
-    Plan,
-    Scope,
-    Solution,
-    solve_exact,
-    solve_leave_one_out,
-    solve_only_one_in,
-    solve_permutations,
-)
 from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
+from captum_llm_ext.remote.bounds import Bounds, distinct
 from captum_llm_ext.remote.metered import MeteredEndpoint
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
@@ -27,14 +19,6 @@ from captum_llm_ext.remote.step_checks import NOISY
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
-
-# Estimators whose attributions are fixed linear combinations of the values.
-_LINEAR: Mapping[str, Callable[[Plan, Tensor, Scope], Solution]] = {
-    "leave-one-out": solve_leave_one_out,
-    "only one in": solve_only_one_in,
-    "exact": solve_exact,
-    "antithetic permutations": solve_permutations,
-}
 
 
 class LadderScorer:
@@ -180,40 +164,52 @@ class LadderScorer:
             Standard errors ``(n_target, n_features)`` if values are sampled, otherwise the bounds
             of attributions; None for the other.
         """
-        known, merged = self._merged(weight)
         if self.rung.is_sampled:
-            return (known["variances"].T @ merged.square()).sqrt(), None
-        return None, interval_of(merged, known["lower"], known["upper"])
+            first, merged = distinct(self._in_order, weight)
+            return (self.known()["variances"][first].T @ merged.square()).sqrt(), None
+        return None, self._bounds.of_attributions(weight)
 
     def separates_causes(self, weight: Tensor, attributions: Tensor) -> dict[str, Any] | None:
-        """Whether the strongest cause is significantly stronger than the second.
+        """Whether the strongest cause is significantly stronger than any other.
 
         Args:
             weight: As for `uncertainty`.
             attributions: Attributions of the whole target, ``(n_features,)``.
 
         Returns:
-            The two, whether they are separated, and by which factor more answers would be needed if
-            values are sampled. None for fewer than two features.
+            The strongest, the one that is least certainly weaker, whether they are separated, and
+            by which factor more answers would be needed if values are sampled. None for fewer than
+            two features.
         """
-        if len(attributions) < 2:
-            return None
-        first, second = attributions.argsort(descending=True)[:2].tolist()
-        known, merged = self._merged(weight[:, [first]] - weight[:, [second]])
-        difference = float(attributions[first] - attributions[second])
-        found: dict[str, Any] = {"first": first, "second": second}
         if not self.rung.is_sampled:
             is_product = self.attr_target == "prob"
-            ends = [known[end] for end in ("lower", "upper")]
-            whole = [(end.prod(1) if is_product else end.sum(1))[:, None] for end in ends]
-            lower, _ = interval_of(merged, *whole)
-            return found | {"is_told_apart": bool(lower[0, 0] > 0)}
-        error = float((known["variances"].sum(1) @ merged[:, 0].square()).sqrt())
-        times = (TWO * error / difference) ** 2 if difference > 0 else math.inf
-        return found | {
-            "is_told_apart": difference > TWO * error,
+            return self._bounds.first_cause(weight, attributions, is_product=is_product)
+        if len(attributions) < 2:
+            return None
+        first = int(attributions.argmax())
+        rows, merged = distinct(self._in_order, weight[:, [first]] - weight)
+        variances = self.known()["variances"][rows].sum(1)
+        errors = (variances @ merged.square()).sqrt()
+        lead = (attributions[first] - attributions).tolist()
+        needed = [
+            TWO * error / ahead if ahead > 0 else math.inf
+            for error, ahead in zip(errors.tolist(), lead, strict=True)
+        ]
+        # The one that is least certainly weaker, which the next strongest need not be.
+        others = [j for j in range(len(lead)) if j != first]
+        second = max(others, key=lambda j: (needed[j], -lead[j]))
+        times = needed[second] ** 2
+        return {
+            "first": first,
+            "second": second,
+            "is_told_apart": times < 1,
             "times_as_many_answers": times if math.isfinite(times) else None,
         }
+
+    @property
+    def _bounds(self) -> Bounds:
+        known = self.known()
+        return Bounds(self._in_order, known["lower"], known["upper"])
 
     def drift(self, full: Sequence[Any]) -> list[str]:
         """Problems that show when all answers are there; sends one more request."""
@@ -226,20 +222,6 @@ class LadderScorer:
                 f"{apart:.2g} nats: another model answers by now, or not the same one each time"
             )
         return found
-
-    def _merged(self, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Scores of distinct coalitions, and the weights of each."""
-        # A repeated coalition is one unknown value, not two.
-        numbers = {d: i for i, d in enumerate(dict.fromkeys(self._in_order))}
-        row_of = [numbers[d] for d in self._in_order]
-        first = {row: at for at, row in reversed(list(enumerate(row_of)))}
-        known = {
-            name: values[[first[row] for row in range(len(numbers))]]
-            for name, values in self.known().items()
-        }
-        index = torch.tensor(row_of, dtype=torch.int64, device="cpu")
-        merged = torch.zeros(len(numbers), weight.shape[1], dtype=weight.dtype, device="cpu")
-        return known, merged.index_add(0, index, weight)
 
     def provenance(self) -> dict[str, Any]:
         """Provenance of the requests."""
@@ -280,41 +262,3 @@ def as_messages(tokenizer: Any, ids: Sequence[int]) -> list[dict[str, str]]:
     # Messages without any present text are not sent, since APIs refuse empty ones.
     messages = [message for message in found if message["content"].strip()]
     return messages or [{"role": "user", "content": " "}]
-
-
-def weights(name: str, plan: Plan) -> Tensor | None:
-    """Weights of the coalitions' values in the attributions, ``(n_coalitions, n_features)``.
-
-    Args:
-        name: Name of the estimator.
-        plan: Its coalitions.
-
-    Returns:
-        None for estimators that are not linear in the values.
-    """
-    solve = _LINEAR.get(name)
-    if solve is None:
-        return None
-    n = len(plan.masks)
-    scope = Scope.of_all(n, plan.n_features)
-    return solve(plan, torch.eye(n, dtype=torch.float64, device="cpu"), scope).attributions
-
-
-def interval_of(weight: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Bounds of attributions from bounds of values, each ``(n_target, n_features)``.
-
-    Args:
-        weight: Weights of distinct rows, ``(n_rows, n_features)``.
-        lower, upper: ``(n_rows, n_target)``; infinite without a bound.
-    """
-    positive, negative = weight.clamp_min(0)[:, None], weight.clamp_max(0)[:, None]
-
-    def total(of_positive: Tensor, of_negative: Tensor) -> Tensor:
-        # A weight of 0 times an infinite bound counts as 0.
-        terms = [
-            torch.where(w == 0, 0.0, w * v[:, :, None])
-            for w, v in ((positive, of_positive), (negative, of_negative))
-        ]
-        return torch.stack(terms).sum((0, 1))
-
-    return total(lower, upper), total(upper, lower)

@@ -16,6 +16,7 @@ from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
+from captum_llm_ext.remote.bounds import Bounds, bound_of_unreported
 from captum_llm_ext.remote.handshake import Findings, handshake
 from captum_llm_ext.remote.providers import (
     Answer,
@@ -54,7 +55,7 @@ class RemoteScorer:
         attr_target: ``"log_prob"``, ``"prob"`` or ``"contrast"``.
         max_rows: Maximum number of prompts per call.
         show_progress: Whether `progress` shows a bar over the requests on stderr.
-        missing: Value of unreported log-probabilities; None: an error.
+        missing: Assumed value of unreported log-probabilities, which have bounds; None: an error.
         most_requests: Warn beforehand if a call of `values` needs more, because of absent generated
             features.
     """
@@ -78,6 +79,11 @@ class RemoteScorer:
         self._missing, self._most_requests = missing, most_requests
         self._bar = ProgressBar("requests", "prompt", is_shown=show_progress)
         self._rows: dict[bytes, Tensor] = {}
+        self._in_order: list[bytes] = []
+        # Upper bounds of rows with unreported values, NaN for reported ones.
+        self._upper: dict[bytes, Tensor] = {}
+        # Those of single log-probabilities, by request and index in it.
+        self._upper_of: dict[tuple[bytes, int], float] = {}
         self._known: dict[bytes, Tensor] = {}
         # For prefixes followed by a token: the request that contains it, and its position.
         self._steps: dict[bytes, tuple[bytes, int]] = {}
@@ -202,7 +208,9 @@ class RemoteScorer:
         self._bar.announce(self._n_unknown(apart) - n_apart)
         self._ask(apart)
         for d, row in new.items():
-            self._rows[d] = self._assembled(row, parts[d], asked)
+            self._rows[d], upper = self._assembled(row, parts[d], asked)
+            if not bool(upper.isnan().all()):
+                self._upper[d] = upper
             self.n_evaluations += 1
             self.n_scored[0] += 1
         if self.n_missing > _MOST_MISSING * self._n_values:
@@ -212,8 +220,23 @@ class RemoteScorer:
                 "returns the likeliest tokens only. Have it return those of all prompt tokens "
                 "(vLLM: `prompt_logprobs`)."
             )
+        self._in_order += digests
         found = torch.stack([self._rows[d] for d in digests])
         return found.exp() if self.attr_target == "prob" else found
+
+    def bounds(self, n: int) -> Bounds | None:
+        """Bounds of the values of the first `n` rows; None if all are reported, or contrasts."""
+        rows = self._in_order[:n]
+        if self._upper.keys().isdisjoint(rows) or self.attr_target == "contrast":
+            return None
+        values = torch.stack([self._rows[d] for d in rows])
+        reported = torch.full_like(values[0], torch.nan)
+        upper = torch.stack([self._upper.get(d, reported) for d in rows])
+        lower = values.where(upper.isnan(), -torch.inf)
+        upper = values.where(upper.isnan(), upper)
+        if self.attr_target == "prob":
+            lower, upper = lower.exp(), upper.exp()
+        return Bounds(rows, lower, upper)
 
     def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Summed log-probability of each row's ids after its first one.
@@ -359,7 +382,12 @@ class RemoteScorer:
             value = answer.values[i]
             if value is None and self._missing is None:
                 return self._no_value(request, request.asked[i], _UNTOLD, _NULL)
-            if value is not None and is_ruled_out(value):
+            if value is None:
+                others = answer.others[i] if i < len(answer.others) else {}
+                known = (log_prob(number) for number in others.values())
+                told = [v for v in known if v is not None and not is_ruled_out(v)]
+                self._upper_of[key(request), i] = bound_of_unreported(told, told)
+            elif is_ruled_out(value):
                 return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
         self._keep(key(request), answer.values)
         if self._first is None:
@@ -383,19 +411,24 @@ class RemoteScorer:
         if self._journal is not None:
             self._journal.add([k], self._known[k][None])
 
-    def _assembled(self, row: TokenRow, parts: Sequence[Request], asked: Asked) -> Tensor:
-        """The row's values from its requests."""
+    def _assembled(
+        self, row: TokenRow, parts: Sequence[Request], asked: Asked
+    ) -> tuple[Tensor, Tensor]:
+        """The row's values from its requests, and upper bounds of the unreported ones."""
         whole, *others = parts
-        of_whole = self._known[key(whole)]
+        of_whole = key(whole)
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
         target = asked.target
         values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
-        of_foils = values.clone()
+        of_foils, upper = values.clone(), values.clone()
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
             if p >= 0:
-                found = apart.get((p, token))
-                values[t] = of_whole[p - whole.first] if found is None else found
-                known = [apart[p, foil] for foil in _foils(asked, t)]
+                k, i = apart.get((p, token), (of_whole, p - whole.first))
+                values[t] = self._known[k][i]
+                if values[t].isnan():
+                    upper[t] = self._upper_of.get((k, i), 0.0)
+                steps = [apart[p, foil] for foil in _foils(asked, t)]
+                known = [self._known[k][i] for k, i in steps]
                 missing = -torch.inf if self._missing is None else self._missing
                 reported = torch.stack(known).nan_to_num(nan=missing) if known else None
                 of_foils[t] = 0.0 if reported is None else reported.logsumexp(0)
@@ -406,15 +439,13 @@ class RemoteScorer:
             )
         self.n_missing += len(unreported)
         self._n_values += sum(place >= 0 for place in row.positions)
-        values[unreported] = float("nan") if self._missing is None else self._missing
-        return values if asked.foils is None else torch.cat([values, of_foils])
+        if self._missing is not None:
+            values[unreported] = upper[unreported].clamp(max=self._missing)
+        return values if asked.foils is None else torch.cat([values, of_foils]), upper
 
-    def _step(self, k: bytes) -> Tensor:
-        """The value of a single token, from whichever request."""
-        if k in self._known:
-            return self._known[k][0]
-        of_whole, i = self._steps[k]
-        return self._known[of_whole][i]
+    def _step(self, k: bytes) -> tuple[bytes, int]:
+        """The request that contains a single token's value, and its index in it."""
+        return (k, 0) if k in self._known else self._steps[k]
 
     def drift(self) -> list[str]:
         """Problems that show when all answers are there; repeats one request.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from captum_llm_ext.remote.bounds import bound_of_unreported
 from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatRequest, Message, Step
 from captum_llm_ext.remote.handshake import HandshakeError, rounding_step
 from captum_llm_ext.remote.metered import BudgetError, MeteredEndpoint
@@ -36,8 +37,6 @@ _MOST_BIAS, N_TRIES = 100.0, 3
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
 # Closer to certain than this, only float32 rounding is reported.
 _CERTAIN = -0.01
-# Minimum rounding of reported values in nats: six digits are usual.
-_ROUNDED = 1e-6
 # How a server reports a given token: if its id is given, or biased, without or with the bias.
 _Mode = Literal["by id", "raw", "biased"]
 # Token ids given in a test: a sampled token is reported anyway, so one would not show whether a
@@ -301,11 +300,8 @@ class TopK:
         value = _by_name(step.top).get(token, -math.inf)
         if math.isfinite(value):
             return self._rounded(value)
-        # Reported values are rounded, and so is their complement to 1.
-        off = self._rounding_step / 2 + _ROUNDED
-        rest = 1 - sum(math.exp(value - off) for _, value in step.top)
-        least = [value for _, value in step.likeliest if math.isfinite(value)]
-        bound = min([math.log(rest), *(value + off for value in least)])
+        told, likeliest = ([value for _, value in p] for p in (step.top, step.likeliest))
+        bound = bound_of_unreported(told, likeliest, self._rounding_step)
         return bound - _BELOW_BOUND, -math.inf, bound
 
     def _reported_of(self, messages: Sequence[Message], begun: str) -> Step | None:

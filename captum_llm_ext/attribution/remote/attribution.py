@@ -30,6 +30,7 @@ from captum_llm_ext.attribution.remote.rung_choice import (
     RungName,
     RungSettings,
 )
+from captum_llm_ext.attribution.remote.unreported import first_two, note_bounds, within_bounds
 from captum_llm_ext.attribution.sampling import Outcome
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.digest import stacklevel_of_caller
@@ -37,9 +38,10 @@ from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
+from captum_llm_ext.remote.bounds import weights
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint
 from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
-from captum_llm_ext.remote.ladder import LadderScorer, weights
+from captum_llm_ext.remote.ladder import LadderScorer
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import Cache, as_limits
 from captum_llm_ext.remote.providers import (
@@ -121,9 +123,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         accelerator: Not supported: one process sends requests from threads.
         max_concurrency: Number of threads. Default: the provider's own `max_concurrency`, or one
             for providers without, such as captum's.
-        missing: Value of a log-probability that the provider does not report, in nats, such as
-            -20.0. None: an error. ``provenance["n_missing"]`` counts them; if more than a fifth is
-            missing, an error is raised.
+        missing: Assumed value of a log-probability that the provider does not report, in nats, such
+            as -20.0. None: an error. It is a bound, no number: see `value_interval` and
+            `token_attr_interval` of the result. ``provenance["n_missing"]`` counts them; if more
+            than a fifth is missing, an error is raised.
         on_mismatch: With texts, if the target's text is not tokenised to the target: ``"error"``,
             or ``"warn"`` for providers that join tokens, not texts.
         most_requests: Warn beforehand if more requests than this, and than coalitions, are needed.
@@ -310,26 +313,22 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             if not rung.is_sampled or not rung.draw_more():
                 break
             chosen.scorer.forget()  # the rung now has more answers for every coalition
-        first, second = (repr(result.input_tokens[apart[which]]) for which in ("first", "second"))
         if rung.is_sampled:
+            first, second = first_two(result)
             more = apart["times_as_many_answers"]
             message = (
-                f"of {rung.n_answers} answers each, {first} is the strongest cause and {second} "
-                "the next, less than two standard errors apart."
+                f"not distinguishable: of {rung.n_answers} answers each, {first} is the strongest "
+                f"cause, less than two standard errors apart from {second}."
             )
             if more is not None:
                 message += f" About {math.ceil(more * rung.n_answers)} answers each would do."
         else:
-            share = result.provenance["share_censored"]
-            message = (
-                f"{share:.0%} of the values are bounds, and within these {second} may be as strong "
-                f"a cause as {first}."
-            )
+            message = within_bounds(result)
             if chosen.scorer.attr_target == "log_prob":
                 message += ' `attr_target="prob"` hardly depends on what is only bounded.'
             if rung.name == TopK.name and reports_any_token(chosen.scorer.endpoint.provider):
                 message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
-        warnings.warn(f"not distinguishable: {message}", stacklevel=stacklevel_of_caller())
+        warnings.warn(message, stacklevel=stacklevel_of_caller())
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
@@ -470,6 +469,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             doubts = self._warned(scorer.drift() if self._counter is None else [])
             result = super()._result(inp, game, outcome, joint, generation)
             result.provenance["doubts"] = doubts
+            note_bounds(result, scorer.bounds(len(outcome.plan.masks)), outcome, joint)
             return result
         scorer = self._chosen.scorer
         scorer.only_first(len(outcome.plan.masks))
