@@ -5,11 +5,13 @@ writes, the grammar knows the k words of the prompt or of the earlier output tha
 k features with the largest attributions are held against them.
 
     python benchmarks/ground_truth.py [--unit word | --inside] [--documents 20] [--absence NAME]
+    python benchmarks/ground_truth.py --inside --documents 10 --seeds 1 2 --grammar rigid
 
 `--inside` has methods that look into the model, beside the strongest of those that do not, once
 with punctuation in the feature of the word it stands beside, once apart. The place where a token is
 written is that of the token before it: where that is the comma behind a word, the word is given
-what belongs to the place.
+what belongs to the place. `--seeds` adds rows of models that were trained from other seeds, by the
+methods that are quick: what is inside a model that has learnt the same language differs.
 
 Two languages: a rigid one, whose model ships with the package, and a varied one with shuffled
 sentences, two wordings of each and missing facts. With `--unit word` words are features, and there
@@ -286,9 +288,11 @@ def documents(n: int, seed: int, grammar: Grammar | None = None) -> list[Documen
     return [grammar.sample(rng, before=("pronoun", "A")[i % 2]) for i in range(n)]
 
 
-def folder(varied: bool, words: str = "biographies", layers: int = Recipe.layers) -> Path:
+def folder(
+    varied: bool, words: str = "biographies", layers: int = Recipe.layers, seed: int = Recipe.seed
+) -> Path:
     """Where the model of a grammar is; one that does not ship is trained if it is not there."""
-    recipe = Recipe(varied=varied, words=words, layers=layers)
+    recipe = Recipe(varied=varied, words=words, layers=layers, seed=seed)
     if recipe == Recipe():
         return SHIPPED
     name = "varied" if varied else "rigid"
@@ -301,6 +305,8 @@ def folder(varied: bool, words: str = "biographies", layers: int = Recipe.layers
     if layers != Recipe.layers:
         name += f"-{layers}-layers"
         recipe = replace(recipe, width=WIDTHS[layers])
+    if seed != Recipe.seed:
+        name += f"-seed-{seed}"
     out = Path(__file__).parent / "models" / name
     if not (out / "corpus.txt").exists():  # written last
         train(recipe, out)
@@ -342,16 +348,23 @@ def table(
 
 
 def table_inside(
-    n: int, seed: int, *, varied: bool, unit: Cut, layers: int, only: Sequence[str] = ()
+    n: int,
+    seed: int,
+    *,
+    varied: bool,
+    unit: Cut,
+    layers: int = Recipe.layers,
+    trained_from: int = Recipe.seed,
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """One row per method that looks into the model, and some that do not; or of some alone."""
-    where = folder(varied, layers=layers)
+    where = folder(varied, layers=layers, seed=trained_from)
     model, tokenizer = load(where)
     grammar = Grammar(varied)
     given = documents(n, seed, grammar)
     known = absences(grammar, corpus(where), unit)
     inside = [(name, absence) for name, (_, absence, _) in WHITE_BOX.items()]
-    if layers != Recipe.layers:  # those that are quick
+    if (layers, trained_from) != (Recipe.layers, Recipe.seed):  # those that are quick
         asked = [(name, absence) for name, absence in inside if absence is None]
     else:
         asked = [*inside, *BESIDE]
@@ -369,6 +382,7 @@ def table_inside(
             warnings.filterwarnings("ignore", message=".*steps are too few")
             results = [result(document) for document in given]
         of = {"grammar": "varied" if varied else "rigid", "layers": layers, "unit": unit}
+        of |= {"trained_from": trained_from} if trained_from != Recipe.seed else {}
         rows.append(of | {"method": name, "absence": absence} | _row(given, results, unit))
         print(rows[-1], file=sys.stderr, flush=True)
     return rows
@@ -396,13 +410,20 @@ def renewed(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
     """A report with some of its rows measured anew, in the order that it had, or added."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        by = ("grammar", "words", "layers", "unit", "method", "absence")
+        by = ("grammar", "words", "layers", "trained_from", "unit", "method", "absence")
         return tuple(row.get(name) for name in by)
 
     new = {key(row): row for row in report["rows"]}
     rows = [new.pop(key(row), row) for row in before["rows"]] + list(new.values())
     about = {name: report[name] for name in ("command", "date", "commit")}
     return before | {"rows": rows, "again": [*before.get("again", []), about]}
+
+
+def _models(varied: bool, seeds: Sequence[int]) -> list[dict[str, int]]:
+    """The models of a grammar that `--inside` looks into, as arguments of `table_inside`."""
+    if seeds:
+        return [{"trained_from": seed} for seed in seeds]
+    return [{"layers": n} for n in sorted(WIDTHS, reverse=True) if n == Recipe.layers or not varied]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -418,6 +439,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=[],
         choices=WHITE_BOX,
         help="only these methods of --inside; the other rows are kept as they are",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[],
+        help="of --inside: only models trained from these; the other rows are kept as they are",
     )
     parser.add_argument("--grammar", choices=["rigid", "varied"], help="by default both")
     parser.add_argument(
@@ -455,15 +483,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             row
             for varied in (False, True)
             if arguments.grammar in (None, "varied" if varied else "rigid")
-            for layers in (sorted(WIDTHS, reverse=True) if not varied else [Recipe.layers])
+            for own in _models(varied, arguments.seeds)
             for unit in INSIDE_UNITS
-            for row in table_inside(
-                n, seed, varied=varied, unit=unit, layers=layers, only=arguments.again
-            )
+            for row in table_inside(n, seed, varied=varied, unit=unit, only=arguments.again, **own)
         ]
     out = arguments.out or Path(__file__).parent / "results" / f"{name}.json"
     report = {**environment(seed=seed), "documents": n, "rows": rows}
-    if arguments.again or arguments.absence:
+    if arguments.again or arguments.absence or arguments.seeds:
         report = renewed(json.loads(out.read_text(encoding="utf-8")), report)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

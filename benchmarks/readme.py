@@ -146,7 +146,7 @@ def ground_truth_inside(report: dict[str, Any]) -> str:
     found = {
         (row["method"], row["grammar"]): row
         for row in report["rows"]
-        if row["layers"] == 3 and row["unit"] == "mark"
+        if row["layers"] == 3 and row["unit"] == "mark" and "trained_from" not in row
     }
     told = (
         f"{name} {found[method, 'rigid']['precision_content_words']:.2f} and "

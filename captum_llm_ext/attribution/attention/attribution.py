@@ -63,7 +63,7 @@ class GenerationAttentionAttribution(ModelAccess):
         if type(attr_method) not in (AttentionWeights, AttentionRollout):
             raise TypeError(
                 f"`attr_method` is a {type(attr_method).__name__}: give `AttentionWeights(model)` "
-                'or `AttentionRollout(model, contributions="alti")`.'
+                'or `AttentionRollout(model, contributions="projection")`.'
             )
         _compat.check_causal(attr_method.model)
         self.attr_method, self.model, self.tokenizer = attr_method, attr_method.model, tokenizer
