@@ -190,14 +190,13 @@ class LadderScorer:
         rows, merged = distinct(self._in_order, weight[:, [first]] - weight)
         variances = self.known()["variances"][rows].sum(1)
         errors = (variances @ merged.square()).sqrt()
-        lead = (attributions[first] - attributions).tolist()
+        lead: list[float] = (attributions[first] - attributions).tolist()
         needed = [
             TWO * error / ahead if ahead > 0 else math.inf
             for error, ahead in zip(errors.tolist(), lead, strict=True)
         ]
         # The one that is least certainly weaker, which the next strongest need not be.
-        others = [j for j in range(len(lead)) if j != first]
-        second = max(others, key=lambda j: (needed[j], -lead[j]))
+        second = max((needed[j], -lead[j], j) for j in range(len(lead)) if j != first)[-1]
         times = needed[second] ** 2
         return {
             "first": first,

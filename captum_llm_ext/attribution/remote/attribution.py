@@ -465,10 +465,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         generation: Generation | None,
     ) -> GenerationAttributionResult:
         if self._chosen is None:
-            scorer = cast(RemoteScorer, game.run.scorer)
-            doubts = self._warned(scorer.drift() if self._counter is None else [])
             result = super()._result(inp, game, outcome, joint, generation)
-            result.provenance["doubts"] = doubts
+            if self._counter is not None:
+                return result
+            scorer = cast(RemoteScorer, game.run.scorer)
+            result.provenance["doubts"] = self._warned(scorer.drift())
             note_bounds(result, scorer.bounds(len(outcome.plan.masks)), outcome, joint)
             return result
         scorer = self._chosen.scorer
