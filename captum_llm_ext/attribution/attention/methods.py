@@ -117,8 +117,9 @@ class AttentionRollout(_AttentionMap):
             part of it (Ferrando et al. 2022, arXiv 2203.04212). L1 penalises a part for each
             coordinate in which it exceeds the sum, as large parts that cancel do. ``"projection"``:
             the projection of the same parts onto their sum, ``⟨part, sum⟩``, negative ones counted
-            as 0. `GenerationAttentionAttribution` lists their precision; all are for inspection
-            until measured on a model like yours.
+            as 0. Of these it names known causes best, ahead of ``"alti"`` on both languages that
+            `GenerationAttentionAttribution` lists; all are for inspection until measured on a model
+            like yours.
 
     Raises:
         ValueError: If `contributions` is unknown.
