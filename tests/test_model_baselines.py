@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients, TextTokenInput
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -36,6 +36,7 @@ from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.baselines.model.alternatives import Alternatives
+from captum_llm_ext.text.baselines.model.examples import labels_of_examples
 from captum_llm_ext.text.baselines.words import keeps_script
 
 TINY_T5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 400}
@@ -103,7 +104,9 @@ def test_draws_are_of_the_models_own_distribution(demo, word, after, pattern):
     chances = dict.fromkeys(pieces, 0.0)
     fitting = said[:, 0].exp() * (goes_on - goes_on[own]).exp().clamp(max=1)
     if fitting[own] > 0.95 * fitting.sum():  # decided by the words after it alone
-        fitting = said[:, 0].exp()
+        before = said[:, 0].exp()
+        fitting *= (before.sum() - before[own]) / (fitting.sum() - fitting[own])
+        fitting[own] = before[own]
     for piece, chance in zip(pieces, fitting, strict=True):
         chances[piece] += float(chance)
     total = sum(chances.values())
@@ -238,6 +241,61 @@ def test_what_comes_after_a_word_tells_its_sort():
     assert shares["hungry"] < 0.5
 
 
+def test_where_the_words_after_it_decide_a_word_others_still_fit_them():
+    """After "king" most go on otherwise; "heard" is as good as certain before "the news",
+    and of all other words only "got" comes before that."""
+    sentences = ["the king was born .", "the king of Rome .", "the king is gone ."] * 30
+    sentences += ["the king heard the news ."] * 27 + ["the king got the mail ."] * 9
+    sentences += ["the king got the news ."] * 1
+    model = Likelihood(*counting(sentences))
+    text = "the king heard the news"
+    found = Alternatives(text, model, 4, (0, len(text))).fitting((9, 14))
+    n = len(sentences)
+    assert found["heard"] == pytest.approx(27 / n, rel=0.02)
+    others = {word: weight for word, weight in found.items() if word != "heard"}
+    assert others["got"] / sum(others.values()) > 0.95
+    # How certain "heard" is, is for the words before it to tell.
+    assert sum(others.values()) == pytest.approx((n - 27) / n, rel=0.02)
+
+
+def test_labels_of_solved_examples_are_drawn_from_these_labels():
+    """By their counts after the item; other words are likelier there."""
+    sentences = ["plum - rich .", "plum - ripe .", "plum - sour ."] * 9
+    sentences += ["plum - yes ."] * 3 + ["plum - no ."] + ["fig - yes .", "pea - no ."] * 5
+    model, tokenizer = counting(sentences)
+    baselines = bound((model, tokenizer))
+    prompt = "plum - yes\npea - no\nfig - yes\nnut -"
+    inp = words(prompt, tokenizer, baselines)
+    match = next(
+        m for m, name in zip(baselines.matches(inp), inp.names, strict=True) if "yes" in name
+    )
+    shares = dict(match.candidates)
+    assert shares.keys() == {"yes", "no"}
+    assert shares["yes"] == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "labels"),
+    [
+        ("fig -> fruit\npea -> plant\nnut -> fruit\nyam ->", "fruit plant fruit"),
+        ("Text: so good\nMood: fine.\nText: so bad\nMood: sad.\n" * 2 + "Text: x\nMood:", None),
+        ("It was fun. Label: good\nIt was dull. Label: bad\nIt was fair. Label: good\nLabel:", 0),
+        ("Rome: Italy\nParis: France\nOslo: Norway\nLima:", ""),  # none recurs
+        ("fig -> fruit\nnut -> fruit\nyam -> fruit\npea ->", ""),  # one alone
+        ("fig -> fruit\npea -> plant\nyam ->", ""),
+        ("Name: Ann\nPet: cat\nName: Bob\nPet: cat\nName: Eve\nPet: dog\nName:", ""),
+        ("fig -> fruit\npea -> plant\nnut -> fruit", ""),  # nothing is asked
+        ("", ""),
+        ("\n:\n:\n:", ""),
+    ],
+)
+def test_which_words_are_labels(prompt, labels):
+    wanted = {None: "fine sad fine sad", 0: "good bad good"}.get(labels, labels).split()
+    found = labels_of_examples(prompt)
+    assert [prompt[slice(*span)] for span in found] == wanted
+    assert all(set(others) == set(wanted) for others in found.values())
+
+
 THINGS = ("cup", "hat", "key", "pen", "map")
 
 
@@ -284,6 +342,36 @@ def test_another_ending_is_the_same_word(lists):
     assert said("has cup, hat, pen. Lost cup, hat. Only", " Pens, and more.") == {"hat"}
     # What the text does not say is no copy.
     assert said("Lost cup, hat. Only", " key") == said("Lost cup, hat. Only", "") > {"key"}
+
+
+def test_white_space_before_a_number_is_of_its_kind():
+    """Where it is a token of its own: after "the" no number comes, but digits follow each other."""
+    rooms, things = ("room", "hall"), ("cat", "dog")
+    sentences = [f"in{r}_1{d}" for r in rooms for d in "234"] + [f"inthe{t}" for t in things * 3]
+    pieces = [re.findall("in|room|hall|the|cat|dog|_|\\d", text) for text in sentences]
+    vocabulary = {
+        p.replace("_", "Ġ"): i
+        for i, p in enumerate(dict.fromkeys(["<s>", *itertools.chain(*pieces)]))
+    }
+    vocabulary = {
+        (f"Ġ{p}" if p.isalpha() and p not in "inĠ" else p): i for p, i in vocabulary.items()
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
+    texts = [re.sub("(room|hall|the|cat|dog)", r" \1", t).replace("_", " ") for t in sentences]
+    model = Counts([[0, *fast(text)["input_ids"]] for text in texts], len(vocabulary))
+    inp = TextSegmentInput("in room", fast, baselines=ModelBaselines())
+    result = GenerationAttribution(FeatureAblation(model), fast).attribute(inp, " 12")
+    shares = dict(result.provenance["matches"]["prompt"][1]["candidates"])
+    assert shares["hall"] == pytest.approx(0.5, abs=0.01)
+    assert shares.get("the", 0.0) < 0.01
 
 
 class Asks(Likelihood):

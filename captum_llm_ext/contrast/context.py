@@ -128,6 +128,10 @@ class FoilContext:
         border = len(left)
         return any(atom.start < border < atom.stop for atom in atoms(left + text))
 
+    def is_space(self, t: int) -> bool:
+        """Whether a target token is white space alone."""
+        return self._texts[t].isspace()
+
     def fits(self, token: int, t: int) -> bool:
         """Whether a token is of the same kind as a target token: a plausible alternative."""
         if token == self.target[t] or self.is_special(token):

@@ -65,6 +65,7 @@ class AnswerKinds:
             with self._model.progress():
                 values = self._model.values([*rows.values()], target, foils)
             own, others = values.split(len(at), dim=1)
+            others = others.masked_fill((foils < 0).all(1), -torch.inf)
             found = dict(zip(rows, own.logaddexp(others).sum(1).tolist(), strict=True))
             for ids, gain in self._followed([*found]).items():
                 found[ids] += gain
@@ -76,7 +77,7 @@ class AnswerKinds:
         near = [
             ids for ids in prompts if ids != whole and _n_common(ids, whole) >= len(whole) - _NEAR
         ]
-        if not near or not self._model.reads_on:
+        if not near or self._first_word is None or not self._model.reads_on:
             return {}
         own, *others = self._following([whole, *near])
         return {ids: min(other - own, 0.0) for ids, other in zip(near, others, strict=True)}
@@ -86,11 +87,16 @@ class AnswerKinds:
         return Following(
             self._context,
             self._model,
-            self._kinds[0][0],
+            self._first_word or 0,
             n_words=_NEAR_WORDS,
             n_looked=_LOOKED_AT,
             n_tokens=_FOLLOWING,
         )
+
+    @cached_property
+    def _first_word(self) -> int | None:
+        """The first position with other tokens of its kind; None if there is none."""
+        return next((t for t in self._kinds[0] if not self._context.is_space(t)), None)
 
     @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
@@ -109,7 +115,8 @@ class AnswerKinds:
             ]
             for t in word_starts
         }
-        at = [t for t in word_starts if kinds[t]]
+        # Where digits are tokens, white space before a number is one as well, without others.
+        at = [t for t in word_starts if kinds[t] or context.is_space(t)]
         most = max((len(kinds[t]) for t in at), default=0)
         rows = [[*kinds[t], *[-1] * (most - len(kinds[t]))] for t in at]
         return at, torch.tensor(rows, dtype=torch.int64, device="cpu")

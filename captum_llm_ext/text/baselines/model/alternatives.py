@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from captum_llm_ext.text.baselines import words
+from captum_llm_ext.text.baselines.model.examples import labels_of_examples
 from captum_llm_ext.text.baselines.slot import Proposer
 from captum_llm_ext.text.baselines.words import SENTENCE_END, border
 
@@ -83,6 +84,7 @@ class Alternatives:
         self._number = {self._atoms[i].start: i for i in worded}
         self._ended: dict[Span, list[str]] = {}
         self._fitting: dict[Span, dict[str, float]] = {}
+        self._labels = self._found_labels()
         self.read(spans)
         self.ties: list[tuple[Span, Span]] = []
         self.phrases = self._found_phrases()
@@ -138,6 +140,8 @@ class Alternatives:
         These are the likeliest texts, whose probabilities do not sum to one. If nothing precedes
         the place, it is the original alone.
         """
+        if span in self._labels:
+            return dict(self._labels[span])
         if span not in self._ended:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
         own = self._text[span[0] : span[1]]
@@ -179,9 +183,12 @@ class Alternatives:
             chance = others.pop(own)
             likeliest = heapq.nlargest(self._n, others, key=others.__getitem__)
             kept = {own: chance} | {text: others[text] for text in likeliest}
-            # A word determined by the words after it alone belongs to them ("master" of *arts*).
-            is_decided = chance > _DECIDED * sum(kept.values())
-            self._fitting[span] = self.texts(span) if is_decided else kept
+            if chance > _DECIDED * sum(kept.values()):
+                # A word determined by the words after it alone belongs to them ("master" of
+                # *arts*): the text before tells how certain it is, the words after which others
+                # fit.
+                kept = _scaled(kept, own, like=self.texts(span))
+            self._fitting[span] = kept
 
     def _weighed(
         self, texts: Mapping[Span, Mapping[str, float]], after: Mapping[Span, str]
@@ -253,7 +260,7 @@ class Alternatives:
         """
         shape = self._shape(span)
         listed = self._listed.get(shape.numbers[0]) if shape.n_words == 1 else None
-        if listed is None:
+        if listed is None or span in self._labels:
             return {}
         texts, own = self.texts(span), self._text[slice(*span)]
         others = heapq.nlargest(self._n, (w for text, w in weights.items() if text != own))
@@ -268,6 +275,26 @@ class Alternatives:
             if (left_out := left_out + found[text]) > most:
                 break
             del found[text]
+        return found
+
+    def _found_labels(self) -> dict[Span, dict[str, float]]:
+        """Labels of solved examples: per place their probabilities, the original first."""
+        asked = [
+            (span, label)
+            for span, labels in labels_of_examples(self._text).items()
+            if span[0] in self._number
+            for label in dict.fromkeys([self._text[slice(*span)], *labels])
+        ]
+        if not asked:
+            return {}
+        found: dict[Span, dict[str, float]] = {}
+        log_probs = self._model.log_probs_between(
+            [self._text[: self._gap(span)] for span, _ in asked],
+            [self._text[self._gap(span) : span[0]] + label for span, label in asked],
+            [self._text[span[1] :] for span, _ in asked],
+        )
+        for (span, label), log_prob in zip(asked, log_probs.tolist(), strict=True):
+            found.setdefault(span, {})[label] = math.exp(log_prob)
         return found
 
     def _found_phrases(self) -> list[Span]:
@@ -362,6 +389,10 @@ class Alternatives:
             found.append(bool(weights) and left_over < _LEFT_OVER * own * sum(weights))
         return found
 
+    def _gap(self, span: Span) -> int:
+        """Where the white space before a place begins."""
+        return len(self._text[: span[0]].rstrip())
+
     def _others(self, span: Span) -> dict[str, float]:
         """Other texts for a place, with their probabilities."""
         own = self._text[span[0] : span[1]]
@@ -426,6 +457,15 @@ class Alternatives:
         before = self._atoms[inside[0] - 1].text if inside[0] else words.BREAK
         is_name = words.kind(first.text) == "capital" and border(before) < SENTENCE_END
         return _Shape(numbers, marks, after, is_name)
+
+
+def _scaled(weights: Mapping[str, float], own: str, like: Mapping[str, float]) -> dict[str, float]:
+    """Weights of which all but the own text's sum to as much as others do; these if that is 0."""
+    most, others = sum(like.values()) - like[own], sum(weights.values()) - weights[own]
+    if others <= 0:
+        return dict(like)
+    scale = most / others
+    return {text: weight * (1.0 if text == own else scale) for text, weight in weights.items()}
 
 
 class _Shape(NamedTuple):

@@ -53,9 +53,10 @@ class ModelBaselines:
     the text before, times the likelihood of the next two words relative to the original's, capped
     at 1; the `n_candidates` of largest weight are kept. A name, a number, the end of a sentence or
     a word determined by the place ends these two: they would identify the word itself, and words
-    that determine one another could never be absent. For the same reason only the text before
-    counts if the words after leave no alternative ("master of *arts*"). A masked model conditions
-    on all of the text after a place anyway.
+    that determine one another could never be absent. For the same reason, if the words after leave
+    no alternative ("master of *arts*"), the text before alone determines how probable the original
+    is, and the words after only which others replace it. A masked model conditions on all of the
+    text after a place anyway.
 
     *The answer* conditions draws only by the kinds of its words, not by the words: a candidate's
     weight is also multiplied by the probability that words of these kinds come next (for each of
@@ -73,6 +74,10 @@ class ModelBaselines:
     *Copied words*: a word that answer and prompt share, with whatever ending, is drawn in no other
     place. For "milk and cheese, but forgot the", the draw "milk and eggs, but forgot the" would
     change the answer "eggs" by mentioning eggs, not by the absence of cheese.
+
+    *Labels* of solved examples are drawn from these labels, if one of them recurs: other words
+    ("apple -> orange") would remove the task, not the label. The examples are lines in which a cue
+    ("->", "Sentiment:") precedes the label; another line ends with the cue.
 
     *Phrases*: words that determine one another are absent together. A word is bound to the one
     before it if it is more likely than not after that, and unlikely after others ("Lake" after
