@@ -116,6 +116,7 @@ Namur Nelly Nils Odessa Olga Otis Otto Pavia Petra Quinn Quito Ralph Rhona Riga 
 Rufus Ruth Selma Seth Siena Silas Sofia Tilda Tobias Trent Ulm Una Vera Viola Wilma
 Xenia Yann York Zadar Zora""".split()
 MONTHS = "January March April May June August October December".split()
+_STOCK = 3  # words that the phrases of a list share, where they do
 _CAUSING = ("lower", "capital", "phrase", "title", "mixed", "code")
 
 
@@ -150,6 +151,8 @@ class Invented:
         varied: Whether its lines come in any order, in one to four wordings, and most facts are
             missing now and then. Otherwise one order and one wording, and facts that matter to
             nothing are missing at times.
+        sharing: Whether its fillers of several words share words ("Salt Lake City", "Kansas City",
+            "Salt Creek").
 
     Attributes:
         kind: What it looks like, for tables.
@@ -158,8 +161,9 @@ class Invented:
         causes: What decides each generated slot.
     """
 
-    def __init__(self, seed: int, varied: bool = False) -> None:
-        rng = random.Random(f"language {seed} {varied}")
+    def __init__(self, seed: int, varied: bool = False, sharing: bool = False) -> None:
+        self.name = f"{seed}-{'varied' if varied else 'rigid'}{'-sharing' if sharing else ''}"
+        rng = random.Random(f"language {seed} {varied}{' sharing' * sharing}")
         self.seed, self.varied = seed, varied
         domain = rng.choice([*DOMAINS, "syllables", "syllables", "syllables"])
         layout = rng.choice(["prose"] * 5 + ["form", "bullets", "questions", "examples"])
@@ -167,7 +171,8 @@ class Invented:
         told = _told(DOMAINS[domain]) if domain in DOMAINS else _syllabic(rng, word)
         self.lines, kind_of = told
         self.kind = f"{domain}, {layout}"
-        self.alternatives = _lists(kind_of, rng, word)
+        self._distinct = _sharing if sharing else _distinct
+        self.alternatives = self._lists(kind_of, rng, word)
         self._lay_out(layout, rng, word)
         if not varied:
             self.lines = [Line((rng.choice(o.wordings),), o.generated) for o in self.lines]
@@ -181,7 +186,14 @@ class Invented:
         """The slots that are not generated."""
         return [name for name in self.alternatives if name not in GENERATED]
 
-    def sample(self, rng: random.Random, before: str = "slot", *, stray: float = 0.0) -> Document:
+    def sample(
+        self,
+        rng: random.Random,
+        before: str = "slot",
+        *,
+        stray: float = 0.0,
+        agreeing: bool = False,
+    ) -> Document:
         """Draw a document.
 
         Args:
@@ -189,8 +201,10 @@ class Invented:
             before: Where the prompt ends: before the first generated ``"slot"``, or before the
                 ``"line"`` that holds it.
             stray: How often A is any filler at all, whatever its cause (see `Grammar.sample`).
+            agreeing: Whether slots with the same fillers have the same one.
         """
         told = [line for line in self.lines if not line.generated and self._is_told(line, rng)]
+        information = self._information_of(told)
         if self._shuffled:
             rng.shuffle(told)
         said = [line for line in self.lines if line.generated]
@@ -201,12 +215,19 @@ class Invented:
             for text in template[: len(told)]
             for name in names_in(text)
         }
+        if agreeing:
+            first: dict[tuple[str, ...], str] = {}
+            facts = {n: first.setdefault(self.alternatives[n], text) for n, text in facts.items()}
         for name in GENERATED:
             options = self.allowed(name, facts)
+            information += math.log(len(options))
             if name == "A" and rng.random() < stray:
                 options = self.alternatives["A"]
             facts[name] = rng.choice(options)
-        return self._document(template, len(told), facts, before)
+        known = stray == 0 and not agreeing
+        return self._document(
+            template, len(told), facts, before, information if known else math.nan
+        )
 
     def allowed(self, name: str, facts: Mapping[str, str]) -> tuple[str, ...]:
         """What may stand in a generated slot; anything if a fact that decides it is missing."""
@@ -219,9 +240,24 @@ class Invented:
         return set().union(*(own for line in self.lines if word in (own := line.connecting)))
 
     def _is_told(self, line: Line, rng: random.Random) -> bool:
+        return not self._is_optional(line) or rng.random() >= self._missing
+
+    def _is_optional(self, line: Line) -> bool:
         decisive = {cause for causes in self.causes.values() for cause in causes}
-        optional = self.varied or not decisive & set(line.names)
-        return not optional or rng.random() >= self._missing
+        return self.varied or not decisive & set(line.names)
+
+    def _information_of(self, told: Sequence[Line]) -> float:
+        """The information of the facts told, of their order and of all wordings, in nats."""
+        names = {name for line in told for name in line.names}
+        drawn = [n for n in names if not (n.startswith("B_") and self._cause_of_solved(n) in names)]
+        information = math.fsum(math.log(len(self.alternatives[name])) for name in drawn)
+        for line in self.lines:
+            is_told = line.generated or line in told
+            if is_told:
+                information += math.log(len(line.wordings))
+            if not line.generated and self._is_optional(line) and self._missing:
+                information -= math.log(1 - self._missing if is_told else self._missing)
+        return information + (math.lgamma(len(told) + 1) if self._shuffled else 0.0)
 
     def _lay_out(self, layout: str, rng: random.Random, word: Callable[[], str]) -> None:
         """Gives the lines the form of the layout."""
@@ -273,6 +309,27 @@ class Invented:
             del self.alternatives[name]
         return [*lines, asked_now, *said]
 
+    def _lists(
+        self, kind_of: Mapping[str, str], rng: random.Random, word: Callable[[], str]
+    ) -> dict[str, tuple[str, ...]]:
+        """What can stand in each slot."""
+        own = {name: kind for name, kind in kind_of.items() if not kind.startswith("=")}
+        sizes = [
+            rng.randint(20, 60) if k in ("number", "price", "date") else rng.randint(4, 12)
+            for k in own.values()
+        ]
+        large = [i for i, kind in enumerate(own.values()) if kind in ("lower", "title")]
+        if len(large) > 2 and len(own) > 6:
+            sizes[large[-1]] = rng.randint(15, 40)
+        lists = dict(zip(own, self._distinct(list(own.values()), sizes, rng, word), strict=True))
+        found: dict[str, tuple[str, ...]] = {}
+        for name, kind in kind_of.items():
+            while kind.startswith("="):
+                source, kind = kind[1:], kind_of[kind[1:]]
+                found[name] = lists.get(source, ())
+            found.setdefault(name, lists.get(name, ()))
+        return found
+
     def _decide(
         self, kind_of: Mapping[str, str], rng: random.Random, word: Callable[[], str]
     ) -> None:
@@ -286,7 +343,9 @@ class Invented:
         source, other = self.alternatives[one], self.alternatives[two]
         each = rng.choice((2, 3))
         kinds = [rng.choice(("lower", "phrase", "capital", "title")) for _ in GENERATED]
-        made = iter(_distinct(kinds, (each * len(source), len(other), 9, len(source)), rng, word))
+        made = iter(
+            self._distinct(kinds, (each * len(source), len(other), 9, len(source)), rng, word)
+        )
         a, b, c, d = made
         allowed = {text: a[each * i : each * (i + 1)] for i, text in enumerate(source)}
         told = dict(zip(other, b, strict=True))
@@ -321,7 +380,12 @@ class Invented:
             self.alternatives |= dict.fromkeys(own, changed)
 
     def _document(
-        self, template: Sequence[str], n_told: int, facts: dict[str, str], before: str
+        self,
+        template: Sequence[str],
+        n_told: int,
+        facts: dict[str, str],
+        before: str,
+        information: float,
     ) -> Document:
         text = ""
         slots: list[Slot] = []
@@ -345,14 +409,17 @@ class Invented:
             name: self.causes[name] if set(self.causes[name]) <= set(facts) else ()
             for name in GENERATED
         }
-        return Document(text, cut, slots, causes, math.nan)
+        return Document(text, cut, slots, causes, information)
 
     def _solved(self, name: str, facts: Mapping[str, str]) -> str:
         """The answer of a solved example follows from its own facts; everything else is drawn."""
         if not name.startswith("B_"):
             return facts[name]
-        cause = f"{self.causes['B'][0].split('_')[0]}{name[1:]}"
+        cause = self._cause_of_solved(name)
         return self._table["B"](facts[cause])[0] if cause in facts else facts[name]
+
+    def _cause_of_solved(self, name: str) -> str:
+        return f"{self.causes['B'][0].split('_')[0]}{name[1:]}"
 
 
 def names_in(template: str) -> list[str]:
@@ -427,27 +494,6 @@ def _sentence(
     return text + "".join(f" {word()}" for _ in range(after)) + rng.choice("...!")
 
 
-def _lists(
-    kind_of: Mapping[str, str], rng: random.Random, word: Callable[[], str]
-) -> dict[str, tuple[str, ...]]:
-    own = {name: kind for name, kind in kind_of.items() if not kind.startswith("=")}
-    sizes = [
-        rng.randint(20, 60) if k in ("number", "price", "date") else rng.randint(4, 12)
-        for k in own.values()
-    ]
-    large = [i for i, kind in enumerate(own.values()) if kind in ("lower", "title")]
-    if len(large) > 2 and len(own) > 6:
-        sizes[large[-1]] = rng.randint(15, 40)
-    lists = dict(zip(own, _distinct(list(own.values()), sizes, rng, word), strict=True))
-    found: dict[str, tuple[str, ...]] = {}
-    for name, kind in kind_of.items():
-        while kind.startswith("="):
-            source, kind = kind[1:], kind_of[kind[1:]]
-            found[name] = lists.get(source, ())
-        found.setdefault(name, lists.get(name, ()))
-    return found
-
-
 def _distinct(
     kinds: Sequence[str], sizes: Sequence[int], rng: random.Random, word: Callable[[], str]
 ) -> list[tuple[str, ...]]:
@@ -458,6 +504,26 @@ def _distinct(
         texts: dict[str, None] = {}
         while len(texts) < size:
             texts[_filler(kind, style, rng, word)] = None
+        lists.append(tuple(texts))
+    return lists
+
+
+def _sharing(
+    kinds: Sequence[str], sizes: Sequence[int], rng: random.Random, word: Callable[[], str]
+) -> list[tuple[str, ...]]:
+    """Like `_distinct`, with phrases of two or three words, most of them from a few per list."""
+    lists: list[tuple[str, ...]] = []
+    for kind, size in zip(kinds, sizes, strict=True):
+        if kind not in ("phrase", "title"):
+            lists += _distinct([kind], [size], rng, word)
+            continue
+        stock = [word() for _ in range(_STOCK)]
+        texts: dict[str, None] = {}
+        while len(texts) < size:
+            words = rng.sample(stock, rng.choice((1, 1, 2)))
+            words.insert(rng.choice((0, len(words))), word())
+            text = " ".join(words)
+            texts[text.title() if kind == "title" else text] = None
         lists.append(tuple(texts))
     return lists
 
