@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, LayerIntegratedGradients, TextTokenInput
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -346,32 +346,28 @@ def test_another_ending_is_the_same_word(lists):
 
 def test_white_space_before_a_number_is_of_its_kind():
     """Where it is a token of its own: after "the" no number comes, but digits follow each other."""
-    rooms, things = ("room", "hall"), ("cat", "dog")
-    sentences = [f"in{r}_1{d}" for r in rooms for d in "234"] + [f"inthe{t}" for t in things * 3]
-    pieces = [re.findall("in|room|hall|the|cat|dog|_|\\d", text) for text in sentences]
-    vocabulary = {
-        p.replace("_", "Ġ"): i
-        for i, p in enumerate(dict.fromkeys(["<s>", *itertools.chain(*pieces)]))
-    }
-    vocabulary = {
-        (f"Ġ{p}" if p.isalpha() and p not in "inĠ" else p): i for p, i in vocabulary.items()
-    }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
-    texts = [re.sub("(room|hall|the|cat|dog)", r" \1", t).replace("_", " ") for t in sentences]
-    model = Counts([[0, *fast(text)["input_ids"]] for text in texts], len(vocabulary))
-    inp = TextSegmentInput("in room", fast, baselines=ModelBaselines())
-    result = GenerationAttribution(FeatureAblation(model), fast).attribute(inp, " 12")
+    numbers = [f"in {room} 1{digit}" for room in ("room", "hall") for digit in "234"]
+    model, tokenizer = counting_pieces(numbers + ["in the cat", "in the dog"] * 3)
+    inp = TextSegmentInput("in room", tokenizer, baselines=ModelBaselines())
+    result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, " 12")
     shares = dict(result.provenance["matches"]["prompt"][1]["candidates"])
     assert shares["hall"] == pytest.approx(0.5, abs=0.01)
     assert shares.get("the", 0.0) < 0.01
+
+
+@pytest.mark.parametrize("mark", ["'", "’", "-"])
+def test_no_word_is_cut_at_a_mark_that_joins_it(mark):
+    """Elided words go on after it; a closing quotation mark does not."""
+    rests = ("une", "or", "eau")
+    model, tokenizer = counting_pieces(
+        [f"la vue d{mark}{rest} ici" for rest in rests] + ["la vue de ici"] * 3
+    )
+    found = Alternatives("la vue de ici", Likelihood(model, tokenizer), 4, (0, 13)).texts((7, 9))
+    assert found.keys() - {"de"} <= {f"d{mark}{rest}" for rest in rests} != set()
+    assert len(found) == 2
+    model, tokenizer = counting_pieces([f"la vue d{mark} ici"] * 3 + ["la vue de ici"] * 3)
+    found = Alternatives("la vue de ici", Likelihood(model, tokenizer), 4, (0, 13)).texts((7, 9))
+    assert found.keys() == {"de", "d"}
 
 
 class Asks(Likelihood):
@@ -814,6 +810,22 @@ def counting(sentences):
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
+    rows = [[0, *fast.encode(sentence, add_special_tokens=False)] for sentence in sentences]
+    return Counts(rows, len(vocabulary)), fast
+
+
+def counting_pieces(sentences):
+    """A model whose tokens are words with the space before them, single digits, and marks."""
+    piece = re.compile(r" ?[a-z]+|[^a-z]")
+    found = dict.fromkeys(p for sentence in sentences for p in piece.findall(sentence))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    spelled = ["".join(s for s, _ in byte_level.pre_tokenize_str(p)) for p in found]
+    vocabulary = {p: i for i, p in enumerate(["<s>", *spelled])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    split = pre_tokenizers.Split(Regex(piece.pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<s>")
     rows = [[0, *fast.encode(sentence, add_special_tokens=False)] for sentence in sentences]
     return Counts(rows, len(vocabulary)), fast
 

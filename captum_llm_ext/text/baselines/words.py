@@ -24,6 +24,8 @@ WORD, MARK, SENTENCE_END, LINE_BREAK = range(4)
 
 _LONG = 10_000  # texts longer than this are not cached as atoms; chosen, not measured
 
+_JOINING = "'’‐-"  # between letters, these are a part of their word
+
 # Scripts written without spaces: every character, with its combining marks, is a word.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -53,7 +55,7 @@ def _pattern() -> re.Pattern[str]:
     atom = "|".join(
         (
             r"\d+(?:[.,:]\d+)+(?!\w)",
-            rf"{letters}(?:['’‐-]{letters})*",
+            rf"{letters}(?:[{_JOINING}]{letters})*",
             f"[{_FLAG}]{{2}}",
             rf"{symbol}(?:\u200d{symbol})*",
         )
@@ -111,6 +113,11 @@ def _scripts(text: str) -> list[str]:
 def is_one_word(text: str) -> bool:
     """Whether a text consists only of letters and digits, their marks, hyphens and apostrophes."""
     return all(c.isalnum() or c in "-'’" or unicodedata.category(c)[0] == "M" for c in text)
+
+
+def may_go_on(text: str) -> bool:
+    """Whether a text ends with a word and a mark that may join it with further letters."""
+    return text[-1:] in (*_JOINING,) and text[-2:-1].isalnum()
 
 
 def keeps_script(text: str, own: str) -> bool:

@@ -493,8 +493,11 @@ def _end(text: str, shape: _Shape) -> int | None:
     """The end of a candidate's text; None if it may continue.
 
     Before the text after the place, or punctuation outside the shape; otherwise after as many
-    words. One word is replaced by one word, or by a name of several ("New York").
+    words. One word is replaced by one word, or by a name of several ("New York"). After an
+    apostrophe or a hyphen a word may continue ("d'une").
     """
+    if words.may_go_on(text):
+        return None
     marks, stops = list(shape.marks), list[int]()
     most = shape.n_words + _MORE_WORDS
     for atom in words.atoms(text):
