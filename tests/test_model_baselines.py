@@ -155,7 +155,7 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
     most = followed(whole, answer)
 
     def goes_on(ids):
-        own = [answer, *alike(ids, 6)]
+        own = [answer, *alike(ids, 4)]
         chances, order = log_probs(ids)[own].softmax(0).sort(descending=True)
         n = 1 + int((chances.cumsum(0) < 0.95).sum())  # words beyond are hardly any of the whole
         chances = chances[:n] / chances[:n].sum()
@@ -175,7 +175,7 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
         own = dict(new["candidates"])
         if len(old.candidates) < 2 or name.strip() in ("Palm", "Coast,"):
             continue
-        if len(prompt[slot.stop :].replace("Palm Coast", "Palm").split()) >= 12:  # too far
+        if len(prompt[slot.stop :].replace("Palm Coast", "Palm").split()) >= 8:  # too far
             assert own == dict(old.candidates)
             n_far += 1
             continue
@@ -193,7 +193,7 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
         total = sum(expected.values())
         assert own == pytest.approx({t: e / total for t, e in expected.items()}, abs=1e-4)
     assert n_close or prompt == PROMPT
-    assert n_far == (prompt == PROMPT)
+    assert (n_far > 0) == ("lawyer" in prompt)
 
 
 def test_what_is_weighed_once_is_not_weighed_again(demo):

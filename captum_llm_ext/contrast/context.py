@@ -49,6 +49,7 @@ class FoilContext:
         self._special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
         self._pieces: dict[int, str] = {}
         self._likeliest: dict[int, tuple[Tensor, Tensor]] = {}
+        self._written: list[int] = []
 
     def after(self, prompt: Prompt) -> "FoilContext":
         """The same where the prompt's baselines know more; what was found of the whole stays."""
@@ -71,6 +72,23 @@ class FoilContext:
         if n not in self._likeliest:
             self._likeliest[n] = model.likeliest([self.whole], n)
         return self._likeliest[n]
+
+    def continuation(self, model: RowScorer, n: int) -> tuple[int, ...]:
+        """The model's greedy continuation of the target: `n` tokens, or fewer up to an end token.
+
+        As `likeliest`, it is asked for once.
+        """
+        while len(self._written) < n:
+            ids = (*self.full.ids, *self.target, *self._written)
+            if self.is_special(ids[-1]):
+                break
+            try:  # a foil is read with what follows it
+                model.check_length(len(ids) + 1, "what follows the target")
+            except ValueError:
+                break
+            _, likeliest = model.likeliest([TokenRow(ids, (len(ids) - 1,))], 1)
+            self._written.append(int(likeliest))
+        return tuple(self._written[:n])
 
     @cached_property
     def _texts(self) -> list[str]:

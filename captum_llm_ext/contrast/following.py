@@ -14,20 +14,6 @@ Ids = tuple[int, ...]
 _ENOUGH = 0.95
 
 
-def greedy_continuation(context: FoilContext, model: RowScorer, n: int) -> Ids:
-    """The model's greedy continuation of the target, at most `n` tokens, up to an end token."""
-    ids = context.full.ids + context.target
-    written: Ids = ()
-    while len(written) < n and not context.is_special(ids[-1]):
-        try:  # a foil is read with what follows it
-            model.check_length(len(ids) + 1, "what follows the target")
-        except ValueError:
-            break
-        _, likeliest = model.likeliest([TokenRow(ids, (len(ids) - 1,))], 1)
-        ids, written = (*ids, int(likeliest)), (*written, int(likeliest))
-    return written
-
-
 class Following:
     """The likelihood of what follows a word of the answer, averaged over possible words.
 
@@ -56,7 +42,7 @@ class Following:
         stop = next((i for i in later if not context.goes_on(i)), len(context.target))
         continuation = context.target[stop : stop + n_tokens]
         if len(continuation) < n_tokens:
-            continuation += greedy_continuation(context, model, n_tokens - len(continuation))
+            continuation += context.continuation(model, n_tokens - len(continuation))
         self._word, self._continuation = context.target[t:stop], continuation
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast
-from captum_llm_ext.contrast.following import greedy_continuation
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Candidates per foil, and tokens after the position by which they are weighted: on 35 natural
@@ -56,7 +55,7 @@ def found(
     n_rows = 0
     # Inputs other than text are read again with every row.
     if weighed and model.reads_on and context.full.extras is None:
-        written = greedy_continuation(context, model, _AHEAD)
+        written = context.continuation(model, _AHEAD)
         for start in range(0, len(weighed), _AT_ONCE):
             n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, context, written, model)
     ids = {t: tuple(_best(candidates[t])[: contrast.n_foils]) for t in own}

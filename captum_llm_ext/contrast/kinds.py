@@ -22,7 +22,7 @@ _TOKENS = 8
 # of a kind ("late because she", "late for work"), and differ in what follows these. Chosen, not
 # measured.
 _NEAR = 5
-_NEAR_WORDS = 6  # likeliest words of the prompt's own; chosen, not measured
+_NEAR_WORDS = 4  # likeliest words of the prompt's own; chosen, not measured
 # One token: later ones depend on the content of the answer ("right" is repeated), not on its
 # function. Chosen, not measured.
 _FOLLOWING = 1

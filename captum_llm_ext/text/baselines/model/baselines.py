@@ -31,7 +31,7 @@ _TOLD = 10
 # Number of places before an answer that are conditioned on its kinds of words. Those further away
 # hardly affect these, and cost most: on 42 real prompts the last 8 to 64 name the same causes, and
 # the last 5 fewer.
-_REACH = 12
+_REACH = 8
 _STEM = 3  # least letters of a word with endings; chosen, not measured
 _LEFT_BEHIND = "left behind"  # placeholder of a proposer that was not copied
 _NO_OTHER = "its place, where no other text of its kind is likely"
@@ -67,7 +67,7 @@ class ModelBaselines:
     and "work" does not. So words that only determine the grammar of the answer get no attribution,
     words that decide between alternatives do.
 
-    This applies to the 12 words and phrases before the answer: those further away hardly affect its
+    This applies to the 8 words and phrases before the answer: those further away hardly affect its
     kinds. It does not apply to features of many words, generated text (what follows it was
     generated because of it), and prompts of models behind an API.
 
