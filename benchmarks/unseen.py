@@ -43,10 +43,10 @@ LEARNT = (
     (3, True, False),
     (2, False, True),
     (5, True, False),
-    (1, True, False),
-    (4, True, True),
     (7, False, False),
+    (4, True, True),
     (4, False, False),
+    (1, True, False),  # A is still at chance after three rounds
 )
 RECIPE = Recipe(documents=45_000, steps=700, vocabulary=900)
 ROUNDS = 4  # of training, at most
