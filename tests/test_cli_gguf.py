@@ -16,7 +16,7 @@ from captum_llm_ext.cli import main
         (["--gguf", "there.gguf", "--quantize", "4bit"], 2, "--quantize would be ignored: the"),
     ],
 )
-def test_a_file_that_cannot_be_meant(options, status, message, tmp_path, monkeypatch, capsys):
+def test_wrong_gguf_file_is_refused(options, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.gguf").write_bytes(b"GGUF")
     (tmp_path / "other.gguf").write_bytes(b"PK\3\4")

@@ -23,7 +23,7 @@ RESULT = PatchingResult(
 )
 
 
-def test_a_file_holds_all_of_it(tmp_path):
+def test_result_round_trips_through_a_file(tmp_path):
     ranked = replace(
         RESULT,
         effects_se=torch.zeros(2, 2, 2),
@@ -51,7 +51,7 @@ def test_a_file_holds_all_of_it(tmp_path):
         ({"replaced": ["first"]}, "its places are no numbers"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(tmp_path, changes, message):
+def test_inconsistent_parts_are_refused(tmp_path, changes, message):
     """What another program may have written; the digest is right."""
     path = tmp_path / "patched.safetensors"
     replace(RESULT, **changes).save(path)
@@ -60,7 +60,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, changes, message):
     assert repr(str(path)) in str(error.value)
 
 
-def test_a_token_is_found_by_place_or_name():
+def test_token_is_selected_by_position_or_name():
     assert RESULT.strongest(" in", 1) == RESULT.strongest(0, 1) == [(0, 1, 2.0)]
     assert RESULT.strongest(-1) == RESULT.strongest("a") == [(0, 0, 0.5)]
     assert "' in': gain +3.00; +2.00 at ' lives' in stream 0" in str(RESULT)
