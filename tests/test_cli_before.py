@@ -484,7 +484,7 @@ def test_show_reports_missing_counterfactuals(capsys, tmp_path):
 
 @pytest.mark.parametrize(("n_tokens", "is_cut"), [(1, False), (1, True), (2, False)])
 def test_empty_answer_is_reported(capsys, n_tokens, is_cut):
-    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "asks_model": False}
+    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "uses_proposals": False}
     RunProgress(None, **quiet, cheaper=lambda _: ()).answered("</s>", n_tokens, is_cut)
     is_empty = n_tokens == 1 and not is_cut
     assert ("the model ended at once" in capsys.readouterr().err) == is_empty

@@ -54,7 +54,7 @@ def ways_back(monkeypatch):
 
 
 def only_back(monkeypatch):
-    monkeypatch.setattr(backward, "passes_beside", lambda n_features, n_values: n_values)
+    monkeypatch.setattr(backward, "n_extra_passes", lambda n_features, n_values: n_values)
 
 
 @pytest.mark.parametrize(("kind", "given"), METHODS)
@@ -181,6 +181,6 @@ def test_wrong_forward_derivatives_are_detected(model, tokenizer, monkeypatch):
 
 
 def test_cheaper_mode_is_chosen():
-    assert forward_mode.passes_beside(None, 30) == 30
-    assert forward_mode.passes_beside(200, 30) == 30
-    assert forward_mode.passes_beside(5, 30) < 15
+    assert forward_mode.n_extra_passes(None, 30) == 30
+    assert forward_mode.n_extra_passes(200, 30) == 30
+    assert forward_mode.n_extra_passes(5, 30) < 15

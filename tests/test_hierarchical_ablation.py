@@ -198,9 +198,9 @@ def test_multi_token_output_words_equal_feature_ablation(setting, unit):
 
 def test_random_baseline_is_drawn_repeatedly(setting):
     model, tokenizer, _, target = setting
-    text, stand_ins = "One two. Three four.\n\nFive six.", ["two", "nine", "eleven"]
+    text, replacement_ids = "One two. Three four.\n\nFive six.", ["two", "nine", "eleven"]
     inp = TextSegmentInput(
-        text, tokenizer, ("paragraph", "sentence", "word"), baselines=[stand_ins] * 6
+        text, tokenizer, ("paragraph", "sentence", "word"), baselines=[replacement_ids] * 6
     )
     found = GenerationAttribution(HierarchicalAblation(model, share=0.0), tokenizer).attribute(
         inp, target, output_unit=None, n_draws=12

@@ -291,10 +291,10 @@ class Asks(Likelihood):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.asked = []
+        self.continuation_ids = []
 
     def log_probs_between(self, beginnings, texts, rests):
-        self.asked += beginnings
+        self.continuation_ids += beginnings
         return super().log_probs_between(beginnings, texts, rests)
 
 
@@ -328,10 +328,10 @@ def test_negligible_candidates_are_not_scored(counts, kept, asked):
     model = Asks(*counting(sentences))
     text = "Anna was hungry, so"
     alternatives = Alternatives(text, model, 4, (0, len(text)))
-    del model.asked[:]
+    del model.continuation_ids[:]
     place = text.index("hungry"), text.index(",")
     found = alternatives.fitting(place)
-    assert {word.removeprefix("Anna was ") for word in model.asked} == asked
+    assert {word.removeprefix("Anna was ") for word in model.continuation_ids} == asked
     # What is as good as nothing is left out where texts are drawn.
     shares = {word: share / sum(found.values()) for word, share in found.items()}
     assert {word for word, share in shares.items() if share > 0.01} == kept

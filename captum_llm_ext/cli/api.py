@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, positive
-from captum_llm_ext.cli.methods import is_of_answers, looks_inside
+from captum_llm_ext.cli.methods import is_of_answers, is_white_box
 
 # Rungs of log-probabilities, by how much is reported; the others are values of their own.
 LOG_PROBS = ("forced", "stepwise", "top-k")
@@ -84,7 +84,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: If there is one.
     """
-    if looks_inside(arguments.method):
+    if is_white_box(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
     if is_of_answers(arguments.method):
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import is_remote
 from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
     HELP,
@@ -21,7 +21,7 @@ from captum_llm_ext.cli.methods import (
     is_of_attention,
     is_of_gradients,
     is_search,
-    looks_inside,
+    is_white_box,
     method,
 )
 from captum_llm_ext.cli.prompt import NESTED, add_prompt, prompt_of, units
@@ -200,7 +200,7 @@ class Job:
         is_many = self._prompt.is_many
         self._units = self._checked_units(arguments.unit)
         check_method(arguments)
-        if looks_inside(arguments.method) and are_several() and not is_many:
+        if is_white_box(arguments.method) and are_several() and not is_many:
             raise UsageError(
                 f"--method {arguments.method} takes one process for a prompt: start it without "
                 "torchrun, or give many prompts with --input, which the processes share."

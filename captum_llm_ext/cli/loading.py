@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.quantizing import HELP as QUANTIZE
 from captum_llm_ext.cli.quantizing import quantization
 from captum_llm_ext.demo import NAME as DEMO

@@ -150,7 +150,7 @@ def is_of_gradients(name: str) -> bool:
     return name in _GRADIENTS
 
 
-def looks_inside(name: str) -> bool:
+def is_white_box(name: str) -> bool:
     """Whether the method uses gradients or attention, and therefore a single process."""
     return name in _INSIDE
 

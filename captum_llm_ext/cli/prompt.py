@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, note
-from captum_llm_ext.cli.given import read_text
+from captum_llm_ext.cli.input_files import read_text
 from captum_llm_ext.cli.loading import DEMO
 from captum_llm_ext.text.segment import Span, segmenter
 from captum_llm_ext.text.segment.parts import Parts
@@ -306,8 +306,8 @@ def _check_messages(messages: Sequence[Any], roles: Sequence[str]) -> None:
             raise UsageError(f"--chat: message {number} ({message['role']}) has no 'content'.")
     found = list(dict.fromkeys(message["role"] for message in messages))
     if not {*found} & {*roles}:
-        told = f"its roles are {', '.join(found)}" if found else "it has no message"
+        known = f"its roles are {', '.join(found)}" if found else "it has no message"
         raise UsageError(
-            f"--chat: no message is of {' or '.join(roles)}, whose turns are features; {told}. "
+            f"--chat: no message is of {' or '.join(roles)}, whose turns are features; {known}. "
             "--roles names others."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.job import Job, baselines_of
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main

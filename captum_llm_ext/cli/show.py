@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
 from captum_llm_ext.cli.counterfactual import read_counterfactuals
-from captum_llm_ext.cli.given import check_saved, check_there
+from captum_llm_ext.cli.input_files import check_saved, check_there
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.report import add_level, check_level, report
 

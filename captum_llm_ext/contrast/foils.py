@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.contrast.automatic import found
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast, Foil
-from captum_llm_ext.contrast.found import found
 from captum_llm_ext.model import RowScorer
 from captum_llm_ext.text import tokens
 

@@ -139,12 +139,12 @@ class ChatProvider(_HttpProvider):
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise ApiError(f"{self.model_name} answered without `choices`.")
-        return [_chat_said(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
+        return [_chat_answer(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
 
     def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._http is not None:
             several = body.get("n", 1) > 1
-            found = self._http.post("/chat/completions", body, asks_several=several)
+            found = self._http.post("/chat/completions", body, is_splittable=several)
         else:
             known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
             own = {k: v for k, v in body.items() if k in (*known, "n", "seed", "logit_bias")}
@@ -322,7 +322,7 @@ def other_endpoint(provider: Any) -> tuple[ChatEndpoint | None, str]:
     return None, ""
 
 
-def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
+def _chat_answer(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
     if not isinstance(choice, dict):
         raise UnusableAnswerError("the server gave a choice that is no object.")
     held = cast(dict[str, Any], choice)

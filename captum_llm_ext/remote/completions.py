@@ -257,8 +257,8 @@ class CompletionsProvider(RemoteLLMProvider):
         plain |= {"n": n_answers} if n_answers > 1 else {}
         plain |= {"logit_bias": {str(token): b for token, b in bias.items()}} if bias else {}
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        asked = [plain | {"logprobs": _TOPS[0]} | ids, *(plain | {"logprobs": k} for k in _TOPS)]
-        for arguments in asked:
+        requests = [plain | {"logprobs": _TOPS[0]} | ids, *(plain | {"logprobs": k} for k in _TOPS)]
+        for arguments in requests:
             try:
                 answer = self._http.post("/completions", self._body(sent, arguments))
             except ApiError as error:
@@ -302,7 +302,7 @@ class CompletionsProvider(RemoteLLMProvider):
         """The server's whole response to a text; its choices in order."""
         several = arguments.get("n", 1) > 1
         answer = self._http.post(
-            "/completions", self._body(prompt, arguments), asks_several=several
+            "/completions", self._body(prompt, arguments), is_splittable=several
         )
         return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
 
@@ -348,7 +348,7 @@ class CompletionsProvider(RemoteLLMProvider):
             "/completions",
             self._body(prompt, arguments),
             most_bytes=_ENTRY_BYTES * n_entries,
-            asks_several=len(prompts) > 1,
+            is_splittable=len(prompts) > 1,
         )
         choices = self._choices(answer, len(prompts))
         read = answers.echoed_log_probs if way == "echo" else answers.prompt_log_probs

@@ -170,12 +170,12 @@ class _VLLM:
         self, prompts: Sequence[list[int]], starts: Sequence[int], top: int
     ) -> list[list[Entry]]:
         """See `_Engine.scored`."""
-        outputs = self._asked(prompts, top, rereads=False)
+        outputs = self._requested(prompts, top, rereads=False)
         # The first token whose value comes from a computed position.
         computed = [int(output.num_cached_tokens or 0) + 1 for output in outputs]
         again = [i for i, start in enumerate(starts) if computed[i] > start]
         if again:
-            anew = self._asked([prompts[i] for i in again], top, rereads=True)
+            anew = self._requested([prompts[i] for i in again], top, rereads=True)
             for i, output in zip(again, anew, strict=True):
                 outputs[i] = output
         return [
@@ -183,7 +183,7 @@ class _VLLM:
             for start, output in zip(starts, outputs, strict=True)
         ]
 
-    def _asked(self, prompts: Sequence[list[int]], top: int, *, rereads: bool) -> list[Any]:
+    def _requested(self, prompts: Sequence[list[int]], top: int, *, rereads: bool) -> list[Any]:
         how = self._parameters(
             max_tokens=1,
             temperature=0.0,

@@ -129,13 +129,13 @@ def handshake(
         except TypeError:  # an unhashable provider is asked each time
             known = {}
         if about not in known:
-            with _asking(provider):
+            with _exclusive(provider):
                 known[about] = _verified(source, prompt, target)
         return known[about]
 
 
 @contextmanager
-def _asking(provider: Any) -> Generator[None]:
+def _exclusive(provider: Any) -> Generator[None]:
     _busy.add(id(provider))
     try:
         yield
@@ -194,9 +194,9 @@ class _Handshake:
         written = self._written()
         hot = [] if written is None else self._hot(written)
         ids, reported, likely = self._reference(written, hot)
-        rows, values = self._asked(self._rows(ids, list(likely)))
-        _, [longer] = self._asked([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
-        _, [alone] = self._asked(rows[:1])
+        rows, values = self._scored(self._rows(ids, list(likely)))
+        _, [longer] = self._scored([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
+        _, [alone] = self._scored(rows[:1])
         if not any(map(_is_given, alone[-len(ids) :])):
             self._fault("none is told of any token that was asked about")
         self._same_again(values, alone)
@@ -314,7 +314,7 @@ class _Handshake:
                 others.append(token)
         return [ids, *((*ids[:-1], token) for token in others)]
 
-    def _asked(
+    def _scored(
         self, rows: Sequence[tuple[int, ...]]
     ) -> tuple[list[tuple[int, ...]], list[list[float | None]]]:
         """Rows that can be sent, and values of every position, also the prompt's if reported."""

@@ -66,7 +66,7 @@ class Request:
     row: int
 
     @property
-    def asked(self) -> tuple[int, ...]:
+    def continuation_ids(self) -> tuple[int, ...]:
         """The tokens after `first`."""
         return self.ids[self.first + 1 :]
 
@@ -269,7 +269,7 @@ class TokenIdAdapter(_Adapter):
             return [answer for part in parts for answer in self.ask(part)]
         try:
             with request_noted(requests[0], self._tokenizer):
-                found = self._asked(requests)
+                found = self._fetched(requests)
         except TooSlowError:
             if len(requests) == 1:
                 raise
@@ -293,7 +293,9 @@ class TokenIdAdapter(_Adapter):
             )
         return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
 
-    def _asked(self, requests: Sequence[Request]) -> Sequence[Sequence[Mapping[int, float] | None]]:
+    def _fetched(
+        self, requests: Sequence[Request]
+    ) -> Sequence[Sequence[Mapping[int, float] | None]]:
         ids = [request.ids for request in requests]
         if getattr(self._provider, "takes_starts", False):
             starts = [request.first + 1 for request in requests]
@@ -312,7 +314,9 @@ class TokenIdAdapter(_Adapter):
                 "that adds tokens to ids, or reads others, cannot be used."
             )
         own = [entry or {} for entry in found[request.first + 1 :]]
-        values = [entry.get(token) for entry, token in zip(own, request.asked, strict=True)]
+        values = [
+            entry.get(token) for entry, token in zip(own, request.continuation_ids, strict=True)
+        ]
         return Answer([self._log_prob(request, value) for value in values], own)
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
@@ -383,17 +387,17 @@ class TextAdapter(_Adapter):
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Answer:
-        target = request.asked
+        target = request.continuation_ids
         with self._lock:
             text = self._text(request, request.ids[: request.first + 1], target)
             if self._counts_alone:
                 text = self._with_enough(text, len(target))
-        found = self._asked(request, text)
+        found = self._fetched(request, text)
         if len(found) == text.n_alone < len(target) and text.is_foreseen:
             self._counts_alone = True
             with self._lock:
                 text = self._with_enough(text, len(target))
-            found = self._asked(request, text)
+            found = self._fetched(request, text)
         # Captum's providers return as many values as the target has tokens by itself, for the last
         # tokens of both texts: some may belong to the text before the target.
         if len(found) == text.n_alone > len(target) and text.is_foreseen:
@@ -407,7 +411,7 @@ class TextAdapter(_Adapter):
             )
         return Answer([self._log_prob(request, value) for value in found])
 
-    def _asked(self, request: Request, text: _Text) -> Sequence[Any]:
+    def _fetched(self, request: Request, text: _Text) -> Sequence[Any]:
         with request_noted(request, self._tokenizer):
             return self._provider.get_logprobs(
                 input_prompt=text.prompt, target_str=text.target, tokenizer=self._tokenizer

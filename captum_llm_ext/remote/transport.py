@@ -150,7 +150,7 @@ class Http:
 
     def get(self, path: str) -> Any:
         """JSON at a path. Errors are those of `post`."""
-        return self._ask("GET", path, None, _MOST_BYTES)
+        return self._send("GET", path, None, _MOST_BYTES)
 
     def post(
         self,
@@ -158,7 +158,7 @@ class Http:
         body: Mapping[str, Any],
         *,
         most_bytes: int = 0,
-        asks_several: bool = False,
+        is_splittable: bool = False,
     ) -> Any:
         """The server's response to a body, both as JSON.
 
@@ -166,16 +166,16 @@ class Http:
             path: Appended to the URL.
             body: The request.
             most_bytes: Maximum size of the response beyond 16 MiB.
-            asks_several: Whether the request can be split: then it is not retried after a timeout.
+            is_splittable: Whether the request can be split: then it is not retried after a timeout.
 
         Raises:
             ApiError: If the server refuses it, keeps failing, or returns invalid JSON or too much.
             ConnectionError: If there is no response after all retries.
-            TooSlowError: If there is none in time, and `asks_several`.
+            TooSlowError: If there is none in time, and `is_splittable`.
             InterruptedRequestError: After `interrupt`.
         """
         most = _MOST_BYTES + most_bytes
-        return self._ask("POST", path, json.dumps(body).encode(), most, asks_several)
+        return self._send("POST", path, json.dumps(body).encode(), most, is_splittable)
 
     def interrupt(self) -> None:
         """Aborts all requests under way, in all threads; later ones are unaffected."""
@@ -187,8 +187,8 @@ class Http:
         for connection in busy:
             connection.cut()
 
-    def _ask(
-        self, method: str, path: str, body: bytes | None, most: int, asks_several: bool = False
+    def _send(
+        self, method: str, path: str, body: bytes | None, most: int, is_splittable: bool = False
     ) -> Any:
         epoch, began = self._epoch, time.monotonic()
         n_tries = n_garbage = 0
@@ -221,7 +221,7 @@ class Http:
                 raise ApiError(f"{message}, which is no valid answer to the request.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
-                if asks_several and isinstance(error, TimeoutError) and epoch == self._epoch:
+                if is_splittable and isinstance(error, TimeoutError) and epoch == self._epoch:
                     raise TooSlowError(str(failure)) from error
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error

@@ -48,7 +48,7 @@ def merged_attention(model: nn.Module) -> Generator[None]:
     Raises:
         NotImplementedError: If the model's attention is unknown, or compiled.
     """
-    attend = partial(_attend, _attend_lent)
+    attend = partial(_attend, _attend_shared)
     with _compat.attention_of(model, _NAME, attend, _mask, _KNOWN):
         yield
 
@@ -111,7 +111,7 @@ def _attend(
     return found.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _attend_lent(
+def _attend_shared(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: _Scores
 ) -> Tensor:
     if mask is None or mask.dtype != torch.bool:

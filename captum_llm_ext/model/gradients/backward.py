@@ -14,7 +14,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
-from captum_llm_ext.model.gradients.forward_mode import FeatureDerivatives, passes_beside
+from captum_llm_ext.model.gradients.forward_mode import FeatureDerivatives, n_extra_passes
 from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.frozen import frozen, is_stopped
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
@@ -251,7 +251,7 @@ class TargetGradients:
         n_features = len(owners[owners < n_owners].unique())
         is_plain = self._measure == "product" and not self._is_frozen and self._reader.seed is None
         may = is_plain and self._may_split and self._plan.splits
-        if not may or passes_beside(n_features, self.n_values) == self.n_values:
+        if not may or n_extra_passes(n_features, self.n_values) == self.n_values:
             return None
         return FeatureDerivatives(
             self._reader,
@@ -369,7 +369,7 @@ class TargetGradients:
         blank = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         products, shares = blank.clone(), blank
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
-        for start, (*gradients, of_unit) in self._way_back(passed, points):
+        for start, (*gradients, of_unit) in self._backward_pass(passed, points):
             stop = start + len(of_unit)
             for gradient, factor in zip(gradients, factors, strict=True):
                 found = self._measured(gradient.to(dtype), factor).detach()
@@ -409,7 +409,7 @@ class TargetGradients:
         shares = shares.cpu().double()
         return Linear(values.detach()[0], expected, sizes, constants, shares)
 
-    def _way_back(
+    def _backward_pass(
         self, passed: _Passed, points: list[Tensor]
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields gradients of some values after others: first index, and ``(n, n_rows, …)`` each.

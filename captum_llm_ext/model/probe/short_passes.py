@@ -52,7 +52,7 @@ class ShortPasses:
             ) from error
         return _compat.sequence_logits(output)
 
-    def said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
+    def log_probs_at(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities ``(n_rows, n_places, vocabulary)`` at positions of rows of one length.
 
         On the CPU, as by `spread`. One row at a time if memory is short.

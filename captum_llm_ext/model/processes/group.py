@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.model.processes.agreement import parting_checks
 from captum_llm_ext.model.processes.store import Backoff, Store
-from captum_llm_ext.model.processes.together import asking
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class Processes:
         name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
         self._store = store = Store(name, self.ranks, self.rank, what, own)
         self._n = self._n_failed = 0
-        asking.append(self._failed_on_all)
+        parting_checks.append(self._failed_on_all)
         try:
             with store.beating():
                 yield
@@ -187,7 +187,7 @@ class Processes:
                 raise raised from error
             raise
         finally:
-            asking.remove(self._failed_on_all)
+            parting_checks.remove(self._failed_on_all)
             self._store = None
 
     def _failed_on_all(self) -> bool:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.contrast.context import FoilContext
+from captum_llm_ext.contrast.continuation import greedy_continuation
 from captum_llm_ext.contrast.contrast import Contrast
-from captum_llm_ext.contrast.following import greedy_continuation
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Candidates per foil, and tokens after the position by which they are weighted: on 35 natural
@@ -45,8 +45,10 @@ def found(
     guesses: dict[int, Guesses] = {}
     if own:
         is_whole = contrast.without is None
-        said = context.likeliest(model, n_looked) if is_whole else model.likeliest(rows, n_looked)
-        guesses = _averaged(_guesses(rows, own, *said))
+        proposals = (
+            context.likeliest(model, n_looked) if is_whole else model.likeliest(rows, n_looked)
+        )
+        guesses = _averaged(_guesses(rows, own, *proposals))
     candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, context) for t in own}
     weighed = [
         t

@@ -28,7 +28,7 @@ def greedy_continuation(context: FoilContext, model: RowScorer, n: int) -> Ids:
     return written
 
 
-class Following:
+class Continuation:
     """The likelihood of what follows a word of the answer, averaged over possible words.
 
     Args:
