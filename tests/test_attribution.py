@@ -364,7 +364,7 @@ def test_random_baselines_are_averaged_with_standard_errors(model, tokenizer):
     assert result.n_evaluations <= 1 + 3 + 8  # distinct rows are scored once
 
 
-@pytest.mark.filterwarnings("ignore:no standard errors come of leave-one-out")
+@pytest.mark.filterwarnings("ignore:leave-one-out gives no standard errors")
 def test_num_trials_are_averaged(model, tokenizer):
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines=[["Ann", "Bob"], "has", "at"])
     one = _attribute(model, tokenizer, FeatureAblation, inp=inp, n_draws=1)

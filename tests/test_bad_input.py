@@ -59,7 +59,7 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"output_unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
         ({"output_unit": [(0, 99)]}, ValueError, "leaves the text"),
         ({"output_baselines": ["a"] * 9}, ValueError, r"9 entries for \d features"),
-        ({"output_baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
+        ({"output_baselines": "nonsense"}, ValueError, "not a token of this vocabulary"),
         ({"num_trials": 0}, ValueError, "`num_trials` is 0"),
         ({"perturbations_per_eval": 0}, ValueError, "`perturbations_per_eval` is 0"),
         ({"method": KernelShap, "n_samples": 0}, ValueError, "`n_samples` is 0"),

@@ -200,7 +200,7 @@ def test_template_value_names_are_labels(tokenizer):
     ("labels", "error", "message"),
     [
         (["x"], ValueError, "1 entries for 10 spans"),
-        ({"Zed": "name"}, ValueError, "'Zed', which is no span"),
+        ({"Zed": "name"}, ValueError, "'Zed', which is not a span"),
         ({0: 3}, TypeError, "a label is a text"),
     ],
 )
@@ -557,7 +557,7 @@ def test_result_records_replacement_matches(demo):
 
 
 def test_corpus_of_copies_warns():
-    with pytest.warns(UserWarning, match="All 30 documents of the corpus are one and the same"):
+    with pytest.warns(UserWarning, match="All 30 documents of the corpus are identical"):
         CorpusBaselines(["The cat sat on the mat."] * 30)
 
 
@@ -592,7 +592,7 @@ def test_related_corpus_or_match_any_does_not_warn(demo):
 
 def test_captum_template_warns_once_of_an_unrelated_corpus(tokenizer):
     inp = TextTemplateInput("{} lives in {}.", ["Dave", "Dover"], CorpusBaselines(news()))
-    with pytest.warns(UserWarning, match="2 of 2 features have no place like theirs"):
+    with pytest.warns(UserWarning, match="2 of 2 features have no similar context"):
         inp.to_model_input(torch.tensor([[0, 1]]))
     inp.to_model_input(torch.tensor([[1, 0]]))
 

@@ -334,7 +334,9 @@ def test_foils_are_given_as_texts_ids_or_per_token(model, tokenizer):
     assert kept(mixed.foils)[2:4] == [[9], [10, 11]]
     same = attribute(model, tokenizer, contrast=Contrast(foils=mixed.foils))
     assert torch.equal(same.values, mixed.values)
-    with pytest.warns(UserWarning, match="of several tokens count by their first one: 'tennis'"):
+    with pytest.warns(
+        UserWarning, match="of several tokens are represented by their first one: 'tennis'"
+    ):
         long = attribute(model, tokenizer, contrast=Contrast(foils=[["tennis"], *[None] * (n - 1)]))
     assert kept(long.foils)[0] == [tennis]
 

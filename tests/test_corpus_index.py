@@ -374,7 +374,7 @@ def test_foreign_file_is_refused_as_index(index, tmp_path):
     with pytest.raises(FileNotFoundError):
         CorpusIndex.load(path)
     path.write_bytes(b"some text")
-    with pytest.raises(ValueError, match="damaged or no saved corpus index"):
+    with pytest.raises(ValueError, match="damaged or not a saved corpus index"):
         CorpusIndex.load(path)
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is a safetensors file but no saved corpus index"):

@@ -114,7 +114,9 @@ def test_existing_results_are_skipped_and_failures_retried(attribution, tmp_path
     assert (report.n_written, report.n_skipped, report.n_failed) == (1, 0, 4)
     assert [number for number, _ in report.failures] == [1, 2, 3, 4]
     for (_, said), wanted in zip(
-        report.failures, ("line 2 is no JSON", "empty", "did you mean 'prompt'", "int"), strict=True
+        report.failures,
+        ("line 2 is not JSON", "empty", "did you mean 'prompt'", "int"),
+        strict=True,
     ):
         assert wanted in said
     errors = [json.loads(path.read_text()) for path in sorted(out.glob("*.error.json"))]
@@ -396,7 +398,7 @@ def test_bad_options_fail_before_any_run(attribution, tmp_path):
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 2, "there is no such file"),
-        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
+        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "the same command resumes"),
         (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "no such folder"),
     ],
 )

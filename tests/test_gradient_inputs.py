@@ -409,8 +409,8 @@ def test_arguments_of_other_methods_are_refused(model, tokenizer, kind, given, m
 def test_unsuitable_layers_and_inputs_are_refused(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     for layer, message in (
-        (torch.nn.Linear(3, 3), "which is no module of the model"),
-        (model.model.rotary_emb, r"is \(1, 23, 8\), \(1, 23, 8\): attribution wants one tensor"),
+        (torch.nn.Linear(3, 3), "which is not a module of the model"),
+        (model.model.rotary_emb, r"is \(1, 23, 8\), \(1, 23, 8\): attribution needs one tensor"),
         ([model.model.embed_tokens, model.model.layers[0]], "`layer` is a list of 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -482,7 +482,7 @@ REFUSED = {
     "router": (
         lambda: nn.Linear(32, 4),
         lambda layer, x: x * layer(x.flatten(0, 1)).softmax(-1)[:, 0].view(*x.shape[:2], 1),
-        r"the output of layer Linear is \(\d+, 4\): attribution wants one tensor",
+        r"the output of layer Linear is \(\d+, 4\): attribution needs one tensor",
     ),
     "tokens in a row": (
         lambda: nn.Linear(32, 32),
@@ -502,7 +502,7 @@ REFUSED = {
     "one row of all": (
         lambda: nn.Linear(32, 32),
         lambda layer, x: layer(x.reshape(1, -1, 32)).view(x.shape),
-        r"activation is \(1, \d+, 32\) where \(\d+, \d+, 32\) was wanted: its first axis is",
+        r"activation is \(1, \d+, 32\) where \(\d+, \d+, 32\) was expected: its first axis is",
     ),
     "several times": (
         lambda: nn.Linear(32, 32),
@@ -588,7 +588,5 @@ def test_input_ids_passed_by_keyword(model, tokenizer):
     expected = attributed(model, tokenizer, n_steps=5)
     found = attributed(ByName(), tokenizer, n_steps=5)
     assert torch.equal(found.full_attr, expected.full_attr)
-    with pytest.raises(
-        ValueError, match="no module of ByWeight was seen to be given the token ids"
-    ):
+    with pytest.raises(ValueError, match="no module of ByWeight receives the token ids"):
         attributed(ByWeight(), tokenizer)

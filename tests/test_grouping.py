@@ -76,7 +76,7 @@ def test_group_members_draw_at_the_same_list_index(tokenizer):
 @pytest.mark.parametrize(
     ("groups", "error", "message"),
     [
-        ([["Paris"]], ValueError, "names 'Paris', which is no span: the spans are 'Dave'"),
+        ([["Paris"]], ValueError, "names 'Paris', which is not a span: the spans are 'Dave'"),
         ([["TX."]], ValueError, r"2 spans are: say which by number, one of \[4, 7\]"),
         ([[9]], ValueError, "names span 9: there are 8"),
         ([["Dave", "in"], ["in", "He"]], ValueError, "' in' is in two groups"),

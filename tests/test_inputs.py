@@ -227,7 +227,7 @@ def test_words_sharing_a_token_form_one_feature(tokenizer):
         ({"baselines": ["a"]}, ValueError, "has 1 entries for 3 features"),
         ({"baselines": ["a", "b", []]}, ValueError, r"baselines\[2\]` is an empty list"),
         ({"baselines": ["a", "b", 3]}, TypeError, r"baselines\[2\]` is 3"),
-        ({"baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
+        ({"baselines": "nonsense"}, ValueError, "not a token of this vocabulary"),
         ({"baselines": {"Dave": "Ann"}}, ValueError, "has nothing for"),
         ({"baselines": 1.5}, TypeError, "`baselines` is a float"),
     ],

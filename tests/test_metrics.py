@@ -685,7 +685,7 @@ def test_unrelated_corpus_warns_as_deletion():
     unrelated = related.with_baselines(CorpusBaselines(news))
     with (
         pytest.warns(UserWarning, match="have no place like theirs in this corpus"),
-        pytest.warns(UserWarning, match="any text of a corpus of another kind") as warned,
+        pytest.warns(UserWarning, match="arbitrary text of an unrelated corpus") as warned,
     ):
         measure_faithfulness(attribution, unrelated, result, **counts)
     assert any(w.filename == __file__ for w in warned)

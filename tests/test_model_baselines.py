@@ -491,7 +491,7 @@ def test_replacement_keeps_the_script(script):
 def test_feature_without_candidates_stays_and_warns(demo, text):
     model, tokenizer = demo
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    with pytest.warns(UserWarning, match="no other text of its kind for any of the") as told:
+    with pytest.warns(UserWarning, match="no alternative for any of the") as told:
         result = attribution.attribute(TextSegmentInput(text, tokenizer), " golf")
     assert told[0].filename == __file__
     prompt = result.provenance["matches"]["prompt"]
@@ -615,7 +615,7 @@ def test_proposal_model_with_fewer_positions_than_the_prompt(demo):
         (lambda: tiny.llama(7), r"give `\(proposer, its tokenizer\)`"),
         (lambda: (tiny.llama(), tiny.byte_level(), 1), r"a tuple: give `\(model, tokenizer\)`"),
         (lambda: (tiny.llama(max_position_embeddings=1), tiny.byte_level()), "room for 1 tokens"),
-        (lambda: masked(max_position_embeddings=2), "room for 2 tokens at a time, and 3"),
+        (lambda: masked(max_position_embeddings=2), "room for 2 tokens; at least 3"),
     ],
 )
 def test_unusable_proposal_models_are_refused(demo, proposer, told):

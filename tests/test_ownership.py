@@ -221,7 +221,7 @@ def test_groups_match_merged_words():
         "Dave in Palm Coast, FL", tokenizer, groups=[["Palm Coast,", "FL"]], baselines="delete"
     )
     assert inp.names == ["Dave", " in", " Palm Coast, … FL"]
-    with pytest.raises(ValueError, match=r"names 'Palm', which is no span: .*'Palm Coast,'"):
+    with pytest.raises(ValueError, match=r"names 'Palm', which is not a span: .*'Palm Coast,'"):
         TextSegmentInput(
             "Dave in Palm Coast, FL", tokenizer, groups=[["Palm", "FL"]], baselines="delete"
         )

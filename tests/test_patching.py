@@ -172,7 +172,7 @@ def test_patching_whole_streams_and_features(name, tokenizer):
 
 def test_parallel_streams_are_refused(tokenizer):
     model = architectures.build("gemma 3n, shared states")
-    with pytest.raises(ValueError, match=r"is \(2, 1, \d+, 32\): activation patching wants"):
+    with pytest.raises(ValueError, match=r"is \(2, 1, \d+, 32\): activation patching needs"):
         ActivationPatching(model).trace(segments(tokenizer), TARGET, feature="Palm")
 
 

@@ -48,7 +48,7 @@ def test_result_round_trips_through_a_file(tmp_path):
         ({"output_tokens": [" in"]}, "its target tokens are not as many"),
         ({"effects_se": torch.zeros(2, 2)}, "its standard errors are not as many"),
         ({"ranks": torch.zeros(1, 2, dtype=torch.int64)}, "its ranks are not as many"),
-        ({"replaced": ["first"]}, "its places are no numbers"),
+        ({"replaced": ["first"]}, "its places are not numbers"),
     ],
 )
 def test_inconsistent_parts_are_refused(tmp_path, changes, message):

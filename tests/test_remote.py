@@ -608,7 +608,7 @@ def test_arguments_without_meaning_for_apis_are_refused(tokenizer, provider, ser
         made(provider, "logit")
     with pytest.raises(ValueError, match="an API returns log-probabilities"):
         made(provider, lambda logits, target: logits)
-    with pytest.raises(TypeError, match="one process asks the API"):
+    with pytest.raises(TypeError, match="one process sends the requests"):
         made(provider, accelerator=object())
     with pytest.raises(TypeError, match="`provider` is a str: give one of captum's"):
         made(server.url)
@@ -623,7 +623,7 @@ def test_arguments_without_meaning_for_apis_are_refused(tokenizer, provider, ser
         remote.attribute(words(tokenizer), TARGET, n_sample=3)
     with pytest.raises(ValueError, match="`gen_args` would be ignored"):
         remote.attribute(words(tokenizer), TARGET, gen_args={"max_tokens": 2})
-    with pytest.raises(ValueError, match="`max_length` is nothing that a server knows"):
+    with pytest.raises(ValueError, match="`max_length` cannot be sent to a server"):
         remote.attribute(words(tokenizer), gen_args={"max_length": 9})
     image = ImageMaskInput(
         Image.new("RGB", (2, 2)),

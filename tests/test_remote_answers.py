@@ -170,7 +170,7 @@ def test_compressed_responses_are_refused(server):
     packed = gzip.compress(b" " * 2**20)
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     with Raw(said(head, packed)) as raw:
-        with pytest.raises(ApiError, match="answered in 'gzip', which was not asked for"):
+        with pytest.raises(ApiError, match="answered in 'gzip', which was not requested"):
             asked(raw.url)
         assert b"Accept-Encoding: identity" in raw.requests[0]
 
@@ -491,7 +491,9 @@ def test_custom_provider_values_are_validated(tokenizer, value, by):
         tokenizer,
         ById() if by == "ids" else ByText(),
     )
-    with pytest.raises(ValueError, match=r"row 0 .* as a log-probability: a number of nats"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .* as a log-probability: expected a number of nats"
+    ):
         ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
 
 

@@ -276,7 +276,7 @@ def test_constant_answers_are_refused_for_frequencies(server, part):
         remote(server, attr_target="frequency").attribute(spans(), " golf")
     assert len(server.bodies) <= 12  # and what would do, at both endpoints
     server.bodies.clear()
-    with pytest.warns(UserWarning, match="only what changes the likeliest one is seen"):
+    with pytest.warns(UserWarning, match="only changes of the likeliest answer are visible"):
         found = remote(server, attr_target="similarity").attribute(
             spans(), gen_args={"max_new_tokens": 6}
         )

@@ -158,7 +158,7 @@ def test_garbled_responses_are_retried_a_few_times(model, tokenizer, server, qui
     server.failures.append(answers_with(GARBAGE[kind]))
     assert_true(remote(provider, tokenizer).attribute(words(tokenizer), TARGET), model, tokenizer)
     server.always, n_before = answers_with(GARBAGE[kind]), len(server.bodies)
-    with pytest.raises(ApiError, match=r"no JSON|without `choices`|upstream timed out"):
+    with pytest.raises(ApiError, match=r"with JSON|without `choices`|upstream timed out"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert len(server.bodies) == n_before + 3
 
@@ -412,15 +412,23 @@ def with_value(value):
 
 WRONG = {
     "no choices": (lambda answer: {"ok": True}, ApiError, "without `choices`"),
-    "wrong count": (fewer_choices, ValueError, "one each is wanted. Say `prompts_per_request=1`"),
+    "wrong count": (fewer_choices, ValueError, "expected one each. Say `prompts_per_request=1`"),
     "wrong tokens": (fewer_tokens, ValueError, "nothing says which is which"),
     "null": (
         with_value(None),
         ValueError,
         r"row \d+ .* gave no log-probability of '\.' .*missing=",
     ),
-    "null within": (with_value("null"), ApiError, "gave 'null' as a log-probability: a number"),
-    "probable": (with_value(5.0), ApiError, r"gave 5\.0 as a log-probability: a number of nats"),
+    "null within": (
+        with_value("null"),
+        ApiError,
+        "gave 'null' as a log-probability: expected a number",
+    ),
+    "probable": (
+        with_value(5.0),
+        ApiError,
+        r"gave 5\.0 as a log-probability: expected a number of nats",
+    ),
     "true": (with_value(True), ApiError, "gave True as a log-probability"),
     "plus infinity": (with_value(float("inf")), ApiError, "gave inf as a log-probability"),
     "text": (with_value("-1.5"), ApiError, r"gave '-1\.5' as a log-probability"),
@@ -433,7 +441,7 @@ WRONG = {
     "neither way": (
         lambda answer: without("logprobs")(without("prompt_logprobs")(answer)),
         ApiError,
-        "no log-probabilities of prompts are to be had",
+        "no log-probabilities of prompts are available",
     ),
 }
 
@@ -452,7 +460,7 @@ def test_invalid_responses_are_refused(tokenizer, server, kind):
 
 def test_non_json_response_is_refused(tokenizer, server):
     server.always = lambda handler, body: handler.reply(200, b"<html>It works!</html>")
-    with pytest.raises(ApiError, match="no JSON: '<html>It works"):
+    with pytest.raises(ApiError, match="with JSON: '<html>It works"):
         remote(provider_of(server), tokenizer).attribute(words(tokenizer), TARGET)
 
 

@@ -27,7 +27,7 @@ NAMED = {
     "zero everywhere": "all are zero",
     "temperature": r"of temperature 0\.5",
     "temperature everywhere": "of another temperature",
-    "positive": "as a log-probability: a number of nats, 0 at most",
+    "positive": "as a log-probability: expected a number of nats, at most 0",
     "NaN": "gave nan as a log-probability",
     "another tokenisation": "it reads it as other tokens",
     "BOS": r"it may put a token \(BOS\) before each",
@@ -125,7 +125,7 @@ def test_ignored_request_fields_are_named(tokenizer, server):
     assert attributed().provenance["handshake"]["way"] == "prompt_logprobs"
     server.always = no_numbers
     for way in ("echo", "prompt_logprobs"):
-        with pytest.raises(ApiError, match="it ignores what it was asked"):
+        with pytest.raises(ApiError, match="it ignores the request for them"):
             attributed(logprobs=way)
     with pytest.raises(ApiError, match=r"(?s)By `prompt_logprobs`: .* By `echo`: .*ignores"):
         attributed()

@@ -188,7 +188,7 @@ def test_indistinguishable_answers_fail_before_the_run(server):
     ours = remote(chat(server), attr_target="frequency", predicate=lambda text: True)
     with pytest.raises(ValueError, match=r"given 8 of 8 times .* 8 of 8 times with none") as raised:
         ours.attribute(spans(), " golf")
-    assert "not distinguished" in str(raised.value)
+    assert "cannot be distinguished" in str(raised.value)
     assert len(server.bodies) == 3  # whether answers vary at all, then eight answers each
     ours = remote(
         chat(server), attr_target="similarity", similarity=lambda text, answer: len(text) % 2
@@ -215,7 +215,7 @@ FAULTS = {
     "base 10": "of base 10",
     "zero": "all are zero",
     "temperature": "of another temperature",
-    "positive": "as a log-probability: a number of nats, 0 at most",
+    "positive": "as a log-probability: expected a number of nats, at most 0",
     "NaN": "gave nan as a log-probability",
     "logprobs ignored": "no log-probabilities of the tokens that it generates",
     "values of other tokens": "of another temperature",
@@ -436,7 +436,7 @@ def test_error_names_the_rung_that_works(demo, server):
 
 def test_missing_prefill_support_is_reported(server):
     ours = remote(chat(server, prefill="assistant"))
-    with pytest.raises(ApiError, match=r"does not go on with an answer .* would work"):
+    with pytest.raises(ApiError, match=r"does not continue a prefilled answer .* would work"):
         ours.attribute(spans(), gen_args={"max_new_tokens": 3})
     with pytest.raises(ApiError, match="it has no way to"):
         remote(chat(server, prefill="none")).attribute(spans())
@@ -538,7 +538,7 @@ def test_interrupted_run_keeps_received_answers(server, tmp_path):
     remote(chat(server, max_concurrency=1)).attribute(spans(), " golf")
     assert n_left == len(server.bodies) - 4
     path.write_bytes(b"no database at all, but long enough to look like one" * 20)
-    with pytest.raises(ValueError, match="no file of answers"):
+    with pytest.raises(ValueError, match="not a cache of answers"):
         remote(chat(server), cache=path)
 
 
@@ -672,10 +672,10 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
         (["--max-requests", "3"], "--max-requests would be ignored without --api"),
         (
             ["--provider", "anthropic", "--tokenizer", "demo"],
-            "Anthropic's messages return text alone",
+            "Anthropic's messages return only text",
         ),
         (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
-        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung sets what is explained"),
         (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
         (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
     ],

@@ -94,7 +94,7 @@ def test_damaged_files_are_refused(model, tokenizer, tmp_path):
     rng = random.Random(0)
     for size in [0, 4, 8, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]:
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="damaged or no saved result"):
+        with pytest.raises(ValueError, match="damaged or not a saved result"):
             GenerationAttributionResult.load(path)
     from safetensors.torch import save_file
 
@@ -179,7 +179,7 @@ def test_format_versions_are_integers(version, tmp_path):
         rest = json.loads(file.metadata()["captum_llm_ext"])
     text = json.dumps(rest | {"format": version})
     save_file(tensors, tmp_path / "r", metadata={"captum_llm_ext": text})
-    with pytest.raises(ValueError, match=r"damaged or no saved result \(its format is"):
+    with pytest.raises(ValueError, match=r"damaged or not a saved result \(its format is"):
         GenerationAttributionResult.load(tmp_path / "r")
 
 
@@ -246,7 +246,7 @@ def test_pickles_are_never_opened(tmp_path):
     for content in (path.read_bytes(), None):
         if content is None:
             torch.save({"x": torch.ones(3)}, path)
-        with pytest.raises(ValueError, match="damaged or no saved result"):
+        with pytest.raises(ValueError, match="damaged or not a saved result"):
             GenerationAttributionResult.load(path)
     assert not trace.exists()
 

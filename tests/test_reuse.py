@@ -196,7 +196,7 @@ def test_altered_keys_are_not_shared(caplog):
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
     assert not scorer.shares_cache
-    assert "keys that do not come as the state gives them" in caplog.text
+    assert "keys other than those of the cache" in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
@@ -277,7 +277,7 @@ def test_unexpected_attention_falls_back_to_copied_caches(monkeypatch, caplog):
         assert difference(scorer.values(rows, target), truth) < 1e-11
     assert not scorer.shares_cache
     assert [record.getMessage() for record in caplog.records] == [
-        "LlamaForCausalLM is given copies of what rows share (so many rows)."
+        "LlamaForCausalLM gets copies of the shared prefix (so many rows)."
     ]
 
 

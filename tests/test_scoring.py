@@ -279,7 +279,7 @@ def test_missing_logits_raise(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", moody)
     rows, target = some_rows(4)
-    with pytest.raises(RuntimeError, match="does not return what its last layer does"):
+    with pytest.raises(RuntimeError, match="no longer returns the output of its last layer"):
         Scorer(model, max_rows=1, reuse="off").values(rows, target)
     assert "forward" not in vars(model.lm_head)
 

@@ -529,7 +529,7 @@ def test_bad_arguments_fail_before_the_model_runs(model, tokenizer, baselines, e
 @pytest.mark.parametrize(
     ("make", "baselines", "message"),
     [
-        (INPUTS["captum's tokens"], ["<unk>", None], "baseline 'deleted': None cannot stand in"),
+        (INPUTS["captum's tokens"], ["<unk>", None], "baseline 'deleted': None cannot be used in"),
         (INPUTS["captum's template"], [None, "<unk>"], "'<unk>' does not fit the template"),
         (INPUTS["captum's template"], [None, ["a"]], "does not fit the template: .*0, 1, 2"),
         (INPUTS["captum's template"], [None, TokenBaseline(3)], "value of a template is a text"),

@@ -381,7 +381,7 @@ def test_single_server_answer(own, tokenizer):
         for gen_args, message in (
             ({"n": 2}, "`n` is 2"),
             ({"num_return_sequences": 2}, "`num_return_sequences` is 2"),
-            ({"generation_config": GenerationConfig()}, "nothing that an API takes"),
+            ({"generation_config": GenerationConfig()}, "cannot be sent to an API"),
         ):
             with pytest.raises(ValueError, match=message):
                 attribution.attribute(inp, gen_args=gen_args)

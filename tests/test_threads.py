@@ -173,7 +173,7 @@ def test_deadlock_is_detected():
     assert found.count("both") == 1
     (error,) = [one for one in found if one != "both"]
     assert isinstance(error, RuntimeError)
-    assert "two threads that hold a model each" in str(error)
+    assert "two threads each hold a model" in str(error)
     with locked(one), locked(other):  # nothing is left behind
         pass
 

@@ -112,7 +112,7 @@ def test_long_text_takes_no_quadratic_time(tokenizer):
 def test_token_names_equal_captum(tokenizer):
     assert tokens.token_id(tokenizer, "<pad>") == 0
     assert tokens.token_id(tokenizer, "<unk>") == 3
-    with pytest.raises(ValueError, match="no token of this vocabulary"):
+    with pytest.raises(ValueError, match="not a token of this vocabulary"):
         tokens.token_id(tokenizer, "no such token")
 
 

@@ -212,8 +212,8 @@ def test_half_precision_attention(kind, dtype, tokenizer):
     ("layer", "error"),
     [
         ("model.layers", "does not run"),
-        ("model", "BaseModelOutputWithPast: attribution wants one tensor"),
-        ("model.rotary_emb", "attribution wants one tensor"),
+        ("model", "BaseModelOutputWithPast: attribution needs one tensor"),
+        ("model.rotary_emb", "attribution needs one tensor"),
     ],
 )
 def test_layers_without_positions_are_refused(layer, error, tokenizer):

@@ -65,14 +65,14 @@ def add(commands: Any) -> None:
         "--dry-run",
         "--estimate",
         action="store_true",
-        help="generate the answer, run a first batch, tell what the rest would take, and stop; of "
-        "--api nothing is sent",
+        help="generate the answer, run a first batch, print what the rest would cost, and stop; "
+        "of --api nothing is sent",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="keep what is found in FILE (.safetensors, or a folder): killed, the same command "
-        "goes on from there, on any number of processes",
+        help="keep what is computed in FILE (.safetensors, or a folder): after a kill, the same "
+        "command resumes, on any number of processes",
     )
     parser.add_argument(
         "--counterfactuals",
@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
         const=_ROWS,
         type=positive,
         metavar="N",
-        help="look as well for what in the prompt would have changed the answer, with at most N "
+        help="also search the prompt for what would have changed the answer, with at most N "
         f"evaluations ({_ROWS}); `counterfactual` has more options",
     )
     add_outputs(parser, "html", *PICTURES, "json", "save")
@@ -161,7 +161,7 @@ def _check_counterfactuals(arguments: argparse.Namespace) -> None:
         what = "--api" if is_remote(arguments) else f"--method {arguments.method}"
         raise UsageError(
             f"--counterfactuals would be ignored with {what}: `captum-llm-ext counterfactual` "
-            "asks a model here."
+            "runs a local model."
         )
     if are_several():
         raise UsageError("--counterfactuals takes one process: start it without torchrun.")

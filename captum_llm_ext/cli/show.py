@@ -49,8 +49,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--counterfactuals",
         metavar="FILE",
-        help="what would have changed the answer, as counterfactual --json FILE wrote it, is told "
-        "and on the page",
+        help="also show the counterfactuals that counterfactual --json FILE wrote",
     )
     add_outputs(parser, "html", *PICTURES, "json")
 

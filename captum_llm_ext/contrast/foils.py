@@ -76,8 +76,9 @@ def foils_of(
     }
     if long:
         warnings.warn(
-            f"foils of several tokens count by their first one: {_listed(sorted(long))}. What is "
-            "compared is how likely the text begins so (see `foil_tokens`).",
+            "foils of several tokens are represented by their first one: "
+            f"{_listed(sorted(long))}. The comparison is with texts that begin with it (see "
+            "`foil_tokens`).",
             stacklevel=stacklevel_of_caller(),
         )
     wanted = [t for t in range(len(target)) if t not in given]

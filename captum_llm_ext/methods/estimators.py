@@ -154,7 +154,7 @@ def estimator(
     found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
         warnings.warn(
-            f"no standard errors come of {found.name} with this budget, and without them effects "
+            f"{found.name} gives no standard errors with this budget, and without them effects "
             f"cannot be separated from noise: give at least {found.needs}.",
             stacklevel=stacklevel_of_caller(),
         )

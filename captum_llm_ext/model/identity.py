@@ -85,8 +85,8 @@ def check_same(now: Tensor, then: Tensor, tolerance: Tensor, *, whose: str, advi
 def _warn_of_unread(names: Sequence[str]) -> None:
     shown = ", ".join(names[:_MOST_NAMES]) + (" …" if len(names) > _MOST_NAMES else "")
     warnings.warn(
-        f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs in them "
-        "alone is only distinguished from this one by a single row that is scored again.",
+        f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs only "
+        "in them is detected only by scoring one row again.",
         stacklevel=stacklevel_of_caller(),
     )
 

@@ -418,8 +418,8 @@ def as_proposer(given: Any, tokenizer: Any) -> Proposer:
     # A word after another one; or between the marks that a text begins and ends with.
     if n_positions is not None and n_positions < (least := 3 if is_masked else 2):
         raise ValueError(
-            f"`proposer` is a {type(model).__name__} with room for {n_positions} tokens at a time, "
-            f"and {least} are the least that tell what may stand in a place: give another model."
+            f"`proposer` is a {type(model).__name__} with room for {n_positions} tokens; at least "
+            f"{least} are needed to propose replacements: give another model."
         )
     if is_masked:
         return MaskedProposer(model, own)

@@ -92,8 +92,8 @@ class CompletionsProvider(RemoteLLMProvider):
             raise ValueError(f"`timeout` is {timeout!r}: give seconds above 0.")
         if top_logprobs and (logprobs == "echo" or prompts == "text"):
             raise ValueError(
-                "`top_logprobs` would be ignored: it is of use with prompts as ids alone, and "
-                "echoed ones have no token ids."
+                "`top_logprobs` would be ignored: it needs prompts sent as ids, and echoed ones "
+                "have no token ids."
             )
         self._http = Http(
             api_url, _secrets(api_key, api_url, headers), timeout=timeout, max_retries=max_retries
@@ -218,7 +218,7 @@ class CompletionsProvider(RemoteLLMProvider):
         """
         wanted = {"return_token_ids": True, "logprobs": 0, "return_tokens_as_token_ids": True}
         if not self.takes_ids:
-            raise ValueError('with `prompts="text"` there is `generate` alone.')
+            raise ValueError('with `prompts="text"` only `generate` is supported.')
         try:
             choice = self._generated(list(prompt), gen_args | wanted)
         except ApiError as error:
@@ -372,8 +372,8 @@ class CompletionsProvider(RemoteLLMProvider):
         if not all(map(answers.is_integer, numbers)) or sorted(numbers) != list(range(n)):
             shown = one_line(repr(numbers))[:_SHOWN]
             raise UnusableAnswerError(
-                f"{self.api_url} answered with the choices {shown} to {n} prompts: one each is "
-                "wanted. Say `prompts_per_request=1` for servers that take one prompt at a time."
+                f"{self.api_url} answered with the choices {shown} to {n} prompts: expected one "
+                "each. Say `prompts_per_request=1` for servers that take one prompt at a time."
             )
         return [choices[numbers.index(i)] for i in range(n)]
 
@@ -382,7 +382,7 @@ def _as_served(gen_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``generate`` under the server's names."""
     given = dict(gen_args)
     if "max_length" in given:
-        raise ValueError("`max_length` is nothing that a server knows: give `max_new_tokens`.")
+        raise ValueError("`max_length` cannot be sent to a server: give `max_new_tokens`.")
     n_new = given.pop("max_new_tokens", 25)
     samples = given.pop("do_sample", None)
     given = {name: value for name, value in given.items() if value is not None}

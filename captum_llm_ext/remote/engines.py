@@ -60,7 +60,7 @@ class EngineProvider:
         if top_logprobs < 0 or prompts_per_request < 1:
             raise ValueError(
                 f"`top_logprobs` is {top_logprobs} and `prompts_per_request` "
-                f"{prompts_per_request}: 0 and 1 are the least."
+                f"{prompts_per_request}: give at least 0 and 1."
             )
         self._engine = _adapted(engine)
         self._top_logprobs = top_logprobs
@@ -276,8 +276,8 @@ def _adapted(engine: Any) -> _Engine:
     if home == "sglang" or hasattr(engine, "tokenizer_manager"):
         return _SGLang(engine)
     raise TypeError(
-        f"`engine` is a {type(engine).__name__}: give a vLLM `LLM` or an SGLang `Engine`, "
-        "offline in this process. One that is served goes by `CompletionsProvider(url)`."
+        f"`engine` is a {type(engine).__name__}: give a vLLM `LLM` or an SGLang `Engine`, offline "
+        "in this process. For a served one, use `CompletionsProvider(url)`."
     )
 
 

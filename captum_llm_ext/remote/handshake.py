@@ -168,7 +168,7 @@ def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[i
             raise
     _forget(source.provider, ways)
     faults = " ".join(f"By `{way}`: {fault}" for way, fault in refused.items())
-    raise HandshakeError(f"no log-probabilities of prompts are to be had. {faults}", statuses[-1])
+    raise HandshakeError(f"no log-probabilities of prompts are available. {faults}", statuses[-1])
 
 
 def _forget(provider: Any, ways: Sequence[str | None]) -> None:
@@ -215,7 +215,7 @@ class _Handshake:
         if mass > 1 + _MASS:
             self._fault(
                 f"{len(last)} tokens have probabilities of {mass:.3g} in sum at one place, which "
-                "natural log-probabilities have not: they may be of base 10, or belong to "
+                "natural log-probabilities cannot have: they may be of base 10, or belong to "
                 "different places"
             )
 
@@ -242,7 +242,7 @@ class _Handshake:
                 zeros = "all are zero" if not any(top.values()) else "they are of base 10, or so"
                 self._fault(
                     f"the {len(top)} likeliest tokens have probabilities of {mass:.3g} in sum, "
-                    f"which natural log-probabilities have not: {zeros}"
+                    f"which natural log-probabilities cannot have: {zeros}"
                 )
         return written
 
@@ -475,7 +475,7 @@ class _Handshake:
     def _fault(self, what: str) -> None:
         name = type(self.source.provider).__name__
         raise HandshakeError(
-            f"the log-probabilities that {name} gets cannot be believed: {what}. Nothing was "
+            f"the log-probabilities that {name} gets are inconsistent: {what}. Nothing was "
             "attributed."
         )
 

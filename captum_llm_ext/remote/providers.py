@@ -240,7 +240,7 @@ class _Adapter:
             shown = one_line(repr(reported))[:_SHOWN]
             raise UnusableAnswerError(
                 f"{place(request, self._tokenizer)}: the provider gave {shown} as a "
-                "log-probability: a number of nats, 0 at most, is wanted."
+                "log-probability: expected a number of nats, at most 0."
             )
         return value
 
@@ -289,7 +289,7 @@ class TokenIdAdapter(_Adapter):
         if len(found) != len(requests):
             raise ValueError(
                 f"the provider gave {len(found)} answers for {len(requests)} prompts, of "
-                f"{place(requests[0], self._tokenizer)} and after: one each is wanted."
+                f"{place(requests[0], self._tokenizer)} and after: expected one each."
             )
         return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
 
@@ -310,7 +310,7 @@ class TokenIdAdapter(_Adapter):
         if len(found) != len(request.ids):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave log-probabilities of "
-                f"{len(found)} tokens for {len(request.ids)} ids: one each is wanted. A server "
+                f"{len(found)} tokens for {len(request.ids)} ids: expected one each. A server "
                 "that adds tokens to ids, or reads others, cannot be used."
             )
         own = [entry or {} for entry in found[request.first + 1 :]]
@@ -405,9 +405,9 @@ class TextAdapter(_Adapter):
         if len(found) != len(target):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave {len(found)} "
-                f"log-probabilities for {len(target)} target tokens. As text they are other "
-                "tokens: give a `target` that is tokenised as it is written, or a provider that "
-                "takes ids, such as `CompletionsProvider`."
+                f"log-probabilities for {len(target)} target tokens. As text, they are tokenised "
+                "differently: give a `target` that is tokenised as it is written, or a provider "
+                "that takes ids, such as `CompletionsProvider`."
             )
         return Answer([self._log_prob(request, value) for value in found])
 
@@ -496,7 +496,7 @@ class TextAdapter(_Adapter):
         _, text = self._prompt_text(tuple(prompt))
         found = self._provider.generate(text, **gen_args)
         if not isinstance(found, str):
-            raise TypeError(f"the provider generated a {type(found).__name__}: a text is wanted.")
+            raise TypeError(f"the provider generated a {type(found).__name__}: expected a text.")
         return _encoded_after(self._tokenizer, prompt, found)
 
     def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:

@@ -293,7 +293,7 @@ class RemoteScorer:
             most = "up to " if has_foils else ""  # those among the likeliest are reported
             warnings.warn(
                 f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
-                "place where generated text is absent has to be asked for by itself. Fewer: "
+                "place where generated text is absent has to be requested separately. Fewer: "
                 f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
                 "returns the likeliest tokens (`top_logprobs`).",
                 stacklevel=stacklevel_of_caller(),

@@ -89,10 +89,10 @@ class TopK:
         self._endpoint.way = "none"
         nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
-            "the provider does not go on with an answer that is begun "
-            f"({'; '.join(refused) or nothing}), so that only the first token of an "
-            'answer could be explained: `attr_target="label"` would work, which compares two of '
-            'them; and "frequency" or "similarity".'
+            "the provider does not continue a prefilled answer "
+            f"({'; '.join(refused) or nothing}), so that only the first token of an answer could "
+            'be explained: `attr_target="label"` would work, which compares two of them; and '
+            '"frequency" or "similarity".'
         )
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
@@ -256,9 +256,9 @@ class TopK:
             name = max(fitting, key=len) if fitting else self.first_token(left, prefix)
             if name is None:
                 raise ValueError(
-                    f"after {prefix!r} the target goes on with {left[:20]!r}, which is none of the "
-                    f"{len(known)} likeliest tokens: its tokens are not known. Leave `target` out "
-                    "to explain what the model writes, give the model's `tokenizer`, or "
+                    f"after {prefix!r} the target continues with {left[:20]!r}, which is none of "
+                    f"the {len(known)} likeliest tokens: its tokens are not known. Leave `target` "
+                    "out to explain what the model writes, give the model's `tokenizer`, or "
                     "`attr_target='frequency'`."
                 )
             found.append(name)

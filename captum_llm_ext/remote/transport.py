@@ -78,7 +78,9 @@ class Secrets:
         self._headers = {name: value.strip() for name, value in headers.items()}
         for name, value in self._headers.items():
             if not value.isascii() or not value.isprintable():
-                raise ValueError(f"the header {name!r} holds what no header may: check the key.")
+                raise ValueError(
+                    f"the header {name!r} holds characters that no header may: check the key."
+                )
 
     @property
     def headers(self) -> dict[str, str]:
@@ -316,14 +318,14 @@ class Http:
         packed = headers.get("Content-Encoding") or "identity"
         if packed.strip().lower() != "identity":  # its uncompressed size is unlimited
             raise ApiError(
-                f"{self.url} answered in {self._shown(packed)!r}, which was not asked for."
+                f"{self.url} answered in {self._shown(packed)!r}, which was not requested."
             )
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
             shown = self._shown(content.decode("utf-8", "replace"))
             raise GarbageError(
-                f"{self.url} answered with what is no JSON: {shown!r}. Give the URL of an "
+                f"{self.url} did not answer with JSON: {shown!r}. Give the URL of an "
                 "OpenAI-compatible API, such as http://localhost:8000/v1."
             ) from None
         if isinstance(found, dict):
@@ -378,7 +380,7 @@ class Http:
         advice = ""
         if not self._was_reached and isinstance(error, ConnectionRefusedError | socket.gaierror):
             advice = ". Is the server up, and are its name and port right?"
-        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}{advice}")
+        return ConnectionError(f"{self.url} cannot be reached: {self._shown(what)}{advice}")
 
     def _shown(self, text: str) -> str:
         """A server's message as one line, without keys or control characters."""

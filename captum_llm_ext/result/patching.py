@@ -263,4 +263,4 @@ class PatchingResult:
             raise ValueError("its ranks are not as many as its cells")
         flat = [p for group in cast("list[list[Any]]", self.places) for p in group]
         if not all(type(p) is int for p in (*flat, *self.replaced)):
-            raise ValueError("its places are no numbers")
+            raise ValueError("its places are not numbers")

@@ -491,17 +491,16 @@ class Paths:
         layer, name = self._layer, type(self._model).__name__
         if not modules:
             raise ValueError(
-                f"no module of {name} was seen to be given the token ids and to make vectors of "
-                "them (an `nn.Embedding`, or what `get_input_embeddings()` returns, that is called "
-                "with the ids as they are): let the model call one, or use "
-                "`GenerationAttribution`, which needs none."
+                f"no module of {name} receives the token ids and returns vectors (an "
+                "`nn.Embedding`, or what `get_input_embeddings()` returns, called with the ids): "
+                "let the model call one, or use `GenerationAttribution`, which needs none."
             )
         self._embeddings = Layers(modules)
         if layer is None or (layer in modules and not self._of_input):
             if layer is not None and len(modules) > 1:
                 raise ValueError(
                     f"{name} embeds token ids in {len(modules)} modules: attributions to one of "
-                    "them leave out what comes by the others. Give None as the layer: all of them."
+                    "them miss the effect of the others. Give None as the layer: all of them."
                 )
             self._layers = self._embeddings
             if not self._all_is_embedded(row):
@@ -528,7 +527,7 @@ class Paths:
             what = "input" if self._of_input else "output"
             raise ValueError(
                 f"the {what} of layer {type(self._layer).__name__} is {tuple(shape)} for one row "
-                f"of {row.length} token ids: attribution wants (batch, length, size), an "
+                f"of {row.length} token ids: attribution needs (batch, length, size), an "
                 "activation for each token, such as the embedding's output or that of a whole "
                 "decoder layer."
             )

@@ -364,7 +364,7 @@ class Passes:
         with attention.merged_attention(self.model):
             logits, _ = self._pass(ids, at, state=borrowed, extras=extras)
         if not all(one.was_used for one in shared):
-            raise NotImplementedError("attention that does not see what is shared")
+            raise NotImplementedError("attention that does not see the shared prefix")
         return logits
 
     def _pass(
@@ -556,9 +556,7 @@ class Passes:
 
     def _stop_sharing(self, reason: object) -> None:
         self.shares_cache = False
-        _logger.info(
-            "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
-        )
+        _logger.info("%s gets copies of the shared prefix (%s).", type(self.model).__name__, reason)
 
 
 @dataclass(frozen=True)

@@ -273,7 +273,7 @@ class TargetGradients:
         except Exception as error:  # operations without forward mode may raise anything
             if is_out_of_memory(error):
                 raise
-            _logger.info("no derivatives along features (%s).", error)
+            _logger.info("no forward-mode derivatives (%s).", error)
             return False
         points = [point.detach().requires_grad_() for point in points]
         with torch.enable_grad(), self._layers.replaced(points):
@@ -292,7 +292,7 @@ class TargetGradients:
         tolerance = _ROUNDING_HALF if is_half else _ROUNDING[torch.float32]
         worst = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
         if not worst <= tolerance:
-            _logger.info("derivatives along features are not used (%.2g apart).", worst)
+            _logger.info("forward-mode derivatives are not used (%.2g apart).", worst)
         return worst <= tolerance
 
     def _in_batches(
@@ -455,7 +455,7 @@ class TargetGradients:
                 if is_out_of_memory(error):
                     raise
                 self._plan.batches = False
-                _logger.info("gradients of one token after another (%s).", error)
+                _logger.info("gradients are computed token by token (%s).", error)
         each = [
             _gradients(outputs, points, unit, begin(number), False, self._grad_kwargs)
             for number in numbers
@@ -523,7 +523,7 @@ class TargetGradients:
             for a, b in zip(short, plain, strict=True)
         )
         if not worst <= tolerance:
-            _logger.info("every token goes back through the head (%.2g apart).", worst)
+            _logger.info("one backward pass through the head per token (%.2g apart).", worst)
         return worst <= tolerance
 
     def _at_values(self, values: Tensor) -> Callable[[int], Tensor]:

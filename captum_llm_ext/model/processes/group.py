@@ -404,14 +404,14 @@ def _warn_alone() -> None:
     asked = os.environ.get("WORLD_SIZE", "1")
     if asked.isdigit() and int(asked) > 1:
         warnings.warn(
-            f"the accelerator reports one process, the environment asks for {asked}: each of them "
+            f"the accelerator reports one process, the environment requests {asked}: each of them "
             "does all of the work. Without a GPU, say `Accelerator(cpu=True)`.",
             stacklevel=4,
         )
     elif "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # accelerate 1.15 (2026) sets the address where --num_processes is above 1, and starts one.
         warnings.warn(
-            "the accelerator reports one process, although `accelerate launch` was asked for more: "
+            "the accelerator reports one process, although `accelerate launch` requested more: "
             "with --cpu it starts only one. Start the script with `torchrun --standalone "
             "--nproc_per_node 2` and say `Accelerator(cpu=True)`.",
             stacklevel=4,

@@ -147,7 +147,7 @@ class Store:
         if beat is None and now - since > self._join_within:
             raise RuntimeError(
                 f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
-                f"which rank {self.rank} waits at: every process has to call it, in the same "
+                f"which rank {self.rank} waits for: every process has to call it, in the same "
                 "order."
             )
 

@@ -111,7 +111,7 @@ class Batching:
             return
         self._packs = False
         name = type(self._passes.model).__name__
-        _logger.info("%s is given rows apart (%s).", name, packing.reason)
+        _logger.info("%s gets separate rows (%s).", name, packing.reason)
 
     @property
     def read_packed(self) -> ReadPacked | None:

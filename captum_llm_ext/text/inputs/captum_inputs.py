@@ -228,8 +228,8 @@ class _OpaquePrompt(Prompt):
             return RenderedPrompt(tuple(model_input.reshape(-1).tolist()))
         if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
             raise TypeError(
-                f"the input renders to a {type(model_input).__name__}: a text, a tensor of token "
-                "ids or a mapping with `input_ids` is wanted."
+                f"the input renders to a {type(model_input).__name__}: expected a text, a tensor "
+                "of token ids or a mapping with `input_ids`."
             )
         extras = dict(cast(Mapping[str, Any], model_input))
         ids = torch.as_tensor(extras.pop("input_ids"), device="cpu").reshape(-1).tolist()

@@ -124,8 +124,8 @@ class CorpusBaselines:
         self._index = CorpusIndex(texts)
         if texts.n > 1 and not texts.differ and min_candidates > 0:
             warnings.warn(
-                f"All {texts.n:,} documents of the corpus are one and the same: it shows no slot "
-                "with more than one text. Give other texts of the same kind.",
+                f"All {texts.n:,} documents of the corpus are identical: it shows no slot with "
+                "more than one text. Give other texts of the same kind.",
                 stacklevel=2,
             )
         self.match: How = match

@@ -39,8 +39,8 @@ def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | N
     shown = ", ".join(f"by {m.level} in {m.surroundings!r}" for m in unlike[:_SHOWN])
     more = ", …" if len(unlike) > _SHOWN else ""
     _warn(
-        f"{len(unlike)} of {len(nonblank)} features have no place like theirs in this corpus: too "
-        f"little of their surroundings is found there, any text may stand in for them (matched "
+        f"{len(unlike)} of {len(nonblank)} features have no similar context in this corpus: too "
+        "little of their surroundings is found there, so any text may replace them (matched "
         f"{shown}{more}; `matches(inp)` tells). Give more texts, of the same kind as the prompt, "
         "lower `min_occurrences`, or silence this with min_candidates=0."
     )
