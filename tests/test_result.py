@@ -99,7 +99,7 @@ def test_damaged_files_are_refused(model, tokenizer, tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="no saved result"):
+    with pytest.raises(ValueError, match="not a saved result"):
         GenerationAttributionResult.load(path)
     with pytest.raises(FileNotFoundError):
         GenerationAttributionResult.load(tmp_path / "nothing")
@@ -203,7 +203,7 @@ def test_damage_never_changes_a_number(model, tokenizer, tmp_path):
             assert found.to_dict() == result.to_dict()
             assert torch.equal(found.values, result.values)
     assert len(told) > 250
-    assert all("damaged" in error or "no saved result" in error for error in told)
+    assert all("damaged" in error or "not a saved result" in error for error in told)
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
