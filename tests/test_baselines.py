@@ -98,7 +98,7 @@ def test_mapping_keys_are_labels_indices_or_text(tokenizer, key):
     [
         ({"Dave": ["Ann"]}, r"has nothing for \['sings.'\]"),
         ({"Dave": "Ann", "sings.": "hums.", "Bob": "x"}, r"names \['Bob'\], no features"),
-        ({"Dave": [], "sings.": "hums."}, "'Dave' are an empty list"),
+        ({"Dave": [], "sings.": "hums."}, "'Dave' is an empty list"),
         (
             ProductBaselines({("a", "b"): [("x", "y")]}),
             "are separate features",
@@ -214,7 +214,7 @@ def test_bad_input_labels_are_refused(tokenizer, labels, error, message):
     [
         (["Rome"], TypeError, "`labels` is a list"),
         ({"city": []}, ValueError, "'city' are an empty list"),
-        ({"city": [1]}, TypeError, "give a list of texts"),
+        ({"city": [1]}, TypeError, "or a list of texts"),
     ],
 )
 def test_bad_corpus_labels_are_refused(labels, error, message):

@@ -487,7 +487,7 @@ def test_white_box_methods_equal_the_library(demo, capsys, name, kind):
         (["linear", "--baselines", "delete"], "it looks at the text as it is"),
         (["alti", "--attr-target", "logit"], "attention knows of no value"),
         (["saliency", "--batch-size", "2"], "it has one row to run"),
-        (["rollout", "--n-samples", "2"], "it is of --method"),
+        (["rollout", "--n-samples", "2"], "it belongs to --method"),
         (["attention", "--checkpoint", "x"], "other than gradients and attention"),
     ],
 )
@@ -553,7 +553,7 @@ def mistake(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is no token"),
+        (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is not a token"),
         (["--prompt", "x " * 400], "shorten the prompt"),
         (
             ["--prompt", "x", "--method", "integrated-gradients", "--layer", "model.layer.1"],
@@ -586,8 +586,11 @@ def test_failures_are_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--method", "lime", "--n-draws", "9"], "--n-draws would be ignored"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--share", "2"], "2 is not between 0 and 1"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--unit", "word"], "paragraph,sentence,word"),
-        ([*ATTRIBUTE, "--n-steps", "9"], "it is of --method integrated-gradients."),
-        ([*ATTRIBUTE, "--layer", "lm_head"], "it is of --method integrated-gradients, gradient-sh"),
+        ([*ATTRIBUTE, "--n-steps", "9"], "belongs to --method integrated-gradients."),
+        (
+            [*ATTRIBUTE, "--layer", "lm_head"],
+            "belongs to --method integrated-gradients, gradient-sh",
+        ),
         ([*ATTRIBUTE, *IG, "--n-samples", "9"], "it has --n-steps"),
         ([*ATTRIBUTE, *IG, "--tol", "0.1"], "--tol would be ignored by --method integrated-grad"),
         ([*ATTRIBUTE, *IG, "--checkpoint", "x.safetensors"], "which evaluate no coalitions"),
@@ -596,7 +599,7 @@ def test_failures_are_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, *SMILE, "--attr-target", "prob"], "compares whole answers"),
         ([*ATTRIBUTE, *SMILE, "--output-unit", "token"], "compares whole answers"),
         ([*ATTRIBUTE, *SMILE, "--checkpoint", "x.safetensors"], "compares whole answers"),
-        ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "it is of --method shapley, sampling"),
+        ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "belongs to --method shapley, sampling"),
         ([*ATTRIBUTE, *GXA, "--batch-size", "9"], "it has one row to run"),
         ([*ATTRIBUTE, *GXA, "--baselines", "<unk>"], "it compares with the activation 0"),
         ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),

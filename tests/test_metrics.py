@@ -534,7 +534,7 @@ def test_mismatched_results_are_refused(model, tokenizer):
     logits = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target="logit")
     refused("'FeatureAblation' explains 'log_prob', `attribution` scores 'logit'", of=logits)
     refused("`output_unit` and `output_baselines` have no meaning", output_unit="word")
-    refused("there is no token 9", token=9)
+    refused("there is no target token 9", token=9)
     refused("0 target tokens are 'chess'", token="chess")
     refused("which is empty", token=(2, 2))
     refused("`token` is 1.5: give the position or the text", TypeError, token=1.5)

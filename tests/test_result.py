@@ -339,7 +339,7 @@ def test_why_accepts_position_or_name(model, tokenizer):
     assert result.why(last) == result.top(5)[last]
     with pytest.raises(ValueError, match="0 target tokens are 'nothing'"):
         result.why("nothing")
-    with pytest.raises(ValueError, match="there is no token 99"):
+    with pytest.raises(ValueError, match="there is no target token 99"):
         result.why(99)
 
 

@@ -617,7 +617,7 @@ def test_results_of_different_inputs_are_refused(change, what):
 def test_missing_tokens_are_refused():
     found = compare(made([[1.0], [2.0]]), made([[1.0], [2.0]]))
     for method in (found.changes, found.plot):
-        with pytest.raises(ValueError, match="there is no token 2"):
+        with pytest.raises(ValueError, match="there is no target token 2"):
             method(2)
     assert found.changes("t1") == found.changes(1) == found.changes(-1)
 

@@ -370,7 +370,7 @@ def test_bad_arguments_are_refused(model, tokenizer):
         result.total(-1)
     with pytest.raises(ValueError, match="`n_resamples` is 1"):
         result.total(n_resamples=1)
-    with pytest.raises(ValueError, match="there is no token 99"):
+    with pytest.raises(ValueError, match="there is no target token 99"):
         result.route(99)
     words = explained(model, tokenizer, output_unit="word").refit(attr_target="prob")
     with pytest.raises(ValueError, match='refit\\(attr_target="log_prob"\\)'):
