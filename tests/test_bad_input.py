@@ -135,7 +135,7 @@ def test_non_causal_models_are_refused(tokenizer):
         (transformers.T5ForConditionalGeneration(t5), "is an encoder-decoder"),
         (transformers.BertForMaskedLM(bert), "generates no text"),
         (tiny.llama(400).model, "generates no text"),
-        (lambda ids: ids, "no `torch.nn.Module`"),
+        (lambda ids: ids, "not a `torch.nn.Module`"),
     ]
     for model, message in models:
         with pytest.raises(TypeError, match=message):

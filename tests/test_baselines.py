@@ -213,7 +213,7 @@ def test_bad_input_labels_are_refused(tokenizer, labels, error, message):
     ("labels", "error", "message"),
     [
         (["Rome"], TypeError, "`labels` is a list"),
-        ({"city": []}, ValueError, "'city' are an empty list"),
+        ({"city": []}, ValueError, "'city' is an empty list"),
         ({"city": [1]}, TypeError, "or a list of texts"),
     ],
 )
@@ -572,7 +572,7 @@ def test_unrelated_corpus_warns_at_the_callers_line(demo):
         warnings.simplefilter("default")  # as Python has it: equal warnings of one line once
         for _ in range(2):
             attribution.attribute(inp, " His", n_draws=2)
-    told = [w for w in caught if "have no place like theirs in this corpus" in str(w.message)]
+    told = [w for w in caught if "have no similar context in this corpus" in str(w.message)]
     assert len(told) == 2
     assert str(told[0].message).startswith("10 of 10 features")
     assert {w.filename for w in told} == {__file__}

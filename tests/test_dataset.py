@@ -394,12 +394,12 @@ def test_bad_options_fail_before_any_run(attribution, tmp_path):
     ("more", "status", "message"),
     [
         (["--input", "INPUT"], 2, "--input needs --out"),
-        (["--prompt", "x", "--out", "y"], 2, "--save writes one"),
+        (["--prompt", "x", "--out", "y"], 2, "use --save for one result"),
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 2, "there is no such file"),
         (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "the same command resumes"),
-        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "no such folder"),
+        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "which does not exist"),
     ],
 )
 def test_command_line_mistakes(tmp_path, monkeypatch, capsys, more, status, message):

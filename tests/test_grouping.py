@@ -80,8 +80,8 @@ def test_group_members_draw_at_the_same_list_index(tokenizer):
         ([["TX."]], ValueError, r"2 spans are: say which by number, one of \[4, 7\]"),
         ([[9]], ValueError, "names span 9: there are 8"),
         ([["Dave", "in"], ["in", "He"]], ValueError, "' in' is in two groups"),
-        ([[]], ValueError, "is no list of spans"),
-        (["Dave"], ValueError, "'Dave' is no list of spans"),
+        ([[]], ValueError, "is not a list of spans"),
+        (["Dave"], ValueError, "'Dave' is not a list of spans"),
         ([[1.5]], TypeError, "holds 1.5"),
     ],
 )

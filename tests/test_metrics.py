@@ -684,7 +684,7 @@ def test_unrelated_corpus_warns_as_deletion():
     measure_faithfulness(attribution, related, result, **counts)  # warnings are errors here
     unrelated = related.with_baselines(CorpusBaselines(news))
     with (
-        pytest.warns(UserWarning, match="have no place like theirs in this corpus"),
+        pytest.warns(UserWarning, match="have no similar context in this corpus"),
         pytest.warns(UserWarning, match="arbitrary text of an unrelated corpus") as warned,
     ):
         measure_faithfulness(attribution, unrelated, result, **counts)

@@ -364,7 +364,7 @@ def test_api_key_is_never_shown(tokenizer, server, monkeypatch, tmp_path):
 def test_connection_refused_fails_at_once(tokenizer):
     provider = CompletionsProvider("http://127.0.0.1:9/v1", "tiny")
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1 cannot be asked"):
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1 cannot be reached"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert time.monotonic() - started < 2
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, shakes no hands

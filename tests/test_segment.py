@@ -345,7 +345,7 @@ def test_segmenter_repr_is_its_call(made):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: pattern("("), ValueError, "no regular expression"),
+        (lambda: pattern("("), ValueError, "not a regular expression"),
         (lambda: pattern("(a)", 2), ValueError, r"no group 2: give one of \[0, 1\]"),
         (lambda: pattern("(?P<x>a)", "y"), ValueError, r"no group 'y'.*'x'"),
         (lambda: between("", "b"), ValueError, "empty marker"),
@@ -355,7 +355,7 @@ def test_segmenter_repr_is_its_call(made):
         (lambda: strings(["a", 3]), TypeError, "list of strings"),
         (lambda: strings([]), ValueError, "at least one"),
         (lambda: strings(["a", ""]), ValueError, "none that is empty"),
-        (lambda: spans([(0, 1, 2)]), TypeError, r"no \(start, stop\)"),
+        (lambda: spans([(0, 1, 2)]), TypeError, r"not a \(start, stop\)"),
     ],
 )
 def test_bad_segmenter_arguments_fail_early(make, error, message):
@@ -412,8 +412,8 @@ def no_clause(text):
         ([(-1, 3)], ValueError, "leaves the text"),
         ([(3, 3)], ValueError, "is empty"),
         ([], ValueError, "finds no feature"),
-        ([(0, 1, 2)], TypeError, r"no \(start, stop\)"),
-        ([(0.0, 1.0)], TypeError, r"no \(start, stop\)"),
+        ([(0, 1, 2)], TypeError, r"not a \(start, stop\)"),
+        ([(0.0, 1.0)], TypeError, r"not a \(start, stop\)"),
         (pattern("four"), ValueError, "pattern.*finds nothing"),
         (no_clause, ValueError, "unit no_clause finds no feature"),
         ("phrase", ValueError, "unknown unit 'phrase'.*'word'"),

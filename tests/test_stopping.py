@@ -64,7 +64,7 @@ def test_rule_names():
     ("arguments", "error", "words"),
     [
         ({"stop": "top"}, ValueError, "'top3'"),
-        ({"stop": "top0"}, ValueError, "1 or more"),
+        ({"stop": "top0"}, ValueError, "at least 1"),
         ({"stop": 3}, TypeError, "TopCauses"),
         ({"stop": "top3", "tol": 0.1}, ValueError, "one of them"),
         ({"max_evaluations": 9}, ValueError, "`tol` or `stop`"),

@@ -221,7 +221,7 @@ def test_layers_without_positions_are_refused(layer, error, tokenizer):
         model = tiny.llama(len(tokenizer))
         with pytest.raises(ValueError, match=error):
             attributed("", model, tokenizer, kind(model, model.get_submodule(layer)))
-        with pytest.raises(ValueError, match="no module of the model"):
+        with pytest.raises(ValueError, match="not a module of the model"):
             attributed("", model, tokenizer, kind(model, nn.Linear(2, 2)))
 
 
