@@ -696,7 +696,7 @@ def test_plots(model, tokenizer):
     assert ax.images[0].cmap.name == "PuOr"
     assert ax.images[0].get_array().shape[1] == len(result.places)
     plt.close(fig)
-    with pytest.raises(ValueError, match="no target token"):
+    with pytest.raises(ValueError, match="0 target tokens"):
         result.plot("Rome")
     with pytest.raises(ValueError, match="there are"):
         result.plot(99)
