@@ -17,7 +17,7 @@ from captum_llm_ext.coalitions.interactions import Interactions, cost
 from captum_llm_ext.coalitions.plans import Plan
 
 # Ridge penalties tried, in units of the mean eigenvalue. Half or twice as large, median errors of
-# ten games (`benchmarks/games.py`, 24 and 64 features, 4 to 16 evaluations each) differ by up to
+# ten games (`benchmarks/games.py`, 24 and 64 features, 4 to 16 evaluations each) differ by at most
 # 1.6 %.
 _PENALTIES = torch.cat(
     [

@@ -13,8 +13,8 @@ from captum_llm_ext.text.baselines.corpus.index import NO_SPANS, CorpusIndex, Sp
 from captum_llm_ext.text.baselines.surroundings import Surroundings
 from captum_llm_ext.text.baselines.words import MARK, SENTENCE_END, WORD, border
 
-# Weight of an atom's bits relative to its neighbour nearer to the slot. With .25 or .99, no draw in
-# three invented languages (`benchmarks/unseen.py`, 300 texts) comes from another kind of slot.
+# Weight of an atom's bits relative to its neighbour nearer to the slot. With .25 or .99, shares of
+# right draws in three invented languages (`benchmarks/unseen.py`, 300 texts) are the same.
 NEARNESS = 0.5
 # Minimum count of surroundings with the same fillers: by chance, all of them agree in one case in
 # 32 for two equally frequent ones.
