@@ -381,7 +381,7 @@ def test_foils_of_the_prompt_without_a_feature(demo):
         ({"foils": [7, 7]}, ValueError, "holds 7 twice"),
         ({"foils": [None] * 5}, ValueError, "None for every target token"),
         ({"foils": 1.5}, TypeError, "give texts or token ids"),
-        ({"foils": [True]}, TypeError, "no foil"),
+        ({"foils": [True]}, TypeError, "not a foil"),
         ({"foils": [7, [8]]}, TypeError, "both foils and lists"),
         ({"foils": 7, "n_foils": 3}, ValueError, "`n_foils` would be ignored"),
         ({"foils": 7, "without": 0}, ValueError, "`without` would be ignored"),

@@ -377,7 +377,7 @@ def test_foreign_file_is_refused_as_index(index, tmp_path):
     with pytest.raises(ValueError, match="damaged or not a saved corpus index"):
         CorpusIndex.load(path)
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is a safetensors file but no saved corpus index"):
+    with pytest.raises(ValueError, match="is a safetensors file but not a saved corpus index"):
         CorpusIndex.load(path)
     metadata = {"captum_llm_ext_index": '{"format": 99}'}
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path, metadata)

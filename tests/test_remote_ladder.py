@@ -600,7 +600,7 @@ def test_non_linear_estimators_give_no_interval(server):
         ({"similarity": "cosine"}, "give 'lexical', 'f1', 'difflib' or a function"),
         ({"labels": ("a", "b")}, "`labels` is"),
         ({"rung": "highest"}, "`rung` is 'highest': give one of 'forced'"),
-        ({"rung": "label"}, "tells 'label', and `attr_target` is 'log_prob'"),
+        ({"rung": "label"}, "reports 'label', and `attr_target` is 'log_prob'"),
         ({"max_requests": 0}, "at least 1"),
         ({"max_usd": 1.0}, "and `prices`"),
         ({"prices": (1.0,)}, "per million tokens read, and written"),

@@ -264,7 +264,7 @@ def _opened(
     text, digest = metadata.get(kind.key), metadata.get(_DIGEST)
     if text is None:
         is_earlier = kind.earlier is not None and kind.earlier.items() <= metadata.items()
-        why = _WITHOUT_DIGEST if is_earlier else f"is a safetensors file but no {kind.name}"
+        why = _WITHOUT_DIGEST if is_earlier else f"is a safetensors file but not a {kind.name}"
         raise ValueError(_refusal(path, why, kind))
     rest = _checked(path, kind, lambda: _parsed(text))
     version = rest["format"]

@@ -37,7 +37,7 @@ def add_loading(parser: Any) -> None:
         "--dtype",
         choices=_DTYPES,
         default="auto",
-        help="dtype dtype of the weights (default: as stored)",
+        help="dtype of the weights (default: as stored)",
     )
     parser.add_argument(
         "--device-map",
