@@ -1,4 +1,4 @@
-"""What the probe finds of every causal language model of transformers, and if values are right.
+"""The probe's findings for every causal language model of transformers, and the error of values.
 
     python benchmarks/architectures.py
 
@@ -192,7 +192,7 @@ OF_ANY = {"fuyu": "persimmon"}
 
 
 def rows() -> tuple[list[TokenRow], torch.Tensor]:
-    """28 rows: prompt tokens replaced and deleted, tokens of the output replaced and deleted."""
+    """28 rows: tokens of prompt and output, replaced and deleted."""
     ids = torch.randint(4, VOCABULARY - 20, (18,), generator=torch.Generator().manual_seed(0))
     prompt, target = ids[:12].tolist(), ids[12:].tolist()
     found: list[TokenRow] = []
@@ -218,7 +218,8 @@ def rows() -> tuple[list[TokenRow], torch.Tensor]:
 def plain(
     model: torch.nn.Module, given: list[TokenRow], target: torch.Tensor, *, apart: bool
 ) -> torch.Tensor:
-    """One uncached forward of batch 1 per row, or per target token where these are asked apart."""
+    """One uncached forward of batch 1 per row, or per target token if these are scored
+    separately."""
     takes = "use_cache" in inspect.signature(model.forward).parameters
     arguments = {"use_cache": False} if takes else {}
     values = []
@@ -235,7 +236,7 @@ def plain(
 
 
 def small(kind: type) -> dict[str, Any]:
-    """Settings of a small configuration of a class, and of those that it holds."""
+    """Settings of a small configuration of a class, and of its nested configurations."""
     own = OWN.get(kind.model_type, {})
     names = set(inspect.signature(kind.__init__).parameters) | {
         name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})
@@ -268,7 +269,7 @@ def made(kind: type, model_class: Any) -> torch.nn.Module:
 
 
 def measured(model: torch.nn.Module) -> dict[str, Any]:
-    """What the probe finds, and the largest difference of values from plain forwards."""
+    """Findings of the probe, and the largest difference of values from plain forwards."""
     given, target = rows()
     scorer = Scorer(model, overhead=3)
     values = scorer.values(given, target)

@@ -1,4 +1,5 @@
-"""How well a model is explained that tells less than log-probabilities of prompts.
+"""Explanations through APIs that report less than log-probabilities of prompts, against exact
+values.
 
     python benchmarks/closed_models.py MODEL_FOLDER [n_prompts] [--chats] [--resume]
 
@@ -135,7 +136,7 @@ def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[
 
 
 def sampled(served: Served, prompt: str) -> dict[str, Any]:
-    """The rungs of servers that tell text alone: of the first word, whose probability is exact."""
+    """Rungs of servers that return text only: the first word, whose probability is exact."""
     found: dict[str, Any] = {}
     inp = TextSegmentInput(prompt, None, unit="sentence")
     with torch.no_grad():
@@ -202,7 +203,7 @@ def attributions(method: Any, masks: torch.Tensor, values: torch.Tensor) -> torc
 
 
 def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over prompts, of those that were not refused."""
+    """Means over prompts that were not refused."""
     found: dict[str, Any] = {}
     for name in [key for key in measured[0] if key not in ("prompt", "answer")]:
         own = [one[name] for one in measured if "refused" not in one[name]]
@@ -227,7 +228,7 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, and writes what was found."""
+    """Measures, and writes the JSON."""
     kind = "chats" if "--chats" in sys.argv else "texts"
     folder, *rest = [given for given in sys.argv[1:] if not given.startswith("--")]
     n = int(rest[0]) if rest else 20

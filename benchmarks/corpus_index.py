@@ -1,4 +1,4 @@
-"""What a corpus of 100 MB costs `CorpusBaselines`: building, memory, disk, loading, looking up.
+"""Costs of `CorpusBaselines` on a corpus of 100 MB: building, memory, disk, loading, look-up.
 
     python benchmarks/corpus_index.py
 
@@ -69,7 +69,7 @@ class Sentences:
 
 
 def mixed(seed: int) -> Iterator[str]:
-    """Documents without end, half of their characters of either kind."""
+    """Infinite documents, half of the characters of each kind."""
     from fact_grammar import Grammar
 
     rng = random.Random(seed)
@@ -86,7 +86,7 @@ def mixed(seed: int) -> Iterator[str]:
 
 
 def hexadecimal(seed: int) -> Iterator[str]:
-    """Documents of twenty random numbers each, without end."""
+    """Infinite documents of twenty random numbers each."""
     rng = random.Random(seed)
     while True:
         yield " ".join(f"{rng.getrandbits(32):08x}" for _ in range(20))
@@ -105,7 +105,7 @@ def write_corpus(path: Path, kind: str, size: int) -> None:
 
 
 class Clock:
-    """Seconds since it was made, on the wall and of the processor."""
+    """Wall-clock and processor seconds since it was made."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
@@ -117,7 +117,7 @@ class Clock:
 
 
 def peak_mb() -> float:
-    """The most memory this process has had at a time, in MB."""
+    """Peak memory of this process in MB."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e6 if sys.platform == "darwin" else 1e3)
 
@@ -144,7 +144,7 @@ def build(corpus: Path, saved: Path) -> dict[str, Any]:
 
 
 def look_up(kind: str, saved: Path) -> dict[str, Any]:
-    """Loads the index and asks it for words of documents that are not in the corpus."""
+    """Loads the index and looks up words of documents outside the corpus."""
     import torch
 
     from captum_llm_ext import CorpusBaselines
@@ -179,7 +179,7 @@ def look_up(kind: str, saved: Path) -> dict[str, Any]:
 
 
 def new_slots(kind: str) -> Iterator[Any]:
-    """One word each of documents that the corpus does not have."""
+    """One word of each of some documents outside the corpus."""
     from captum_llm_ext.text.baselines import Slot
 
     rng = random.Random(1)
@@ -189,7 +189,7 @@ def new_slots(kind: str) -> Iterator[Any]:
 
 
 def apart(*arguments: str) -> dict[str, Any]:
-    """What this script measures in a fresh process on one core."""
+    """Runs a part of this script in a fresh process on one core."""
     if hasattr(os, "sched_setaffinity"):
         pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})}
     else:
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def distinct(corpus: Path) -> int:
-    """How many different words there are between white spaces."""
+    """Number of distinct words between white space."""
     # By their hashes: eleven million strings would take a gigabyte.
     seen: set[int] = set()
     with corpus.open(encoding="utf-8") as file:

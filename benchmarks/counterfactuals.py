@@ -1,4 +1,4 @@
-"""Do counterfactuals name the true causes, are they minimal, and what do they cost?
+"""Precision, minimality and cost of counterfactuals on documents with known causes.
 
 * **Causes.** Documents of the fact grammar, features replaced by other words of their slots: of all
   pairs (generated content word, fact of the prompt that it depends on), which are told by
@@ -41,7 +41,7 @@ MOST = 8  # features where all sets are tried
 
 
 def slot_of(document: Document, tokenizer: Any) -> list[str | None]:
-    """Per target token the slot that it is in."""
+    """The slot of each target token."""
     encoded = tokenizer(
         document.continuation, add_special_tokens=False, return_offsets_mapping=True
     )
@@ -53,7 +53,7 @@ def slot_of(document: Document, tokenizer: Any) -> list[str | None]:
 
 
 def causes(given: Sequence[Document], flips: Any, n_draws: int) -> dict[str, Any]:
-    """Precision and recall of size one."""
+    """Precision and recall of counterfactuals of one feature."""
     model, tokenizer = load()
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     by_gradient = GenerationGradientAttribution(LayerSaliency(model), tokenizer)
@@ -156,7 +156,7 @@ def by_brute_force(
 
 
 def minimality(given: Sequence[Document], flips: Any, seed: int, most: int = 3) -> dict[str, Any]:
-    """Minimal sets that are told, beside those of brute force."""
+    """Minimal sets found, beside those of brute force."""
     model, tokenizer = load()
     exact, _ = load()
     exact.double()

@@ -1,4 +1,4 @@
-"""An inference engine of this process against the local model: agreement, prefix reuse, time.
+"""An inference engine in this process against the local model: agreement, prefix reuse, time.
 
     python benchmarks/engines.py MODEL_FOLDER --engine vllm --dtype float32
 

@@ -1,4 +1,4 @@
-"""What a measurement depends on, for the JSON it is written to."""
+"""The environment of a measurement, for its JSON."""
 
 import datetime
 import platform
@@ -33,18 +33,18 @@ def environment(*, seed: int, device: str = "cpu", dtype: str = "float32") -> di
 
 
 def _script(path: str) -> str:
-    """From the root of the repository, wherever that is."""
+    """The script's path relative to the repository."""
     script = Path(path).resolve()
     return str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
 
 
 def _shown(argument: str) -> str:
-    """Where a folder lies on a machine is its owner's affair."""
+    """A path without the folders of this machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _version(name: str) -> str | None:
-    """None where it is missing: hours of measuring are not lost for a name."""
+    """The version of a package; None if it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

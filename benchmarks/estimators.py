@@ -1,4 +1,4 @@
-"""How far from the true Shapley values is each estimator, and do its intervals cover them?
+"""Error of each estimator against exact Shapley values, and coverage of its intervals.
 
 Games with known values (see `games.py`), among them families that no choice was made with. Captum's
 own estimators, and shapiq's where it is installed, run in the same process on the same games. The
@@ -180,7 +180,7 @@ def _summary(games: list[Game], answers: list[Answer]) -> dict[str, Any]:
 
 
 def large(n_target: int, n: int, n_coalitions: int, seed: int) -> dict[str, Any]:
-    """Time and memory of the solver where each target sees its own number of features."""
+    """Time and memory of the solver if each target sees a different number of features."""
     generator = _seeded(seed)
     plan = _anchored(plan_pairs(n, n_coalitions, generator=generator))
     scope = Scope(torch.arange(n - n_target, n), torch.full((n_target,), -1))

@@ -1,4 +1,4 @@
-"""The largest difference from a plain loop, on every kind of model that the tests know.
+"""The largest difference from a plain loop, on every kind of model of the tests.
 
     python benchmarks/exactness.py
 
@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def reuse(model: torch.nn.Module) -> dict[str, float | None]:
-    """Per way of reuse the largest difference of values from a loop; None where it is not taken."""
+    """Per kind of reuse the largest difference of values from a loop; None if it is not used."""
     tokens, target = test_reuse.make_rows()
     truth = test_reuse.loop(model, tokens, target)
     found: dict[str, float | None] = {}

@@ -1,4 +1,4 @@
-"""Do metrics of faithfulness put the true causes first? On a language whose causes are known.
+"""Whether faithfulness metrics rank the true causes first, on a language with known causes.
 
     python benchmarks/faithfulness.py [--documents 6] [--seed 0] [--out FILE]
 
@@ -44,7 +44,7 @@ def words(document: Document) -> dict[str, int]:
 def candidates(
     document: Document, word: str, place: int, results: dict[str, Any], draw: torch.Generator
 ) -> dict[str, list[float]]:
-    """Attributions of one word to all segments before it, by name."""
+    """Attributions of one word to all earlier segments, by name."""
     before = [*document.segments("prompt"), *document.segments("continuation")[:place]]
     n = len(before)
     found = {
@@ -98,7 +98,7 @@ def measured(
 
 
 def scores(report: FaithfulnessReport, name: str) -> dict[str, float]:
-    """How much better than chance an attribution is: above 0 is better, whichever the metric."""
+    """Scores of an attribution relative to chance: above 0 is better, for every metric."""
     found = {key.partition("@")[0]: metric for key, metric in report.metrics[name].items()}
     return {
         metric: float(found[metric].value) * (1 if found[metric].higher_is_better else -1)
@@ -107,7 +107,7 @@ def scores(report: FaithfulnessReport, name: str) -> dict[str, float]:
 
 
 def table(reports: Sequence[tuple[str, str, FaithfulnessReport]]) -> list[dict[str, Any]]:
-    """Per kind of absence and metric: what each attribution gets, and where the truth comes out."""
+    """Per kind of absence and metric the score of each attribution, and the rank of the truth."""
     rows: list[dict[str, Any]] = []
     for absence in ABSENCES:
         own = [report for _, kind, report in reports if kind == absence]

@@ -1,4 +1,4 @@
-"""Which view names the passage that an answer came from: direct effects, or shares in the end?
+"""Which view names the passage that an answer came from: direct effects or total shares.
 
     PYTHONPATH=benchmarks python benchmarks/first_view.py [--model smollm2] [--cache FOLDER]
 
@@ -100,7 +100,7 @@ def answer_of(model: Any, tokenizer: Any, content: list[dict[str, str]]) -> torc
 
 
 def log_probability(model: Any, tokenizer: Any, parts: list[str], target: torch.Tensor) -> float:
-    """Of an answer as it is, after a message of these parts."""
+    """Log-probability of an answer after a message of these parts."""
     content = [{"role": "user", "content": "\n\n".join(parts)}]
     ids = tokenizer.apply_chat_template(
         content, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -131,7 +131,7 @@ def shapley(model: Any, tokenizer: Any, parts: list[str], target: torch.Tensor) 
 
 
 def views(result: GenerationAttributionResult) -> dict[str, Any]:
-    """What each view says of the passages and the question."""
+    """Attributions of each view to the passages and the question."""
     n = len(result.output_tokens)
     direct = [0.0] * (N_PASSAGES + 1)
     read = Reading(result, "paragraph")
@@ -151,7 +151,7 @@ def views(result: GenerationAttributionResult) -> dict[str, Any]:
 
 
 def rank(values: list[float], passage: int) -> int:
-    """Of one passage among the passages: 1 is first."""
+    """Rank of one passage among the passages, from 1."""
     return 1 + sum(value > values[passage] for value in values[:N_PASSAGES])
 
 

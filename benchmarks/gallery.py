@@ -1,4 +1,4 @@
-"""Pictures of results of a real model, as they are shown: the page, the plots.
+"""Pictures of results of a real model: page and plots.
 
     python benchmarks/gallery.py               # all, into tutorials/images
     python benchmarks/gallery.py answer flow   # some of them
@@ -37,7 +37,7 @@ def loaded(name: str) -> GenerationAttributionResult:
 
 
 def page(name: str, height: int, *, through: bool = False, **context: Any) -> Image.Image:
-    """What a browser shows of a result at first, or with shares through the answer."""
+    """Screenshot of a result's page, initially or with total shares."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -54,7 +54,7 @@ def page(name: str, height: int, *, through: bool = False, **context: Any) -> Im
 
 
 def plot(draw: Callable[[], Any], dpi: int = 110) -> Image.Image:
-    """What a plot of matplotlib shows."""
+    """Picture of a matplotlib plot."""
     figure = draw()[0]
     picture = io.BytesIO()
     figure.savefig(picture, dpi=dpi, bbox_inches="tight", format="png")

@@ -1,4 +1,4 @@
-"""Gradients of a generated text: what they cost beside captum, and whether they name the causes.
+"""Gradient attributions of generated text: cost relative to captum, and precision on known causes.
 
     python benchmarks/gradients.py [--documents 12] [--runs 3] [--out FILE]
     python benchmarks/gradients.py --model FOLDER [--shape 64 32 2] [--memory]
@@ -54,7 +54,7 @@ SHAPES = [
 
 
 def absences(grammar: Grammar, texts: Sequence[str]) -> dict[str, Absence]:
-    """What stands for absent features: the input's baselines, and arguments of `attribute`."""
+    """Replacements of absent features: the input's baselines, and arguments of `attribute`."""
     same_slot = CorpusBaselines(texts)
     return {
         "zero vector": (None, {}),
@@ -180,7 +180,7 @@ MEMORY = (64, 4, 20)
 
 
 def checkpoint(folder: str, shape: Sequence[int]) -> tuple[Any, Any, Any, torch.Tensor]:
-    """A model, its tokenizer, and a prompt and a target of so many ids."""
+    """A model, its tokenizer, and a prompt and target of given lengths."""
     n_prompt, n_target = shape[:2]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -247,7 +247,7 @@ def real_costs(folder: str, shape: Sequence[int], runs: int) -> dict[str, Any]:
 
 
 def memory(folder: str) -> dict[str, Any]:
-    """The most memory that either takes beside the model, in MB, each in its own process."""
+    """Peak memory of both beyond the model, in MB, each in its own process."""
     found: dict[str, Any] = dict(zip(("prompt", "target", "steps"), MEMORY, strict=True))
     for name in ("captum", "captum, 10 rows a pass", "here"):
         command = [sys.executable, __file__, "--model", folder, "--memory-of", name]
@@ -257,7 +257,7 @@ def memory(folder: str) -> dict[str, Any]:
 
 
 def memory_of(name: str, folder: str) -> float:
-    """The most memory of this process while it attributes, beyond a plain pass, in MB."""
+    """Peak memory of an attribution in this process beyond that of a plain pass, in MB."""
     model, tokenizer, inp, target = checkpoint(folder, MEMORY)
     with torch.no_grad():
         model(input_ids=inp.inp_tensor)

@@ -1,4 +1,4 @@
-"""Do attributions name the true causes? Precision at k on a language whose causes are known.
+"""Precision at k of attributions on a language with known causes.
 
 A tiny model that has learnt the fact grammar continues biographies. For each content word that it
 writes, the grammar knows the k words of the prompt or of the earlier output that decided it. The
@@ -113,7 +113,7 @@ NOT_OF_WORDS = ("corpus span of equal length", "… weighted by the model", "…
 
 @dataclass(frozen=True)
 class Absence:
-    """What stands for an absent feature of the prompt, and of the output.
+    """Replacement of an absent feature of the prompt, and of the output.
 
     Attributes:
         prompt: From a document to the `baselines` of its prompt.
@@ -125,7 +125,7 @@ class Absence:
 
 
 def by_hand(part: Part, unit: Cut = "slot") -> Callable[[Document], list[tuple[str, ...]]]:
-    """Replacement lists from the grammar: what else can stand in each slot, or for a word of it."""
+    """Replacement lists from the grammar: other values of each slot, or of a word of it."""
     return lambda document: [segment.replacements for segment in document.segments(part, unit)]
 
 
@@ -178,7 +178,7 @@ def attribute_inside(
     unit: Cut = "slot",
     seed: int = 0,
 ) -> Any:
-    """Attributes the document's own continuation by a method that looks into the model."""
+    """Attributes the document's own continuation by a white-box method."""
     kind, absence, arguments = WHITE_BOX[name]
     method = kind(model)
     none = Absence(lambda _: None, lambda _: None)
@@ -222,7 +222,7 @@ def against_its_kind(document: Document, tokenizer: Any) -> Callable[[Tensor, Te
 def as_input(
     document: Document, tokenizer: Any, absence: Absence, unit: Cut = "slot"
 ) -> tuple[TextSegmentInput, dict[str, Any]]:
-    """The document's prompt, and what `attribute` is told of its output."""
+    """The document's prompt, and the arguments of `attribute` for its output."""
     spans = [(s.start, s.stop) for s in document.segments("prompt", unit)]
     output = [(s.start, s.stop) for s in document.segments("continuation", unit)]
     inp = TextSegmentInput(
@@ -272,7 +272,7 @@ def precision(
 
 
 def by_chance(document: Document) -> list[float]:
-    """Per generated word that has causes their share of the content words before it."""
+    """Per generated word with causes, their share of the content words before it."""
     starts = {slot.name: slot.start for slot in document.slots}
     return [
         len(causes) / sum(start < starts[word] for start in starts.values())
@@ -291,7 +291,7 @@ def documents(n: int, seed: int, grammar: Grammar | None = None) -> list[Documen
 def folder(
     varied: bool, words: str = "biographies", layers: int = Recipe.layers, seed: int = Recipe.seed
 ) -> Path:
-    """Where the model of a grammar is; one that does not ship is trained if it is not there."""
+    """The model folder of a grammar; a model that is not shipped is trained if missing."""
     recipe = Recipe(varied=varied, words=words, layers=layers, seed=seed)
     if recipe == Recipe():
         return SHIPPED
@@ -357,7 +357,7 @@ def table_inside(
     trained_from: int = Recipe.seed,
     only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """One row per method that looks into the model, and some that do not; or of some alone."""
+    """One row per white-box method, and some others for comparison; or of selected ones."""
     where = folder(varied, layers=layers, seed=trained_from)
     model, tokenizer = load(where)
     grammar = Grammar(varied)
@@ -407,7 +407,7 @@ def _row(given: Sequence[Document], results: Sequence[Any], unit: Cut) -> dict[s
 
 
 def renewed(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """A report with some of its rows measured anew, in the order that it had, or added."""
+    """A report with some rows replaced or added, in the previous order."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         by = ("grammar", "words", "layers", "trained_from", "unit", "method", "absence")

@@ -1,4 +1,4 @@
-"""What a search through paragraphs, sentences and words costs, and what it misses.
+"""Cost and recall of a search through paragraphs, sentences and words.
 
     python benchmarks/hierarchical.py [--prompts 12] [--seed 0]
     python benchmarks/hierarchical.py --model FOLDER --passages 12 [--prompts 3] [--planted]
@@ -48,7 +48,7 @@ def page(grammar: Grammar, draw: random.Random) -> tuple[str, str]:
 
 
 def one(model: Any, tokenizer: Any, prompt: str, target: str) -> dict[str, Any]:
-    """Both methods on a prompt; nothing is drawn, so that they differ in what they open alone."""
+    """Both methods on a prompt; without random draws they differ only in the splits."""
     inp = TextSegmentInput(prompt, tokenizer, ("paragraph", "sentence", "word"), baselines="<unk>")
     found: dict[str, Any] = {}
 
@@ -106,7 +106,7 @@ VARIANTS = {
 
 
 def retrieval(n_passages: int, draw: random.Random) -> tuple[str, str, str]:
-    """A prompt, its answer, and the passage that holds it."""
+    """A prompt, its answer, and the passage that contains it."""
     people = draw.sample([f"{a} {b}" for a in FIRST.split() for b in LAST.split()], n_passages)
     passages = [
         f"{who} is a {draw.choice(WORK.split())} in {draw.choice(CITIES.split())}. "
@@ -122,7 +122,7 @@ def retrieval(n_passages: int, draw: random.Random) -> tuple[str, str, str]:
 
 
 class Remembering(Scorer):
-    """Scores no row twice, whatever method asks: the benchmark's time, not its counts."""
+    """Caches rows across methods, to save the benchmark's time; counts are unaffected."""
 
     known: ClassVar[dict[tuple[int, ...], torch.Tensor]] = {}
 
@@ -190,7 +190,7 @@ def on_checkpoint(folder: str, n_passages: int, prompts: int, seed: int, planted
 
 
 def n_asked(result: Any) -> int:
-    """Rows of a plan: remembered ones count."""
+    """Number of rows of a plan, including cached ones."""
     return len(result.masks.unique(dim=0))
 
 

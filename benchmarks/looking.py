@@ -1,4 +1,4 @@
-"""What it costs to look at a result and to keep it: the page, the heat map, the file.
+"""Costs of displaying and saving a result: the page, the heat map, the file.
 
     python benchmarks/looking.py            # the numbers, into results/looking.json
 
@@ -57,7 +57,7 @@ HOVER = """async (i) => {
 
 
 def made(n_prompt: int, n_target: int, n_coalitions: int = 16) -> GenerationAttributionResult:
-    """A result of random numbers that adds up."""
+    """A complete result with random numbers."""
     draw = torch.Generator().manual_seed(0)
     words = [f" word{i}" for i in range(n_prompt)], [f" said{i}" for i in range(n_target)]
     attr = torch.randn(n_target, n_prompt, generator=draw)
@@ -152,7 +152,7 @@ def opened(folder: Path) -> dict[str, Any]:
 
 
 def worked(devtools: Any) -> float:
-    """Processor seconds of the page's thread so far, which other programs do not lengthen."""
+    """Processor seconds of the page's thread so far, independent of other programs."""
     metrics = devtools.send("Performance.getMetrics")["metrics"]
     return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 

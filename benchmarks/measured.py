@@ -1,4 +1,4 @@
-"""Models, texts, times and counts that the benchmarks of speed share."""
+"""Models, texts, times and counts shared by the benchmarks of speed."""
 
 import gc
 import time
@@ -23,7 +23,7 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def in_turn(candidates: dict[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Times of every candidate: one of each, then again."""
+    """Times of all candidates, run alternately."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(runs):
         for name, function in candidates.items():
@@ -33,7 +33,7 @@ def in_turn(candidates: dict[str, Callable[[], object]], runs: int) -> dict[str,
 
 
 def kilobytes(name: str) -> int:
-    """What Linux says of this process's memory."""
+    """Memory of this process as reported by Linux."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith(name + ":"))
 
@@ -59,7 +59,7 @@ def llama(layers: int = 8, hidden: int = 512, vocabulary: int = 32000) -> LlamaF
 
 
 class Counting(Scorer):
-    """Remembers the latest scorer and all rows it was given."""
+    """Stores the latest scorer and all rows passed to it."""
 
     latest: "Counting"
 

@@ -1,4 +1,4 @@
-"""Activation patching beside nnsight, on one model: effects of every layer and place, and gains.
+"""Activation patching beside nnsight on one model: effects of every layer and position, and gains.
 
     pip install nnsight
     python benchmarks/patching_oracle.py

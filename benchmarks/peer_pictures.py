@@ -1,4 +1,4 @@
-"""One answer over four passages as other tools show it: pictures, into tutorials/images/peers.
+"""One answer over four passages as displayed by other tools: pictures for tutorials/images/peers.
 
     PYTHONPATH=benchmarks python benchmarks/peer_pictures.py --model FOLDER      # all that is here
     PYTHONPATH=benchmarks python benchmarks/peer_pictures.py captum shap         # some: no model
@@ -35,7 +35,7 @@ N_ABLATIONS = 64
 
 
 def shown(html: str, clicked: str | None = None) -> Image.Image:
-    """What a browser shows of a piece of HTML, once this text is clicked."""
+    """Screenshot of a piece of HTML after a click on this text."""
     from looking import FLAGS, chromium
     from playwright.sync_api import sync_playwright
 
@@ -148,7 +148,7 @@ OF_MODELS = ("inseq", "context_cite")
 
 
 def main() -> None:
-    """Draws what can be drawn here."""
+    """Draws the pictures whose packages are installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
     parser.add_argument("--model", default="smollm2")

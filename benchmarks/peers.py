@@ -1,4 +1,4 @@
-"""What attribution costs beside other packages, each run as its own documentation tells."""
+"""Cost of attribution beside other packages, each used as its documentation describes."""
 
 import importlib.util
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""What coarser numbers and a surrogate save on a real model, and at what error.
+"""Savings and errors of reduced precision and of a surrogate on a real model.
 
     python benchmarks/precision.py --model FOLDER [--part bare …] [--threads 1]
 
@@ -213,7 +213,7 @@ def two_levels_exact(subject: Subject, runs: int) -> list[Row]:
 
 
 def played(truth: Any, only: Any) -> dict[str, list[float]]:
-    """Squared errors, relative, of many draws of coalitions, from the values of all of them."""
+    """Relative squared errors over many samples of coalitions, from the values of all of them."""
     masks = truth.masks
     n = masks.shape[1] - (truth.output_attr.shape[1] if truth.output_attr is not None else 0)
     codes = 2 ** torch.arange(n)
@@ -250,12 +250,12 @@ def played(truth: Any, only: Any) -> dict[str, list[float]]:
 
 
 def nearest(corrected: list[int]) -> int:
-    """Of the sizes that were played, that of most runs."""
+    """The most frequent of the sizes that were used."""
     return min(SIZES, key=lambda size: abs(size - median(corrected)))
 
 
 def many_features(subject: Subject, runs: int) -> list[Row]:
-    """More features than can be enumerated: errors are those that are told, over the seeds."""
+    """More features than can be enumerated: reported errors over the seeds."""
     text, target = subject.prompt(53), subject.target()
     attributions = {
         name: GenerationAttribution(
@@ -313,7 +313,7 @@ def many_features(subject: Subject, runs: int) -> list[Row]:
 
 
 def solver(subject: Subject, runs: int) -> list[Row]:
-    """How long the solver takes of a whole attribution."""
+    """Time of the solver relative to a whole attribution."""
     del runs
     taken = 0.0
     solved = sampling.solved

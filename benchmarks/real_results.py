@@ -1,4 +1,4 @@
-"""Results of a real model on prompts as people write them, for tests and pictures to look at.
+"""Results of a real model on realistic prompts, for tests and pictures.
 
     PYTHONPATH=benchmarks python benchmarks/real_results.py   # writes tests/data/rag.safetensors …
     PYTHONPATH=benchmarks python benchmarks/real_results.py chat     # one of them

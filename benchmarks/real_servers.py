@@ -1,4 +1,4 @@
-"""What the rungs of the ladder are worth on servers that people run.
+"""The rungs of the ladder on real servers.
 
     python benchmarks/real_servers.py MODEL_FOLDER [--gguf FILE] [--python NAME=PYTHON ...]
         [--prompts N] [--only NAME ...] [--cache FILE]
@@ -97,7 +97,7 @@ SERVERS: dict[str, tuple[str, Callable[[argparse.Namespace, int], list[str]]]] =
 
 
 def main() -> None:
-    """Asks every server that is there, and writes what was found."""
+    """Queries every installed server, and writes the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--gguf")
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
-    """Writes what was found until now, beside other servers, without names of this machine."""
+    """Writes the results so far beside those of other servers, without names of this machine."""
     held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     others = {k: v for k, v in held.get("servers", {}).items() if k not in given.only}
     content = {
@@ -171,7 +171,7 @@ def keep(path: Path, found: dict[str, Any], given: argparse.Namespace) -> None:
 
 
 class Kept:
-    """What was found of single prompts, in a file of lines, for runs that are broken off."""
+    """Results of single prompts in a file of JSON lines, so that runs resume."""
 
     def __init__(self, path: Path | None) -> None:
         self._path, self._known = path, {}
@@ -204,7 +204,7 @@ def asked(
     n_prompts: int,
     known: Callable[..., dict[str, Any]],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every rung by both endpoints: ``("chat top-k", {…})`` and so on."""
+    """Every rung through both endpoints: ``("chat top-k", {…})`` and so on."""
     endpoints = {
         "completions": lambda: CompletionsProvider(url, name, **SETTINGS),
         "chat": lambda: ChatProvider(name, api_url=url, **SETTINGS),
@@ -260,7 +260,7 @@ def asked(
 def mistaken(
     url: str, name: str, known: Callable[..., dict[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What users get wrong: the error that it comes to, and after how many seconds."""
+    """Typical user errors: the resulting error, and the seconds until it."""
     other = url.replace("/v1", "/v2")
     nobody = f"http://127.0.0.1:{_free_port()}/v1"
     cases: dict[str, Callable[[], Any]] = {

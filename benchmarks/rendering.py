@@ -1,4 +1,4 @@
-"""What rendering and bookkeeping cost beside the model itself.
+"""Cost of rendering and bookkeeping relative to the model.
 
     python benchmarks/rendering.py
 
@@ -35,7 +35,7 @@ def timed(function: Callable[[], object]) -> float:
 
 
 class Silent(torch.nn.Module):
-    """Answers at once, with logits of the right shape: what is left is everything else."""
+    """A model that returns logits of the right shape at once, to time everything else."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""ROAR for generated text: what is lost when the features that a method ranks highest are removed?
+"""ROAR for generated text: loss after removing the features that a method ranks highest.
 
     python benchmarks/roar.py [--documents 24] [--methods NAME ...] [--retrain METHOD/KIND/K ...]
 
@@ -100,7 +100,7 @@ DECIDED = {"name": "pronoun", "occupation": "A", "city": "B", "state": "C"}
 
 @dataclass(frozen=True)
 class Fact:
-    """What a fact of the prompt decides, and how well chance does without it.
+    """The words determined by a fact of the prompt, and the loss of guessing without it.
 
     Attributes:
         seen: Probability of the word that depends on it, where it is read and fits.
@@ -114,7 +114,7 @@ class Fact:
 
 
 def facts(grammar: Grammar) -> dict[str, Fact]:
-    """The facts that something depends on, given what was written before.
+    """The facts that later words depend on, given the words before.
 
     C depends on occupation and state, and the occupation is known from A, which was written: to C
     the state alone makes a difference. D depends on A.
@@ -164,7 +164,7 @@ def least_loss(law: Law, kind: Kind, known: Mapping[str, Fact]) -> float:
 
 
 def removed(document: Document, which: Sequence[int], kind: Kind, rng: random.Random) -> Document:
-    """The document without some segments of its prompt, its other slots where they then are.
+    """The document without some segments of its prompt.
 
     Args:
         document: A biography.
@@ -198,12 +198,12 @@ def removed(document: Document, which: Sequence[int], kind: Kind, rng: random.Ra
 
 
 def layout(document: Document) -> tuple[str | None, ...]:
-    """Which facts are there, in order; documents of one layout have the same segments."""
+    """The facts present, in order; documents of one layout have the same segments."""
     return tuple(segment.slot for segment in document.segments("prompt"))
 
 
 class Ranking:
-    """The order in which a method has the prompt's segments, of some documents.
+    """A method's order of the prompt's segments, for some documents.
 
     Args:
         orders: Per document its segments, the highest first.
@@ -220,7 +220,7 @@ class Ranking:
         return [rng.choice(self._orders[layout(document)]) for document in given]
 
     def laws(self, k: int, known: Mapping[str, Fact]) -> list[tuple[float, Law]]:
-        """Per layout its share, and how often which facts are removed."""
+        """Per layout its share, and how often each fact is removed."""
         total = sum(map(len, self._orders.values()))
         found: list[tuple[float, Law]] = []
         for slots, orders in self._orders.items():
@@ -237,7 +237,7 @@ class Ranking:
 
 
 class BySaliency:
-    """The order of every text by itself, by `LayerSaliency` with its L2 norm.
+    """The order for each text by `LayerSaliency` with the L2 norm.
 
     In batches, which many thousand texts need; the test holds it against the package's own.
     """
@@ -298,7 +298,7 @@ class BySaliency:
 
 
 class ByLeaveOneOut:
-    """The order of every text by itself, by what other words of its slot in place of each fact do.
+    """The order for each text by the effect of replacing each fact by other values of its slot.
 
     One draw a fact. What it does to the content words is added up, whatever its sign, as in the
     rankings of the documents that were attributed. Words that never change do nothing.
@@ -347,7 +347,7 @@ EACH_TEXT: dict[str, Callable[[], BySaliency | ByLeaveOneOut]] = {
 
 
 def curve(ranking: Ranking, kind: Kind, known: Mapping[str, Fact]) -> list[float]:
-    """The least loss without the first 0, 1, … features."""
+    """The least loss after removing the first 0, 1, … features."""
     return [
         sum(share * least_loss(law, kind, known) for share, law in ranking.laws(k, known))
         for k in range(MOST + 1)
@@ -355,7 +355,7 @@ def curve(ranking: Ranking, kind: Kind, known: Mapping[str, Fact]) -> list[float
 
 
 def per_word(ranking: Ranking, known: Mapping[str, Fact]) -> dict[str, list[float]]:
-    """What each word has of the least loss where facts are masked, by features removed.
+    """Each word's part of the least loss with masked facts, by number of features removed.
 
     Masked, a fact says nothing of another one: losses add up.
     """
@@ -363,7 +363,7 @@ def per_word(ranking: Ranking, known: Mapping[str, Fact]) -> dict[str, list[floa
 
 
 def random_curve(given: Sequence[Document], kind: Kind, known: Mapping[str, Fact]) -> list[float]:
-    """The same where all orders of the features are equally likely."""
+    """The expected curve of a random order."""
     losses: list[float] = []
     for k in range(MOST + 1):
         each: list[float] = []
@@ -382,7 +382,7 @@ def random_curve(given: Sequence[Document], kind: Kind, known: Mapping[str, Fact
 
 
 def oracle(given: Sequence[Document], known: Mapping[str, Fact]) -> Ranking:
-    """The facts in the order of what they are worth, then all else."""
+    """The facts by decreasing value, then everything else."""
     worth = {name: math.log(fact.seen / fact.unseen) for name, fact in known.items()}
     orders = [
         sorted(range(len(slots)), key=lambda i, slots=slots: -worth.get(slots[i] or "", 0.0))
@@ -392,7 +392,7 @@ def oracle(given: Sequence[Document], known: Mapping[str, Fact]) -> Ranking:
 
 
 def order(document: Document, result: Any) -> list[int]:
-    """The prompt's segments by what all content words owe to them, the highest first."""
+    """The prompt's segments by decreasing attribution summed over all content words."""
     n = len(layout(document))
     slots = [segment.slot for segment in document.segments("continuation")]
     strength = torch.zeros(n, dtype=torch.float64)
@@ -404,7 +404,7 @@ def order(document: Document, result: Any) -> list[int]:
 
 
 def rankings(given: Sequence[Document], names: Sequence[str]) -> dict[str, Ranking]:
-    """Of these methods."""
+    """Rankings of the given methods."""
     model, tokenizer = load()
     grammar = Grammar()
     known = absences(grammar, corpus())
@@ -435,7 +435,7 @@ def retrained(
     steps: int,
     texts: int,
 ) -> dict[str, Any]:
-    """The content loss of a model that was trained, and is tested, without what is ranked highest.
+    """Content loss of a model trained and tested without the features ranked highest.
 
     Args:
         ranking: Of a method.

@@ -1,4 +1,4 @@
-"""A local model behind OpenAI's chat completions, for measurements against its exact values.
+"""A local model behind OpenAI's chat completions API, for measurements against its exact values.
 
 What was said is read as plain text, which small models continue better than they answer, or by the
 chat template.
@@ -17,7 +17,7 @@ _KEPT = 100  # distributions over the vocabulary
 
 
 class Served:
-    """A model that is asked over HTTP, on this machine.
+    """A model served over HTTP on this machine.
 
     Args:
         model: A causal language model.
@@ -61,7 +61,7 @@ class Served:
         self._http.server_close()
 
     def ids(self, messages: list[dict[str, str]], begun: str = "") -> list[int]:
-        """What the model reads of a chat."""
+        """The token ids of a chat as read by the model."""
         if self._is_chat:
             ids = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False
@@ -72,7 +72,7 @@ class Served:
         return ids + self._tokenizer.encode(begun, add_special_tokens=False)
 
     def log_probs(self, ids: list[int]) -> torch.Tensor:
-        """Of the token after ids, shape ``(n_vocabulary,)``, float64.
+        """Log-probabilities of the next token, shape ``(n_vocabulary,)``, float64.
 
         What the last ids that were read whole begin with is not read again, nor what was asked
         for lately.
@@ -100,7 +100,7 @@ class Served:
         return (self._known[more] if more else logits).double().log_softmax(-1)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        """What the endpoint answers."""
+        """The endpoint's response."""
         messages = list(body["messages"])
         begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
         ids = self.ids(messages, begun)
@@ -136,7 +136,7 @@ class Served:
     def _cumulated(
         self, key: tuple[int, ...], told: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        """Probabilities of all tokens up to each, of which many are drawn."""
+        """Cumulative probabilities of all tokens, for sampling."""
         if (key, temperature) not in self._shares:
             self._shares[key, temperature] = (told / temperature).softmax(-1).cumsum(-1)
         return self._shares[key, temperature]

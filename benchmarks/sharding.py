@@ -1,4 +1,4 @@
-"""How well processes share the work, what that costs one alone, and what kills leave behind.
+"""Speed-up by processes, their overhead, and recovery after kills.
 
 Writes ``results/sharding.json``. On a quiet machine with two cores: about ten minutes, less with
 ``--only scaling --size small``. Speed-ups are told in seconds, which need a machine that does
@@ -88,14 +88,14 @@ def shapes_of(model: Any, attributes: Callable[[], Any]) -> list[torch.Size]:
 
 @torch.no_grad()
 def forwards(model: Any, shapes: list[torch.Size]) -> None:
-    """Nothing but forwards, of batches of these shapes."""
+    """Plain forwards of batches of these shapes."""
     for shape in shapes:
         ids = torch.zeros(shape, dtype=torch.long)
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 def worker(out: Path, rows: int, size: str, repeats: int) -> None:
-    """One of two processes; each thing is done by the first alone and then by both, in turn.
+    """One of two processes; each task is done by one alone and by both, alternately.
 
     While the first works alone the other waits at a collective, which takes no processor time.
     """
@@ -137,7 +137,7 @@ def worker(out: Path, rows: int, size: str, repeats: int) -> None:
 
 
 def scaling(rows: int, size: str, repeats: int) -> dict[str, Any]:
-    """Two processes beside one, with a thread each, and what the machine has to give to two."""
+    """Two processes beside one, a thread each, and the speed-up that the machine allows."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -186,7 +186,7 @@ def scaling(rows: int, size: str, repeats: int) -> dict[str, Any]:
 
 
 def overhead(rows: int) -> dict[str, Any]:
-    """An accelerator of one process beside none, in turn, in one process."""
+    """An accelerator of one process beside none, alternately in one process."""
     from accelerate import Accelerator
 
     model, tokenizer = made()
@@ -206,7 +206,7 @@ def overhead(rows: int) -> dict[str, Any]:
 
 
 def kills() -> dict[str, Any]:
-    """A file of prompts, killed at random and started again until it is through."""
+    """A file of prompts, killed at random and restarted until it is complete."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = [

@@ -1,4 +1,4 @@
-"""SMILE beside Lime: what is lost where a model tells nothing but text?
+"""SMILE beside Lime: accuracy if the model returns text only.
 
 Prompts of the fact grammar, cut into six spans: the four facts that the answer depends on and two
 that it does not. Of the four that a method ranks highest for the whole answer, how many are facts
@@ -72,14 +72,14 @@ def prompts(n: int, seed: int) -> list[tuple[Document, list[Segment]]]:
 
 
 def strengths(result: Any) -> torch.Tensor:
-    """How much the whole answer owes to each feature of the prompt."""
+    """Attribution of the whole answer to each feature of the prompt."""
     if len(result.token_attr) == 1:  # by answers
         return result.token_attr[0].double()
     return result.seq_attr.double()[: result.token_attr.shape[1]]
 
 
 def explain(attribution: Any, inp: Any, n_samples: int, n_new: int) -> tuple[Any, float]:
-    """A result and the processor's seconds."""
+    """A result and its processor seconds."""
     given: dict[str, Any] = {"gen_args": {"max_new_tokens": n_new}}
     if not isinstance(attribution.attr_method, FeatureAblation):
         given["n_samples"] = n_samples
@@ -118,7 +118,7 @@ def on_the_grammar(n: int, n_samples: int, seed: int) -> list[dict[str, Any]]:
 def on_a_checkpoint(
     folder: str, names: Sequence[str], absences: Sequence[str], n_samples: int, n_new: int
 ) -> dict[str, Any]:
-    """What each method says of the sentences of a request."""
+    """Attributions of each method to the sentences of a request."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -146,7 +146,7 @@ def on_a_checkpoint(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes what was measured as JSON; what was not measured again stays."""
+    """Writes the JSON; entries that were not measured again stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=6, help="0: not of the grammar")
     parser.add_argument("--samples", type=int, default=96)

@@ -1,4 +1,4 @@
-"""How many evaluations `stop="top3"` saves, and what the sets that it lets pass are worth.
+"""Evaluations saved by `stop="top3"`, and accuracy of the sets it accepts.
 
 On games with known Shapley values: evaluations per feature where the rule stops (at most what a
 run without it takes, 16), how often a set that it let pass misses a feature by more than the
@@ -51,7 +51,7 @@ PROMPTS = (
 
 
 def solutions(game: games.Game, n: int, seed: int) -> Iterator[tuple[int, Solution]]:
-    """What is known after each round, with the coalitions that it took."""
+    """The solution after each round, with the coalitions so far."""
     generator = torch.Generator().manual_seed(seed)
     plan = join_plans([plan_anchors(n), plan_pairs(n, 2 * n, generator=generator)])
     while True:
@@ -64,7 +64,8 @@ def solutions(game: games.Game, n: int, seed: int) -> Iterator[tuple[int, Soluti
 
 
 def lost(truth: Tensor, found: Tensor, k: int) -> float:
-    """How much stronger a feature left out is than one in the set, over the range."""
+    """Excess of the strongest omitted feature over the weakest in the set, relative to the
+    range."""
     sizes = truth.abs()
     chosen = found.abs().argsort(descending=True)[:k]
     kth = sizes.sort(descending=True).values[k - 1]

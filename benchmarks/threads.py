@@ -1,4 +1,5 @@
-"""Attributions of one model in several threads, while others use it: what comes out differently?
+"""Attributions of one model in several threads, beside other uses: differences from sequential
+runs.
 
 Every thread's results are held against those of the same calls one after another. Forwards and
 generated texts of the threads that merely use the model must be the same to the last bit.
@@ -68,7 +69,7 @@ def model_of(name: str, vocab_size: int) -> Any:
 def attributions(
     model: Any, tokenizer: Any, prompt: str = PROMPT, answer: str = ANSWER
 ) -> dict[str, Call]:
-    """What is attributed, and in which ways rows are read."""
+    """The attributions, and the kinds of reuse."""
     inp = TextSegmentInput(prompt, tokenizer, "word", baselines="delete")
     target = tokenizer.encode(answer, add_special_tokens=False)
 
@@ -116,7 +117,7 @@ def attributions(
 
 
 def uses(model: Any, tokenizer: Any) -> dict[str, Call]:
-    """What other threads do with the model meanwhile."""
+    """Uses of the model by other threads at the same time."""
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     batch = torch.cat([ids, ids.roll(3, 1)])
     mask = torch.ones_like(batch)
@@ -149,7 +150,7 @@ def uses(model: Any, tokenizer: Any) -> dict[str, Call]:
 def in_threads(
     own: dict[str, Call], others: dict[str, Call], n_own: int, n_others: int, n_threads: int
 ) -> dict[str, Any]:
-    """Counts of what came out, in half of the threads attributions and in the others uses.
+    """Counts of outcomes, with attributions in half of the threads and other uses in the rest.
 
     Args:
         own: Attributions.

@@ -1,4 +1,4 @@
-"""What attribution costs beside captum, beside the bare model, and how that grows.
+"""Cost of attribution relative to captum and to the bare model, and its growth.
 
     python benchmarks/throughput.py [--threads 1] [--runs 5] [--part beside_captum …]
     python benchmarks/throughput.py --model FOLDER [--length 53 …] [--runs 1]
@@ -130,7 +130,7 @@ def beside_captum(runs: int) -> dict[str, Any]:
 
 
 def bare_forwards(model: Any, lengths: list[int]) -> Callable[[int], None]:
-    """The model alone on as many positions: rows of these lengths, 16 in a batch.
+    """The model alone on as many positions: rows of these lengths, in batches of 16.
 
     Args:
         lengths: The whole row, then what each other row does not share with it.
@@ -216,7 +216,7 @@ def on_checkpoint(folder: str, n_prompt: int, runs: int) -> dict[str, Any]:
 
 
 def permutations_of_groups() -> dict[str, Any]:
-    """Positions that 25 orders of 32 groups take: a matter of counting."""
+    """Positions of 25 orders of 32 groups, by counting."""
     draw = random.Random(0)
     per = P // 32
     ids = [draw.randrange(4, 32000) for _ in range(P + T - 1)]
@@ -265,7 +265,7 @@ def permutations_of_groups() -> dict[str, Any]:
 
 
 def growth(runs: int) -> dict[str, Any]:
-    """Exponents of the cost, step by step, as one size grows and the others stay."""
+    """Exponents of the cost as one size grows and the others are constant."""
     model = llama(4, 256, 8000)
     tokenizer, ids = texts(5000)
 

@@ -1,4 +1,4 @@
-"""Is the last word owed to the fact that it can only have come from by way of another word?
+"""Total attribution on documents whose last word depends on a fact through another word only.
 
 In the fact grammar D, the last word, depends on A alone, which was written before it, and A on the
 occupation. Two questions, on as many documents as are asked for:
@@ -47,7 +47,7 @@ NO_CAUSES = ("name", "city", "state")  # of D, by no way
 
 
 def shares(given: Sequence[Document], method: str) -> dict[str, Any]:
-    """What D owes to the occupation, directly and in the end."""
+    """Shares of D attributed to the occupation, direct and total."""
     model, tokenizer = load()
     known = absences(Grammar(), corpus())
     rows: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def shares(given: Sequence[Document], method: str) -> dict[str, Any]:
 
 
 class Exactly:
-    """Expected log-probability of D after a prompt, by trying every A.
+    """Expected log-probability of D after a prompt, by enumerating every A.
 
     Args:
         document: A biography whose prompt ends before A.
@@ -111,14 +111,14 @@ class Exactly:
         return float(likely.softmax(0) @ said)
 
     def effect(self, slot: str) -> float:
-        """What replacing a fact by each other one does, on average."""
+        """Mean effect of replacing a fact by each other one."""
         fact = self._document.slot(slot)
         others = [other for other in fact.alternatives if other != fact.text]
         prompts = [self._document.edited(slot, other).prompt for other in others]
         return self.expected(self._document.prompt) - mean(map(self.expected, prompts))
 
     def _log_probs(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """Of texts after others, in one pass; what is padded on the right is not looked at."""
+        """Log-probabilities of texts after others, in one padded pass."""
         encode = self._tokenizer
         rows = [
             (encode(text)["input_ids"], encode(said, add_special_tokens=False)["input_ids"])
@@ -136,7 +136,7 @@ class Exactly:
 
 
 def causal(given: Sequence[Document], n_samples: int) -> dict[str, Any]:
-    """`total_effect` beside the exact number."""
+    """`total_effect` beside the exact value."""
     model, tokenizer = load()
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     rows: list[dict[str, Any]] = []

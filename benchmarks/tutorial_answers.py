@@ -1,4 +1,4 @@
-"""What a real model said: runs the tutorials that take a `MODEL` and keeps their results.
+"""Runs the tutorials that take a `MODEL` on a real model and stores their results.
 
     PYTHONPATH=benchmarks python benchmarks/tutorial_answers.py          # all of them
     PYTHONPATH=benchmarks python benchmarks/tutorial_answers.py 09_chats

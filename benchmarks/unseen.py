@@ -57,7 +57,7 @@ TOLD = 2_000
 
 @dataclass(frozen=True)
 class Asked:
-    """One feature of a document, and what it may be replaced by.
+    """One feature of a document, and a test of replacements for it.
 
     Attributes:
         slot: Where it stands.
@@ -117,7 +117,7 @@ def learn(language: Invented, out: Path) -> None:
 
 
 def known(language: Invented) -> tuple[Any, Any]:
-    """The model of a language and its tokenizer; trained if they are not there."""
+    """The model of a language and its tokenizer; trained if missing."""
     folder = Path(__file__).parent / "models" / f"invented-{language.name}"
     if not (folder / "model.safetensors").exists():  # written last
         learn(language, folder)
@@ -127,7 +127,7 @@ def known(language: Invented) -> tuple[Any, Any]:
 def accuracy(
     language: Invented, model: Any, tokenizer: Any, purpose: str = "held out", n: int = 200
 ) -> dict[str, float]:
-    """How often the likeliest text of a generated slot is what its causes decide.
+    """How often the likeliest text of a generated slot is the one that its causes determine.
 
     For A, of which several are allowed: how often it has half of the probability it should have.
     """
@@ -181,7 +181,7 @@ def asked(language: Invented, document: Document, unit: str) -> Iterator[Asked]:
 
 
 def _parts(text: str, unit: str) -> set[str]:
-    """What may stand for a filler, or for a word of it: any words of another one."""
+    """Possible replacements of a filler, or of a word of it: any words of another one."""
     words = text.split()
     if unit != "word":
         return {text}

@@ -1,4 +1,4 @@
-"""What methods that look into a model cost on a real one: passes, time and memory.
+"""Cost of white-box methods on a real model: passes, time and memory.
 
     python benchmarks/white_box.py [--model smollm2] [--prompt 50 --prompt 1000] [--target 30]
     python benchmarks/white_box.py --reconstruction
@@ -87,7 +87,7 @@ def memory(field: str) -> float:
 
 
 def measured(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds of the processor, and the peak of memory beyond what was held before."""
+    """Processor seconds, and peak memory beyond that held before."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before, start = memory("VmRSS"), time.process_time()
     run()
@@ -95,7 +95,7 @@ def measured(run: Callable[[], object]) -> dict[str, float]:
 
 
 class Counted:
-    """Positions that a model reads."""
+    """Number of positions that a model computes."""
 
     def __init__(self, model: Any) -> None:
         self._layer = model.get_input_embeddings()
@@ -115,7 +115,7 @@ class Counted:
 def table(
     model: Any, tokenizer: Any, n_prompt: int, n_target: int, methods: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """One row per method, as it is found."""
+    """One row per method."""
     ids = tokenizer.encode(" ".join(TEXTS.read_text(encoding="utf-8").split()))
     while len(ids) < n_prompt + n_target:
         ids = ids + ids
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What is measured once."""
+    """The key of a measurement."""
     by = ("architecture", "model", "dtype", "prompt", "target", "method")
     return tuple(row.get(name) for name in by)
 

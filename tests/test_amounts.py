@@ -28,7 +28,7 @@ PACKAGE = Path(captum_llm_ext.__file__).parent
         (None, 2, " ± ?"),
     ],
 )
-def test_an_error_is_told_as_zero_nowhere(error, decimals, told):
+def test_small_errors_are_never_printed_as_zero(error, decimals, told):
     assert plus_minus(error, decimals) == told
 
 
@@ -45,15 +45,15 @@ def test_an_error_is_told_as_zero_nowhere(error, decimals, told):
         (1.0, None, "100 ± ? %"),
     ],
 )
-def test_a_share_is_told_as_zero_only_where_it_is(share, error, told):
+def test_only_zero_shares_are_printed_as_zero(share, error, told):
     assert percent(share, error) == told
 
 
-def test_a_cause_says_how_small_its_error_is():
+def test_cause_prints_small_errors_as_a_bound():
     assert str(Cause("Palm", 10.74, 0.001, 0, is_output=False)) == "Palm +10.74 ± <0.01"
 
 
-def test_one_place_writes_what_stands_behind_an_estimate():
+def test_standard_errors_are_formatted_in_one_module():
     """Elsewhere ``±`` is in sentences about errors, not before a number."""
     writes = {
         str(path.relative_to(PACKAGE))

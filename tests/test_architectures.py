@@ -52,7 +52,7 @@ def test_rows_of_unequal_length_equal_a_plain_loop(name, build, tokenizer):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_batch_size_does_not_matter(model, tokenizer, rows):
+def test_values_are_independent_of_batch_size(model, tokenizer, rows):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     assert largest_difference(model, tokenizer, inp, None, perturbations_per_eval=rows) < 1e-4
 

@@ -54,7 +54,7 @@ def weights_of(name, dtype, ids):
 
 
 @pytest.mark.parametrize("name", READ)
-def test_weights_and_rollout_are_those_of_the_weights_given_out(name, tokenizer):
+def test_weights_and_rollout_follow_from_returned_attentions(name, tokenizer):
     ids = ids_of(tokenizer)
     model = architectures.build(name, dtype=torch.float64)
     layers = weights_of(name, torch.float64, ids)
@@ -75,7 +75,7 @@ def test_weights_and_rollout_are_those_of_the_weights_given_out(name, tokenizer)
 
 
 @pytest.mark.parametrize("name", READ)
-def test_parts_are_made_wherever_attention_is_read(name, tokenizer):
+def test_value_norm_and_alti_rows_are_distributions(name, tokenizer):
     """That they sum to what the layer adds is checked on every call."""
     model = architectures.build(name)
     for kind in ("values", "alti"):
@@ -85,7 +85,7 @@ def test_parts_are_made_wherever_attention_is_read(name, tokenizer):
         assert (rows.triu(1) == 0).all()
 
 
-def test_what_goes_to_sinks_is_no_places_and_stands_beside_fixed_text(tokenizer):
+def test_attention_sinks_count_as_fixed_text(tokenizer):
     model = architectures.build("gpt-oss", dtype=torch.float64)
     ids = ids_of(tokenizer)
     layers = weights_of("gpt-oss", torch.float64, ids)
@@ -116,7 +116,7 @@ def test_what_goes_to_sinks_is_no_places_and_stands_beside_fixed_text(tokenizer)
     assert torch.allclose(heads.fixed.mean().double(), expected, atol=1e-6)
 
 
-def test_a_model_loaded_with_the_attention_that_is_read_is_read(tokenizer):
+def test_model_loaded_with_eager_attention(tokenizer):
     """Falcon with alibi: eager attention scales it, the usual one does not."""
     given = architectures.build("falcon, alibi").config
     own = transformers.AutoModelForCausalLM.from_config(given, attn_implementation="eager").eval()
@@ -127,7 +127,7 @@ def test_a_model_loaded_with_the_attention_that_is_read_is_read(tokenizer):
     assert (AttentionWeights(own).map(ids[0]) - mean).abs().max() < 1e-6
 
 
-def test_parts_are_those_made_by_hand(tokenizer):
+def test_value_contributions_equal_a_plain_loop(tokenizer):
     """Grouped heads, value by value, through the projection; a plain loop."""
     model = tiny.llama(len(tokenizer)).double()
     ids = ids_of(tokenizer)
@@ -178,7 +178,7 @@ def test_parts_are_those_made_by_hand(tokenizer):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_attend_is_refused(name, tokenizer):
+def test_models_without_attention_are_refused(name, tokenizer):
     model = architectures.build(name)
     for method in (AttentionWeights(model), AttentionRollout(model, "alti")):
         with pytest.raises(ValueError, match=REFUSED[name]):
@@ -186,7 +186,7 @@ def test_what_does_not_attend_is_refused(name, tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["token", "word"])
-def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
+def test_token_uses_the_row_of_the_preceding_position(unit, tokenizer):
     model = tiny.llama(len(tokenizer))
     inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines="delete")
     method = AttentionRollout(model, "alti")
@@ -211,7 +211,7 @@ def test_a_token_has_the_row_of_the_place_before_it(unit, tokenizer):
 
 @pytest.mark.parametrize("name", ["llama", "gemma 3, sliding window", "gpt2"])
 @pytest.mark.parametrize("unit", ["token", "word"])
-def test_heads_of_one_token_are_the_rows_that_transformers_gives_out(name, unit, tokenizer):
+def test_heads_of_one_token_equal_transformers_attentions(name, unit, tokenizer):
     model = architectures.build(name)
     inp = TextSegmentInput(PROMPT, tokenizer, unit, baselines="delete")
     attribution = GenerationAttentionAttribution(AttentionWeights(model), tokenizer)
@@ -236,7 +236,7 @@ def test_heads_of_one_token_are_the_rows_that_transformers_gives_out(name, unit,
         attribution.by_head(inp, target, len(target))
 
 
-def test_the_drawing_of_heads_has_a_row_for_each_and_a_column_for_fixed_text(tokenizer):
+def test_head_plot_has_a_row_per_head_and_a_fixed_text_column(tokenizer):
     model = tiny.llama(len(tokenizer))
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttentionAttribution(AttentionRollout(model), tokenizer)
@@ -254,7 +254,7 @@ def test_the_drawing_of_heads_has_a_row_for_each_and_a_column_for_fixed_text(tok
     assert ax.get_title(loc="left").startswith("Attention where")
 
 
-def test_layers_of_fewer_heads_leave_theirs_unknown():
+def test_missing_heads_are_nan():
     weights = torch.full((2, 3, 4), 0.2)
     weights[1, 2] = torch.nan
     fixed = torch.full((2, 3), 0.2)
@@ -265,7 +265,7 @@ def test_layers_of_fewer_heads_leave_theirs_unknown():
     assert len(ax.get_images()) == 2  # nothing was generated before
 
 
-def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):
+def test_results_are_saved_shown_and_generated(tokenizer, tmp_path):
     model = tiny.llama(len(tokenizer))
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     inp = ChatInput(
@@ -288,7 +288,7 @@ def test_results_are_saved_and_shown_and_texts_generated(tokenizer, tmp_path):
     assert (held.fixed_attr >= found.fixed_attr - 1e-6).all()
 
 
-def test_wrong_arguments_say_what_to_give(tokenizer):
+def test_bad_arguments_say_what_to_give(tokenizer):
     model = tiny.llama(len(tokenizer))
     inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     with pytest.raises(TypeError, match=r"give `AttentionWeights\(model\)`"):
@@ -303,7 +303,7 @@ def test_wrong_arguments_say_what_to_give(tokenizer):
         AttentionWeights(model, heads=4).map(torch.tensor(inp.ids))
 
 
-def test_the_model_is_left_as_it_was_found(tokenizer):
+def test_model_state_is_restored(tokenizer):
     model = tiny.llama(len(tokenizer)).train()
     ids = torch.tensor([tokenizer.encode(PROMPT)])
 
@@ -321,7 +321,7 @@ def test_the_model_is_left_as_it_was_found(tokenizer):
         assert model.config._attn_implementation == "sdpa"
 
 
-def test_offloaded_models_are_read_and_compiled_ones_refused(tokenizer):
+def test_offloaded_models_work_and_compiled_ones_are_refused(tokenizer):
     from accelerate import cpu_offload
 
     ids = ids_of(tokenizer)[0]
@@ -333,7 +333,7 @@ def test_offloaded_models_are_read_and_compiled_ones_refused(tokenizer):
         AttentionRollout(compiled).map(ids)
 
 
-def test_many_prompts_are_attributed(tokenizer, tmp_path):
+def test_attribute_dataset_takes_attention_methods(tokenizer, tmp_path):
     attribution = GenerationAttentionAttribution(
         AttentionRollout(tiny.llama(len(tokenizer)), "alti"), tokenizer
     )

@@ -42,7 +42,7 @@ def _ids(tokenizer, text=TARGET):
 
 
 @pytest.mark.parametrize("replacement", [None, UNK], ids=["deletion", "token"])
-def test_exact_values_are_those_of_brute_force_at_every_step(model, tokenizer, replacement):
+def test_exact_values_equal_brute_force_at_every_step(model, tokenizer, replacement):
     model = model.double()
     try:
         inp = TextSegmentInput("Dave lives in", tokenizer, baselines=replacement)
@@ -69,7 +69,7 @@ def test_exact_values_are_those_of_brute_force_at_every_step(model, tokenizer, r
         model.float()
 
 
-def test_words_of_the_output_stand_while_their_own_tokens_are_said(model, tokenizer):
+def test_output_word_is_present_for_its_own_tokens(model, tokenizer):
     """A word that is absent for later tokens is present for its own."""
     model = model.double()
     try:
@@ -102,7 +102,7 @@ def test_words_of_the_output_stand_while_their_own_tokens_are_said(model, tokeni
 
 
 @pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap])
-def test_sampling_approaches_the_exact_values(model, tokenizer, method):
+def test_sampling_converges_to_exact_values(model, tokenizer, method):
     inp = TextSegmentInput(
         "Dave lives in Palm Coast, FL and is a lawyer. His", tokenizer, baselines="delete"
     )
@@ -121,7 +121,7 @@ def test_sampling_approaches_the_exact_values(model, tokenizer, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_earlier_output_alone_is_a_cause(model, tokenizer, method):
+def test_only_earlier_output_is_attributed(model, tokenizer, method):
     result = _attribute(model, tokenizer, method)
     n_target = len(result.output_tokens)
     assert result.output_attr.shape == (n_target, n_target)
@@ -141,7 +141,7 @@ def test_shapley_values_are_efficient(model, tokenizer, method, output_unit, att
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_per_token_results(model, tokenizer, method, monkeypatch):
+def test_every_method_attributes_per_token(model, tokenizer, method, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)  # importing it now fails
     result = _attribute(model, tokenizer, method, output_unit=None)
     assert result.token_attr.shape == (len(result.target), 4)
@@ -151,7 +151,7 @@ def test_every_method_gives_per_token_results(model, tokenizer, method, monkeypa
         torch.testing.assert_close(result.seq_attr, result.token_attr.sum(0))
 
 
-def test_a_callable_target_sees_float_logits_of_every_target_token(model, tokenizer):
+def test_callable_attr_target_receives_float_logits_of_all_tokens(model, tokenizer):
     seen = []
 
     def log_prob(logits, target):
@@ -164,7 +164,7 @@ def test_a_callable_target_sees_float_logits_of_every_target_token(model, tokeni
     assert set(seen) == {((len(own.target), model.config.vocab_size), torch.float32)}
 
 
-def test_logits_are_the_models_own(model, tokenizer):
+def test_logit_values_equal_model_logits(model, tokenizer):
     result = _attribute(model, tokenizer, FeatureAblation, attr_target="logit")
     row = torch.tensor([[*tokenizer.encode(PROMPT), *result.target.tolist()]])
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_logits_are_the_models_own(model, tokenizer):
 @pytest.mark.filterwarnings("ignore:.*(too few|less than an order)")
 @pytest.mark.parametrize("prompt", ["Dave", "Dave lives", PROMPT])
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, PartitionShap, Lime])
-def test_a_budget_of_one_is_an_answer_without_errors(model, tokenizer, method, prompt):
+def test_single_sample_has_no_standard_errors(model, tokenizer, method, prompt):
     inp = TextSegmentInput(prompt, tokenizer, baselines="delete")
     result = _attribute(model, tokenizer, method, inp=inp, n_samples=1)
     assert result.full_attr.isfinite().all()
@@ -189,7 +189,7 @@ def test_a_budget_of_one_is_an_answer_without_errors(model, tokenizer, method, p
 # --- one pass, ids in and out ---------------------------------------------------------------------
 
 
-def test_a_coalition_costs_one_row_whatever_the_length_of_the_target(model, tokenizer):
+def test_coalition_costs_one_row_for_any_target_length(model, tokenizer):
     rows = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -205,7 +205,7 @@ def test_a_coalition_costs_one_row_whatever_the_length_of_the_target(model, toke
     assert 1 <= sum(rows) - result.n_evaluations <= noise._CHECKED  # and what confirms them
 
 
-def test_the_target_is_never_encoded_again(model, tokenizer):
+def test_target_is_never_re_encoded(model, tokenizer):
     # The tokenizer itself would write " golf" otherwise, and never cuts an emoji.
     emoji = tokenizer.encode("🙂", add_special_tokens=False)
     assert len(emoji) > 2
@@ -217,7 +217,7 @@ def test_the_target_is_never_encoded_again(model, tokenizer):
     assert str(result)
 
 
-def test_generated_targets_are_explained_as_generated(model, tokenizer):
+def test_generated_target_ids_are_kept(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines="delete")
     prompt = torch.tensor([tokenizer.encode(PROMPT)])
     truth = model.generate(
@@ -236,7 +236,7 @@ def test_generated_targets_are_explained_as_generated(model, tokenizer):
 
 
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, Lime])
-def test_the_seed_alone_decides(model, tokenizer, method):
+def test_result_depends_on_the_seed_alone(model, tokenizer, method):
     few = {
         "inp": TextSegmentInput("one two three four five six seven", tokenizer, baselines="delete"),
         "n_samples": 40,
@@ -251,7 +251,7 @@ def test_the_seed_alone_decides(model, tokenizer, method):
     assert one.provenance["seed"] == 1
 
 
-def test_the_global_random_state_is_neither_read_nor_written(model, tokenizer):
+def test_global_random_state_is_untouched(model, tokenizer):
     def states():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
@@ -281,7 +281,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("failure", [None, RuntimeError, Interrupt])
-def test_the_users_objects_are_left_as_they_were(tokenizer, failure):
+def test_user_objects_are_unchanged(tokenizer, failure):
     model = tiny.llama(len(tokenizer), attention_dropout=0.5)
     model.train()
     model.model.layers[0].eval()
@@ -319,7 +319,7 @@ def test_the_users_objects_are_left_as_they_were(tokenizer, failure):
 # --- baselines of prompt and output ---------------------------------------------------------------
 
 
-def test_absent_output_becomes_what_the_prompts_baseline_says(model, tokenizer):
+def test_absent_output_uses_the_prompt_baseline(model, tokenizer):
     target = _ids(tokenizer)
     cases = [
         (TextTokenInput(PROMPT, tokenizer, baselines=UNK), None, UNK),
@@ -347,7 +347,7 @@ def test_absent_output_becomes_what_the_prompts_baseline_says(model, tokenizer):
         torch.testing.assert_close(result.values[row].double(), truth, atol=1e-4, rtol=1e-4)
 
 
-def test_random_baselines_are_averaged_and_their_noise_is_told(model, tokenizer):
+def test_random_baselines_are_averaged_with_standard_errors(model, tokenizer):
     names = ["Ann", "Bob", "Eve"]
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines=[names, "lives", "in"])
     target = _ids(tokenizer)[:1]
@@ -364,8 +364,8 @@ def test_random_baselines_are_averaged_and_their_noise_is_told(model, tokenizer)
     assert result.n_evaluations <= 1 + 3 + 8  # distinct rows are scored once
 
 
-@pytest.mark.filterwarnings("ignore:no standard errors come of leave-one-out")
-def test_trials_are_averaged(model, tokenizer):
+@pytest.mark.filterwarnings("ignore:leave-one-out gives no standard errors")
+def test_num_trials_are_averaged(model, tokenizer):
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines=[["Ann", "Bob"], "has", "at"])
     one = _attribute(model, tokenizer, FeatureAblation, inp=inp, n_draws=1)
     many = _attribute(model, tokenizer, FeatureAblation, inp=inp, n_draws=1, num_trials=30)
@@ -374,7 +374,7 @@ def test_trials_are_averaged(model, tokenizer):
     assert len(many.masks) > 20 * len(one.masks) / 10
 
 
-def test_sampling_goes_on_until_the_tolerance_is_met(model, tokenizer):
+def test_sampling_continues_until_tol(model, tokenizer):
     inp = TextSegmentInput(
         "one two three four five six seven eight nine", tokenizer, baselines="delete"
     )
@@ -393,7 +393,7 @@ def test_sampling_goes_on_until_the_tolerance_is_met(model, tokenizer):
     assert stopped.n_evaluations <= 100
 
 
-def test_batches_that_do_not_fit_are_halved_and_nothing_is_lost(model, tokenizer):
+def test_out_of_memory_halves_batches_and_keeps_values(model, tokenizer):
     whole = _attribute(model, tokenizer, KernelShap)
     sizes = []
 
@@ -437,7 +437,7 @@ class Doubling(PerturbationAttribution):
         return factor * (values[:1] - values[1:]).T
 
 
-def test_unknown_methods_run_through_their_own_attribute(model, tokenizer):
+def test_foreign_method_runs_its_own_attribute(model, tokenizer):
     known = _attribute(model, tokenizer, FeatureAblation)
     own = _attribute(model, tokenizer, OwnAblation)
     torch.testing.assert_close(own.full_attr, known.full_attr, atol=1e-5, rtol=1e-4)
@@ -446,7 +446,7 @@ def test_unknown_methods_run_through_their_own_attribute(model, tokenizer):
     torch.testing.assert_close(doubled.full_attr, 3 * known.full_attr, atol=1e-5, rtol=1e-4)
 
 
-def test_unknown_methods_that_fit_one_number_are_asked_for_each_token(model, tokenizer):
+def test_foreign_surrogate_method_runs_once_per_token(model, tokenizer):
     pytest.importorskip("sklearn")
     own = _attribute(model, tokenizer, OwnLime, n_samples=600)
     known = _attribute(model, tokenizer, Lime, n_samples=600)
@@ -460,7 +460,7 @@ def test_unknown_methods_that_fit_one_number_are_asked_for_each_token(model, tok
     "arguments",
     [{}, {"attr_target": "prob"}, {"method": KernelShap, "n_samples": 40, "tol": 0.2}],
 )
-def test_progress_is_one_bar_over_the_evaluations(model, tokenizer, capsys, arguments):
+def test_progress_is_one_bar_over_evaluations(model, tokenizer, capsys, arguments):
     method = arguments.pop("method", FeatureAblation)
     result = _attribute(model, tokenizer, method, show_progress=True, **arguments)
     shown = capsys.readouterr()

@@ -131,7 +131,7 @@ def peers():
 
 
 @pytest.mark.parametrize("name", ["exact", "kernel", "permutations"])
-def test_captum_and_shap_find_the_same_shapley_values(name):
+def test_shapley_values_equal_captum_and_shap(name):
     captum, shap = peers()
     ours = attributions(name, table(7))[0][0].tolist()
     assert captum == pytest.approx(ours, abs=1e-6)

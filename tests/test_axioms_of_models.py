@@ -252,6 +252,6 @@ def test_implementation_invariance(name, implementations, tokenizer):
     holds(name, "implementation", max(apart) < NEARLY * max(1.0, float(plain.abs().max())))
 
 
-def test_the_map_shows_this_table():
+def test_axiom_table_in_the_map_is_current():
     text = (Path(captum_llm_ext.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert table() in text

@@ -59,7 +59,7 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"output_unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
         ({"output_unit": [(0, 99)]}, ValueError, "leaves the text"),
         ({"output_baselines": ["a"] * 9}, ValueError, r"9 entries for \d features"),
-        ({"output_baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
+        ({"output_baselines": "nonsense"}, ValueError, "not a token of this vocabulary"),
         ({"num_trials": 0}, ValueError, "`num_trials` is 0"),
         ({"perturbations_per_eval": 0}, ValueError, "`perturbations_per_eval` is 0"),
         ({"method": KernelShap, "n_samples": 0}, ValueError, "`n_samples` is 0"),
@@ -79,7 +79,7 @@ def _attribute(model, tokenizer, *, method=FeatureAblation, prompt="Dave lives i
         ({"inp": "Dave lives"}, TypeError, "`inp` is a str"),
     ],
 )
-def test_bad_arguments(silent_model, tokenizer, arguments, error, message):
+def test_bad_arguments_are_refused(silent_model, tokenizer, arguments, error, message):
     with pytest.raises(error, match=message):
         _attribute(silent_model, tokenizer, **arguments)
 
@@ -90,7 +90,7 @@ def test_baselines_outside_the_vocabulary(silent_model, tokenizer):
         _attribute(silent_model, tokenizer, inp=inp)
 
 
-def test_empty_prompts_of_captums_inputs(silent_model, tokenizer):
+def test_empty_prompts_of_captum_inputs(silent_model, tokenizer):
     inputs = [
         TextTokenInput("", tokenizer, skip_tokens=[1]),
         TextTemplateInput("nothing here", []),
@@ -113,12 +113,12 @@ class Opaque(InterpretableInput):
         return 3
 
 
-def test_inputs_that_render_to_nonsense(silent_model, tokenizer):
+def test_inputs_that_render_to_invalid_ids(silent_model, tokenizer):
     with pytest.raises(TypeError, match="renders to a int"):
         _attribute(silent_model, tokenizer, inp=Opaque())
 
 
-def test_methods_and_targets(model, tokenizer):
+def test_bad_methods_and_targets(model, tokenizer):
     with pytest.raises(TypeError, match="`attr_method` is a Saliency"):
         GenerationAttribution(Saliency(model), tokenizer)
     with pytest.raises(TypeError, match="`attr_method` is a LlamaForCausalLM"):
@@ -127,7 +127,7 @@ def test_methods_and_targets(model, tokenizer):
         GenerationAttribution(FeatureAblation(model), tokenizer, attr_target="likelihood")
 
 
-def test_models_that_are_no_causal_language_models(tokenizer):
+def test_non_causal_models_are_refused(tokenizer):
     small = {"vocab_size": 400, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     t5 = transformers.T5Config(vocab_size=400, d_model=8, d_ff=8, num_layers=1, num_heads=1)
     bert = transformers.BertConfig(**small, num_attention_heads=1)
@@ -135,14 +135,14 @@ def test_models_that_are_no_causal_language_models(tokenizer):
         (transformers.T5ForConditionalGeneration(t5), "is an encoder-decoder"),
         (transformers.BertForMaskedLM(bert), "generates no text"),
         (tiny.llama(400).model, "generates no text"),
-        (lambda ids: ids, "no `torch.nn.Module`"),
+        (lambda ids: ids, "not a `torch.nn.Module`"),
     ]
     for model, message in models:
         with pytest.raises(TypeError, match=message):
             GenerationAttribution(FeatureAblation(model), tokenizer)
 
 
-def test_models_that_return_no_logits(tokenizer):
+def test_models_without_logits_are_refused(tokenizer):
     class Headless(torch.nn.Linear):
         def forward(self, input_ids):
             return torch.zeros(1)
@@ -154,7 +154,7 @@ def test_models_that_return_no_logits(tokenizer):
         )
 
 
-def test_a_model_that_cannot_generate_needs_a_target(tokenizer):
+def test_model_without_generate_needs_a_target(tokenizer):
     class Plain(torch.nn.Linear):
         def forward(self, input_ids):
             raise AssertionError("the model was run")
@@ -164,7 +164,7 @@ def test_a_model_that_cannot_generate_needs_a_target(tokenizer):
         attribution.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"))
 
 
-def test_callable_targets_of_the_wrong_shape(model, tokenizer):
+def test_callable_attr_target_with_wrong_shape(model, tokenizer):
     attribution = GenerationAttribution(
         FeatureAblation(model), tokenizer, attr_target=lambda logits, target: logits.sum(2)[:, :1]
     )
@@ -174,7 +174,7 @@ def test_callable_targets_of_the_wrong_shape(model, tokenizer):
         )
 
 
-def test_nan_is_an_error_with_advice(tokenizer):
+def test_nan_values_raise_with_advice(tokenizer):
     model = tiny.llama(len(tokenizer))
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
@@ -182,7 +182,7 @@ def test_nan_is_an_error_with_advice(tokenizer):
         _attribute(model, tokenizer)
 
 
-def test_too_small_a_budget_says_which_would_do(model, tokenizer):
+def test_small_budget_warning_names_the_needed_budget(model, tokenizer):
     prompt = "one two three four five six seven eight nine ten"
     with pytest.warns(UserWarning, match=r"12 evaluations for \d+ features.*at most 6 features"):
         _attribute(model, tokenizer, method=KernelShap, prompt=prompt, n_samples=12)
@@ -192,7 +192,7 @@ def test_too_small_a_budget_says_which_would_do(model, tokenizer):
         _attribute(model, tokenizer, method=Lime, prompt=prompt, n_samples=12)
 
 
-def test_exact_values_of_too_many_features_are_estimated_and_say_so(model, tokenizer):
+def test_exact_shapley_of_many_features_warns_that_it_samples(model, tokenizer):
     prompt = "one two three four five six seven eight nine ten"
     with pytest.warns(UserWarning, match=r"need 2\^\d+ evaluations: they are estimated from"):
         result = _attribute(
@@ -202,7 +202,7 @@ def test_exact_values_of_too_many_features_are_estimated_and_say_so(model, token
     assert result.token_attr_se.gt(0).all()
 
 
-def test_nothing_to_begin_a_text_with(model, tokenizer):
+def test_empty_row_without_bos_is_refused(model, tokenizer):
     bare = tiny.NoOffsets(tokenizer)
     bare.bos_token_id = bare.eos_token_id = None
     inp = TextSegmentInput("Dave lives", bare, add_special_tokens=False, baselines="delete")

@@ -82,7 +82,7 @@ def word(inp, text):
 
 
 @pytest.mark.parametrize("key", ["name", 0, "Dave"])
-def test_a_mapping_names_features_by_label_number_or_text(tokenizer, key):
+def test_mapping_keys_are_labels_indices_or_text(tokenizer, key):
     inp = TextSegmentInput(
         "Dave sings.",
         tokenizer,
@@ -98,19 +98,19 @@ def test_a_mapping_names_features_by_label_number_or_text(tokenizer, key):
     [
         ({"Dave": ["Ann"]}, r"has nothing for \['sings.'\]"),
         ({"Dave": "Ann", "sings.": "hums.", "Bob": "x"}, r"names \['Bob'\], no features"),
-        ({"Dave": [], "sings.": "hums."}, "'Dave' are an empty list"),
+        ({"Dave": [], "sings.": "hums."}, "'Dave' is an empty list"),
         (
             ProductBaselines({("a", "b"): [("x", "y")]}),
             "are separate features",
         ),
     ],
 )
-def test_a_mapping_must_fit_the_features(tokenizer, baselines, message):
+def test_mapping_keys_must_match_features(tokenizer, baselines, message):
     with pytest.raises(ValueError, match=message):
         TextSegmentInput("Dave sings.", tokenizer, baselines=baselines, labels=["a", "b"])
 
 
-def test_product_baselines_over_a_dict_name_the_values_of_a_template(tokenizer):
+def test_product_baselines_by_template_value(tokenizer):
     values = {"name": "Dave", "city": "Palm Coast", "state": "FL"}
     products = ProductBaselines(
         {"name": ["Ann", "Bob"], ("city", "state"): [("Dover", "DE"), ("Reno", "NV")]}
@@ -135,7 +135,7 @@ def test_product_baselines_over_a_dict_name_the_values_of_a_template(tokenizer):
 # A generator of the user's own
 
 
-def test_an_infilling_generator_is_asked_once_for_each_place(tokenizer):
+def test_infilling_callable_is_called_once_per_slot(tokenizer):
     asked = []
 
     def generate(left, right, n_tokens):
@@ -148,7 +148,7 @@ def test_an_infilling_generator_is_asked_once_for_each_place(tokenizer):
     assert asked == [("", PROMPT.removeprefix("Dave"), len(inp.slots[0].ids))]
 
 
-def test_a_generator_that_knows_nothing_else_leaves_the_text(tokenizer):
+def test_infilling_that_returns_the_original_keeps_the_text(tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=Infilling(lambda *_: "Dave"))
     assert absent_texts(inp, tokenizer, [0], n=1) == [PROMPT]
 
@@ -157,13 +157,13 @@ def test_a_generator_that_knows_nothing_else_leaves_the_text(tokenizer):
     ("returned", "error", "message"),
     [([], ValueError, "no text for 'Dave'"), ([3], TypeError, r"returned \[3\] for 'Dave'")],
 )
-def test_a_generator_must_return_texts(tokenizer, returned, error, message):
+def test_infilling_must_return_texts(tokenizer, returned, error, message):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=Infilling(lambda *_: returned))
     with pytest.raises(error, match=message):
         absent_texts(inp, tokenizer, [0], n=1)
 
 
-def test_an_infilling_generator_must_be_callable():
+def test_infilling_must_be_callable():
     with pytest.raises(TypeError, match=r"\(left, right, n_tokens\) -> texts"):
         Infilling(["Ann"])
 
@@ -171,7 +171,7 @@ def test_an_infilling_generator_must_be_callable():
 # Labels of a corpus baseline
 
 
-def test_labels_are_drawn_from_and_everything_else_is_looked_up(tokenizer):
+def test_labelled_slots_draw_from_lists_and_others_from_the_corpus(tokenizer):
     baselines = CorpusBaselines(towns(), labels={"who": ["Zoe", "Yan"], "lawyer": ["judge"]})
     inp = TextSegmentInput(PROMPT, tokenizer, labels={"Dave": "who"}, baselines=baselines)
     assert {t.split()[0] for t in absent_texts(inp, tokenizer, [0])} == {"Zoe", "Yan"}
@@ -180,7 +180,7 @@ def test_labels_are_drawn_from_and_everything_else_is_looked_up(tokenizer):
     assert baselines.explain(word(inp, "lives")).constant
 
 
-def test_a_feature_that_is_in_one_list_needs_no_label(tokenizer):
+def test_label_is_inferred_from_a_single_list(tokenizer):
     baselines = CorpusBaselines(towns(), labels={"city": list(CITIES), "name": NAMES})
     inp = TextSegmentInput(PROMPT, tokenizer, [(0, 4), (13, 24)], baselines=baselines)
     drawn = {t.removeprefix("Dave lives in") for t in absent_texts(inp, tokenizer, [1], n=200)}
@@ -188,7 +188,7 @@ def test_a_feature_that_is_in_one_list_needs_no_label(tokenizer):
     assert drawn == {f" {city}, FL and is a lawyer." for city in others}
 
 
-def test_labels_of_a_template_are_the_names_of_its_values(tokenizer):
+def test_template_value_names_are_labels(tokenizer):
     baselines = CorpusBaselines(towns(), labels={"city": ["Rome", "Oslo"]})
     inp = TextSegmentInput.from_template(
         "Ann lives in {city}.", {"city": "Paris"}, tokenizer, baselines=baselines
@@ -200,11 +200,11 @@ def test_labels_of_a_template_are_the_names_of_its_values(tokenizer):
     ("labels", "error", "message"),
     [
         (["x"], ValueError, "1 entries for 10 spans"),
-        ({"Zed": "name"}, ValueError, "'Zed', which is no span"),
+        ({"Zed": "name"}, ValueError, "'Zed', which is not a span"),
         ({0: 3}, TypeError, "a label is a text"),
     ],
 )
-def test_bad_labels_of_an_input_say_what_to_do(tokenizer, labels, error, message):
+def test_bad_input_labels_are_refused(tokenizer, labels, error, message):
     with pytest.raises(error, match=message):
         TextSegmentInput(PROMPT, tokenizer, labels=labels, baselines="delete")
 
@@ -213,11 +213,11 @@ def test_bad_labels_of_an_input_say_what_to_do(tokenizer, labels, error, message
     ("labels", "error", "message"),
     [
         (["Rome"], TypeError, "`labels` is a list"),
-        ({"city": []}, ValueError, "'city' are an empty list"),
-        ({"city": [1]}, TypeError, "give a list of texts"),
+        ({"city": []}, ValueError, "'city' is an empty list"),
+        ({"city": [1]}, TypeError, "or a list of texts"),
     ],
 )
-def test_bad_labels_of_a_corpus_say_what_to_do(labels, error, message):
+def test_bad_corpus_labels_are_refused(labels, error, message):
     with pytest.raises(error, match=message):
         CorpusBaselines(["a text"], labels=labels)
 
@@ -225,7 +225,7 @@ def test_bad_labels_of_a_corpus_say_what_to_do(labels, error, message):
 # As many tokens
 
 
-def test_replacements_may_be_held_to_the_number_of_tokens(tokenizer):
+def test_same_n_tokens_keeps_the_token_count(tokenizer):
     baselines = CorpusBaselines(towns(), same_n_tokens=True)
     inp = TextSegmentInput(PROMPT, tokenizer, [(0, 4), (13, 24)], baselines=baselines)
     masks = torch.eye(inp.n_features).repeat(20, 1) == 0
@@ -234,7 +234,7 @@ def test_replacements_may_be_held_to_the_number_of_tokens(tokenizer):
     assert len({row.ids for row in rows}) > 3
 
 
-def test_where_no_text_has_as_many_tokens_the_original_stays_and_that_warns(tokenizer):
+def test_same_n_tokens_without_candidates_keeps_the_original_and_warns(tokenizer):
     corpus = [f"{name} sings." for name in ["A", "Bartholomew-Maximilian"] * 20]
     baselines = CorpusBaselines(corpus, same_n_tokens=True)
     inp = TextSegmentInput("Dave sings.", tokenizer, baselines=baselines)
@@ -246,7 +246,7 @@ def test_where_no_text_has_as_many_tokens_the_original_stays_and_that_warns(toke
 # Places of one feature
 
 
-def test_tied_places_are_replaced_from_one_document(tokenizer):
+def test_tied_slots_are_replaced_from_one_document(tokenizer):
     inp = TextSegmentInput(
         PROMPT,
         tokenizer,
@@ -259,7 +259,7 @@ def test_tied_places_are_replaced_from_one_document(tokenizer):
     assert drawn == {f"Dave lives in {city}, {state} and is a lawyer." for city, state in others}
 
 
-def test_untied_places_are_not(tokenizer):
+def test_untied_slots_are_replaced_independently(tokenizer):
     inp = TextSegmentInput(
         PROMPT, tokenizer, [(14, 24), (26, 28)], baselines=CorpusBaselines(towns())
     )
@@ -268,7 +268,7 @@ def test_untied_places_are_not(tokenizer):
     assert pairs - CITIES.items()  # a city with another's state
 
 
-def test_features_merged_by_a_mask_share_a_document_too(demo):
+def test_features_merged_by_a_mask_share_a_document(demo):
     model, tokenizer, _ = demo
     seen = Counter()
 
@@ -290,7 +290,7 @@ def test_features_merged_by_a_mask_share_a_document_too(demo):
     assert len(cities) > 1
 
 
-def test_several_people_in_one_document_keep_their_own(tokenizer):
+def test_tied_slots_keep_entities_of_one_document_apart(tokenizer):
     rng = random.Random(1)
     documents = []
     for _ in range(60):
@@ -308,7 +308,7 @@ def test_several_people_in_one_document_keep_their_own(tokenizer):
         assert CITIES[city] == state
 
 
-def test_tied_places_that_never_meet_are_drawn_apart_and_that_warns(tokenizer):
+def test_tied_slots_that_never_co_occur_are_drawn_apart_with_a_warning(tokenizer):
     corpus = [f"{n} sings well." for n in NAMES] + [f"They heard {n} today." for n in NAMES]
     corpus *= 10
     inp = TextSegmentInput(
@@ -322,7 +322,7 @@ def test_tied_places_that_never_meet_are_drawn_apart_and_that_warns(tokenizer):
     assert len(drawn) > 3
 
 
-def test_tied_lists_of_labels_are_drawn_from_in_step(tokenizer):
+def test_tied_label_lists_are_drawn_at_one_index(tokenizer):
     labels = {"city": list(CITIES), "state": list(CITIES.values())}
     inp = TextSegmentInput(
         PROMPT,
@@ -349,7 +349,7 @@ def template(baselines, **arguments):
     )
 
 
-def test_captum_draws_the_values_of_its_template():
+def test_captum_template_draws_values():
     inp = template(CorpusBaselines(towns(), seed=3))
     off = torch.zeros(1, 3)
     drawn = {inp.to_model_input(off) for _ in range(100)}
@@ -363,7 +363,7 @@ def test_captum_draws_the_values_of_its_template():
     assert twice[0] == twice[1]
 
 
-def test_captum_draws_values_of_one_group_from_one_document():
+def test_captum_template_draws_groups_from_one_document():
     mask = {"name": 0, "city": 1, "state": 1}
     inp = template(CorpusBaselines(towns()), mask=mask)
     for _ in range(40):
@@ -372,7 +372,7 @@ def test_captum_draws_values_of_one_group_from_one_document():
         assert CITIES[city] == state
 
 
-def test_captums_own_attribution_takes_a_corpus(demo):
+def test_captum_llm_attribution_accepts_corpus_baselines(demo):
     model, tokenizer, texts = demo
     prompt = "{name} lives in {city}, {state} and is a {job}. His personal interests include"
     inp = TextTemplateInput(
@@ -390,7 +390,7 @@ def test_captums_own_attribution_takes_a_corpus(demo):
     assert ours.seq_attr.argmax() == 3
 
 
-def test_called_without_arguments_by_anybody_else_it_says_what_to_do():
+def test_call_without_arguments_outside_captum_raises():
     with pytest.raises(TypeError, match="not by a `TextTemplateInput`"):
         CorpusBaselines(["a text"])()
 
@@ -406,7 +406,7 @@ def text_log_probability(model, tokenizer, text):
     return float(logits.gather(1, ids[0, 1:, None]).sum())
 
 
-def test_likelihoods_are_those_of_a_plain_forward(demo):
+def test_likelihoods_equal_a_plain_forward(demo):
     model, tokenizer, texts = demo
     model = copy.deepcopy(model)
     given = [texts[0], texts[1][:30], "Dave", texts[2]]
@@ -415,7 +415,7 @@ def test_likelihoods_are_those_of_a_plain_forward(demo):
     assert found.tolist() == pytest.approx(expected, abs=1e-3)  # float32 against float64
 
 
-def test_candidates_are_weighted_by_the_text_with_each_in_place(demo):
+def test_candidates_are_weighted_by_likelihood_in_place(demo):
     model, tokenizer, texts = demo
     baselines = CorpusBaselines(texts, match="model").with_model(Likelihood(model, tokenizer))
     # The pronoun stands to the right: a name must fit it.
@@ -435,7 +435,7 @@ def test_candidates_are_weighted_by_the_text_with_each_in_place(demo):
     assert sum(drawn[name] for name in ("Anna", "Emma", "Sara")) < 20
 
 
-def test_a_generated_token_is_drawn_from_what_else_the_model_might_have_said(demo):
+def test_generated_token_is_drawn_from_the_models_distribution(demo):
     model, tokenizer, texts = demo
     prompt = "Dave lives in Dover, FL and is a lawyer. His personal interests include"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -475,7 +475,7 @@ def test_a_generated_token_is_drawn_from_what_else_the_model_might_have_said(dem
         assert drawn[token] / total == pytest.approx(share, abs=4 * (share / total) ** 0.5)
 
 
-def test_a_generated_word_of_several_tokens_is_written_anew(demo):
+def test_generated_word_of_several_tokens_is_resampled(demo):
     model, tokenizer, texts = demo
     prompt = "Dave lives in Dover, FL and is a lawyer. His personal interests include"
     inp = TextSegmentInput(prompt, tokenizer, baselines=CorpusBaselines(texts, match="model"))
@@ -489,13 +489,13 @@ def test_a_generated_word_of_several_tokens_is_written_anew(demo):
     assert "table tennis" not in match["examples"]
 
 
-def test_the_models_likelihood_needs_a_model(tokenizer):
+def test_match_model_needs_a_model(tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(towns(), match="model"))
     with pytest.raises(ValueError, match="use these baselines in an input of"):
         absent_texts(inp, tokenizer, [0], n=1)
 
 
-def test_asking_the_model_leaves_it_and_the_baselines_as_they_were(demo):
+def test_model_matching_leaves_model_and_baselines_unchanged(demo):
     model, tokenizer, texts = demo
     model = copy.deepcopy(model).train()
     baselines = CorpusBaselines(texts, match="model")
@@ -514,7 +514,7 @@ def test_asking_the_model_leaves_it_and_the_baselines_as_they_were(demo):
 # Kept and told
 
 
-def test_a_saved_corpus_draws_the_same(tokenizer, tmp_path):
+def test_saved_corpus_draws_the_same(tokenizer, tmp_path):
     made = CorpusBaselines(towns(), seed=5, labels={"name": NAMES, 3: ["x"]}, min_occurrences=7)
     made.save(tmp_path / "towns.index")
     read = CorpusBaselines.load(tmp_path / "towns.index")
@@ -529,7 +529,7 @@ def test_a_saved_corpus_draws_the_same(tokenizer, tmp_path):
         CorpusBaselines.load(tmp_path / "towns.index", corpus=["x"])
 
 
-def test_an_input_is_told_how_each_feature_was_matched(tokenizer):
+def test_matches_report_how_each_feature_was_matched(tokenizer):
     baselines = CorpusBaselines(towns())
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=baselines)
     matches = baselines.matches(inp)
@@ -540,7 +540,7 @@ def test_an_input_is_told_how_each_feature_was_matched(tokenizer):
     assert "candidates by both in" in str(matches[0])
 
 
-def test_a_result_tells_what_stood_for_its_features(demo):
+def test_result_records_replacement_matches(demo):
     model, tokenizer, texts = demo
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines=CorpusBaselines(texts))
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, " Dover, FL")
@@ -556,12 +556,12 @@ def test_a_result_tells_what_stood_for_its_features(demo):
 # Poor corpora
 
 
-def test_a_corpus_of_copies_warns():
-    with pytest.warns(UserWarning, match="All 30 documents of the corpus are one and the same"):
+def test_corpus_of_copies_warns():
+    with pytest.warns(UserWarning, match="All 30 documents of the corpus are identical"):
         CorpusBaselines(["The cat sat on the mat."] * 30)
 
 
-def test_every_run_over_an_unrelated_corpus_says_so_at_the_line_of_the_user(demo):
+def test_unrelated_corpus_warns_at_the_callers_line(demo):
     model, tokenizer, _ = demo
     baselines = CorpusBaselines(news())
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=baselines)
@@ -572,13 +572,13 @@ def test_every_run_over_an_unrelated_corpus_says_so_at_the_line_of_the_user(demo
         warnings.simplefilter("default")  # as Python has it: equal warnings of one line once
         for _ in range(2):
             attribution.attribute(inp, " His", n_draws=2)
-    told = [w for w in caught if "have no place like theirs in this corpus" in str(w.message)]
+    told = [w for w in caught if "have no similar context in this corpus" in str(w.message)]
     assert len(told) == 2
     assert str(told[0].message).startswith("10 of 10 features")
     assert {w.filename for w in told} == {__file__}
 
 
-def test_a_corpus_of_the_same_kind_or_one_asked_for_anything_is_not_told_of(demo):
+def test_related_corpus_or_match_any_does_not_warn(demo):
     model, tokenizer, texts = demo
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     for baselines in (
@@ -590,9 +590,9 @@ def test_a_corpus_of_the_same_kind_or_one_asked_for_anything_is_not_told_of(demo
         attribution.attribute(inp, " His", n_draws=2)  # warnings are errors here
 
 
-def test_captums_own_template_is_told_once_of_an_unrelated_corpus(tokenizer):
+def test_captum_template_warns_once_of_an_unrelated_corpus(tokenizer):
     inp = TextTemplateInput("{} lives in {}.", ["Dave", "Dover"], CorpusBaselines(news()))
-    with pytest.warns(UserWarning, match="2 of 2 features have no place like theirs"):
+    with pytest.warns(UserWarning, match="2 of 2 features have no similar context"):
         inp.to_model_input(torch.tensor([[0, 1]]))
     inp.to_model_input(torch.tensor([[1, 0]]))
 
@@ -610,7 +610,7 @@ def news():
     return [f"{sentence()}. {sentence()}." for _ in range(400)]
 
 
-def test_places_side_by_side_are_one_phrase(tokenizer):
+def test_adjacent_slots_form_one_phrase(tokenizer):
     places = ("Lake of Pines", "Dover", "Salem", "Reno", "Boise", "Tulsa", "Macon", "Iron Ridge")
     corpus = [f"{name} lives in {place} now." for place in places for name in NAMES] * 3
     text = "Ann lives in Lake of Pines now."
@@ -622,7 +622,7 @@ def test_places_side_by_side_are_one_phrase(tokenizer):
     assert shown == {f"Ann lives in {place} now." for place in places[1:]}
 
 
-def test_a_word_that_its_phrase_determines_is_a_part_of_another_phrase():
+def test_word_determined_by_its_phrase_is_replaced_from_other_phrases():
     places = ("Lake of Pines", "Dover", "Salem", "Reno", "Boise", "Tulsa", "Macon", "Iron Ridge")
     corpus = [f"{name} lives in {place} now." for place in places for name in NAMES] * 3
     baselines = CorpusBaselines(corpus)

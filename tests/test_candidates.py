@@ -11,7 +11,7 @@ def of(**weights):
     return Candidates.of(MATCH, {(name,): weight for name, weight in weights.items()})
 
 
-def test_a_sample_is_of_different_choices_with_their_own_weights():
+def test_sample_holds_distinct_weighted_choices():
     candidates = of(a=4.0, b=3.0, c=2.0, d=1.0)
     for seed in range(20):
         found = candidates.sample(2, seed).weights()
@@ -24,7 +24,7 @@ def test_a_sample_is_of_different_choices_with_their_own_weights():
     assert candidates.sample(4, 0) is candidates
 
 
-def test_a_sample_is_drawn_by_weight_without_replacement():
+def test_sample_is_weighted_without_replacement():
     """The first of two is `a` in 4 of 10 draws, or it is the second, as by brute force."""
     weights = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
     candidates = of(**weights)
@@ -41,7 +41,7 @@ def test_a_sample_is_drawn_by_weight_without_replacement():
         assert abs(counts[name] / n - chance) < 3 * (chance * (1 - chance) / n) ** 0.5
 
 
-def test_draws_are_those_of_the_sample():
+def test_draws_come_from_the_sample():
     sampled = of(a=4.0, b=3.0, c=2.0, d=1.0).sample(2, 3)
     generator = torch.Generator().manual_seed(0)
     assert {sampled.draw(generator) for _ in range(50)} == {*sampled.choices}

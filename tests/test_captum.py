@@ -87,7 +87,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("method", [FeatureAblation, ShapleyValues])
 @pytest.mark.parametrize("name", INPUTS)
-def test_same_numbers_as_captum(model, tokenizer, method, name):
+def test_numbers_equal_captum(model, tokenizer, method, name):
     inp = INPUTS[name](tokenizer)
     target = TARGET
     if method is ShapleyValues:
@@ -98,7 +98,7 @@ def test_same_numbers_as_captum(model, tokenizer, method, name):
     _assert_same(*_both(model, tokenizer, method, inp, text=target))
 
 
-def test_same_numbers_for_probabilities(model, tokenizer):
+def test_probabilities_equal_captum(model, tokenizer):
     captums, ours = _both(model, tokenizer, FeatureAblation, _template(), attr_target="prob")
     torch.testing.assert_close(ours.token_attr, captums.token_attr, atol=1e-5, rtol=1e-4)
     # The joint probability is far below single precision's absolute steps: compare relatively.
@@ -110,7 +110,7 @@ class LassoOfTheirOwn(Lime):
 
 
 @pytest.mark.parametrize("inp", ["template", "template, grouped"])
-def test_a_lasso_fits_the_whole_answer_as_captums_does(model, tokenizer, inp):
+def test_lasso_of_the_whole_answer_equals_captum(model, tokenizer, inp):
     pytest.importorskip("sklearn")
     inp = INPUTS[inp](tokenizer)
     method = LassoOfTheirOwn(model, interpretable_model=SkLearnLasso(alpha=0.02))
@@ -125,7 +125,7 @@ def test_a_lasso_fits_the_whole_answer_as_captums_does(model, tokenizer, inp):
 
 
 @pytest.mark.parametrize("alpha", [0.002, 0.02, 0.3])
-def test_a_lasso_of_our_coalitions_is_captums(model, tokenizer, alpha):
+def test_lasso_of_package_coalitions_equals_captum(model, tokenizer, alpha):
     pytest.importorskip("sklearn")
     method = Lime(model, interpretable_model=SkLearnLasso(alpha=alpha))
     attribution = GenerationAttribution(method, tokenizer)
@@ -148,7 +148,7 @@ def test_a_lasso_of_our_coalitions_is_captums(model, tokenizer, alpha):
     torch.testing.assert_close(again, result.seq_attr, atol=1e-6, rtol=1e-6)
 
 
-def test_the_joint_probability_is_explained_with_the_output_fixed(model, tokenizer):
+def test_joint_probability_with_fixed_output_equals_captum(model, tokenizer):
     method = ShapleyValues(model)
     captums = LLMAttribution(method, tokenizer, attr_target="prob")
     ours = GenerationAttribution(method, tokenizer, attr_target="prob")
@@ -165,7 +165,7 @@ def test_feature_mask_groups_as_in_captum(model, tokenizer):
     assert both[1].token_attr[0, 0] == both[1].token_attr[0, 4]
 
 
-def test_product_baselines_draw_from_their_own_generator(model, tokenizer):
+def test_product_baselines_use_the_given_generator(model, tokenizer):
     choices = [["Ann", "Bob"], ["Austin", "Dallas"], ["TX"], ["nurse", "pilot"], ["Her"]]
     inp = _template(baselines=ProductBaselines(choices))
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -271,12 +271,12 @@ def _of_permutations():
 
 @pytest.mark.parametrize("name", ["tokens, BOS skipped", "template, deletion"])
 @pytest.mark.parametrize("make", [SeesAhead, _encoder, _of_permutations])
-def test_a_module_that_sees_ahead_is_asked_step_by_step(tokenizer, make, name):
+def test_module_that_sees_ahead_is_scored_step_by_step(tokenizer, make, name):
     both = _both(make().eval(), tokenizer, FeatureAblation, INPUTS[name](tokenizer))
     _assert_same(*both)
 
 
-def test_the_inspection_hook_sees_what_captums_sees(model, tokenizer):
+def test_inspect_forward_receives_captums_arguments(model, tokenizer):
     def seen_by(attribution, **arguments):
         seen = {}
         attribution.attribute(
@@ -295,7 +295,7 @@ def test_the_inspection_hook_sees_what_captums_sees(model, tokenizer):
         assert found[key] == pytest.approx(probabilities, rel=1e-3)
 
 
-def test_positional_order_is_captums(model, tokenizer):
+def test_positional_order_equals_captum(model, tokenizer):
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput("Dave lives", tokenizer)
     seen = []
@@ -307,7 +307,7 @@ def test_positional_order_is_captums(model, tokenizer):
     assert seen
 
 
-def test_skip_tokens_works_with_a_warning(model, tokenizer):
+def test_skip_tokens_warns_of_deprecation(model, tokenizer):
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput("Dave lives", tokenizer)
     with pytest.warns(DeprecationWarning, match="skip_tokens"):
@@ -315,7 +315,7 @@ def test_skip_tokens_works_with_a_warning(model, tokenizer):
     assert result.target.tolist() == [50, 60]
 
 
-def test_one_token_may_be_skipped_or_several_in_whatever_they_come(model, tokenizer):
+def test_skip_tokens_accepts_single_values_and_any_sequence(model, tokenizer):
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput("Dave lives", tokenizer)
     for skipped in ([1, 2], torch.tensor([1, 2]), {"<s>", "</s>"}, ("<s>", 2)):
@@ -347,9 +347,7 @@ def _defaults(method):
         ShapleyValues,
     ],
 )
-def test_arguments_that_say_what_holds_without_them_change_nothing(
-    model, tokenizer, method, tmp_path
-):
+def test_arguments_equal_to_defaults_change_nothing(model, tokenizer, method, tmp_path):
     ours = GenerationAttribution(method(model), tokenizer)
     inp = TextSegmentInput(
         "Dave lives. Go.", tokenizer, unit=("sentence", "word"), baselines="delete"
@@ -383,13 +381,13 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(
         ({"inputs": None}, "'inputs', which would be ignored"),
     ],
 )
-def test_arguments_that_ask_for_something_else_are_refused(model, tokenizer, given, message):
+def test_unsupported_argument_values_are_refused(model, tokenizer, given, message):
     ours = GenerationAttribution(KernelShap(model), tokenizer)
     with pytest.raises(TypeError, match=message):
         ours.attribute(TextTokenInput("Dave lives", tokenizer), [50], **given)
 
 
-def test_samples_of_what_does_not_sample_are_ignored_with_a_warning(model, tokenizer):
+def test_n_samples_of_exact_methods_warns(model, tokenizer):
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput("Dave lives", tokenizer)
     with pytest.warns(UserWarning, match="`n_samples` has no meaning for FeatureAblation and is"):
@@ -397,7 +395,7 @@ def test_samples_of_what_does_not_sample_are_ignored_with_a_warning(model, token
     assert torch.equal(found.full_attr, ours.attribute(inp, [50, 60]).full_attr)
 
 
-def test_the_result_says_what_gives_captums_quantity(model, tokenizer):
+def test_provenance_says_how_to_get_captums_quantity(model, tokenizer):
     ours = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput("Dave lives", tokenizer)
     pointer = "`output_unit=None` holds it fixed and gives captum's own quantity"

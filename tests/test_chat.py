@@ -59,7 +59,7 @@ def _ids(tokenizer, messages=MESSAGES, **arguments):
 
 @pytest.mark.parametrize("unit", ["turn", "sentence", "word", "token"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_full_chat_is_what_the_template_makes(name, unit):
+def test_full_chat_equals_the_rendered_template(name, unit):
     tokenizer = _tokenizer(name)
     chat = ChatInput(MESSAGES, tokenizer, unit, baselines="delete")
     assert list(chat.ids) == _ids(tokenizer)
@@ -72,7 +72,7 @@ def test_the_full_chat_is_what_the_template_makes(name, unit):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_turns_are_the_messages_and_the_template_is_fixed(name):
+def test_turns_are_messages_and_template_text_is_fixed(name):
     tokenizer = _tokenizer(name)
     chat = ChatInput(MESSAGES, tokenizer, baselines="delete")
     assert [slot.text.strip() for slot in chat.slots] == [
@@ -88,7 +88,7 @@ def test_turns_are_the_messages_and_the_template_is_fixed(name):
     assert "In Austin." in text  # the assistant's own turn
 
 
-def test_words_within_turns_and_turns_as_a_level(model):
+def test_turn_level_groups_words(model):
     tokenizer = _tokenizer("chatml")
     chat = ChatInput(MESSAGES[:2], tokenizer, "word", roles=("user",), baselines="delete")
     assert chat.names == ["Dave", " lives", " in", " Austin.", " Where", " does", " he", " live?"]
@@ -104,7 +104,7 @@ def test_words_within_turns_and_turns_as_a_level(model):
     assert [level.name for level in nested.levels] == ["turn", "sentence"]
 
 
-def test_tools_are_fixed_and_parts_of_messages_are_found():
+def test_tools_are_fixed_and_message_parts_are_located():
     tokenizer = _tokenizer("tools")
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
@@ -118,7 +118,7 @@ def test_tools_are_fixed_and_parts_of_messages_are_found():
     assert messages[0]["content"][1]["text"] == "What is it?"
 
 
-def test_a_message_that_reads_like_the_template_is_found_where_it_stands():
+def test_message_equal_to_template_text_is_located():
     tokenizer = _tokenizer("tools")
     messages = [{"role": "user", "content": "user"}, {"role": "user", "content": "user"}]
     chat = ChatInput(messages, tokenizer, baselines="delete")
@@ -142,12 +142,12 @@ def test_a_message_that_reads_like_the_template_is_found_where_it_stands():
         (MESSAGES, {"unit": "phrase"}, ValueError, "unknown unit 'phrase'"),
     ],
 )
-def test_bad_chats(messages, arguments, error, message):
+def test_bad_chats_are_refused(messages, arguments, error, message):
     with pytest.raises(error, match=message):
         ChatInput(messages, _tokenizer("chatml"), **arguments)
 
 
-def test_templates_that_fail_or_hide_a_message():
+def test_templates_that_fail_or_drop_a_message():
     tokenizer = tiny.byte_level()
     with pytest.raises(ValueError, match="chat template cannot render"):
         ChatInput(MESSAGES, tokenizer, baselines="delete")  # it has no template
@@ -167,7 +167,7 @@ def test_templates_that_fail_or_hide_a_message():
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tokens_of_the_template_and_of_other_roles_are_fixed(name):
+def test_template_tokens_and_unselected_roles_are_fixed(name):
     chat = ChatInput(MESSAGES, _tokenizer(name), "token", roles=("user",), baselines="delete")
     said = "".join(piece.text for piece in chat.pieces if piece.feature is not None)
     assert "".join(said.split()) == "".join("".join(MESSAGES[i]["content"].split()) for i in (1, 3))
@@ -216,7 +216,7 @@ def _without(chat, feature):
 
 @pytest.mark.parametrize("python", [False, True])
 @pytest.mark.parametrize("name", templates.FAMILIES)
-def test_a_turn_is_absent_with_the_special_tokens_that_it_says(name, python):
+def test_turn_is_absent_with_special_tokens_in_its_text(name, python):
     tokenizer = _family(name, python)
     chat = ChatInput(INJECTED, tokenizer, roles=("user", "assistant"), baselines="delete")
     assert chat.names == [f"{m['role']}: {m['content']}" for m in INJECTED]
@@ -234,7 +234,7 @@ def test_a_turn_is_absent_with_the_special_tokens_that_it_says(name, python):
 
 @pytest.mark.parametrize("unit", ["turn", "word", ("turn", "sentence"), "token"])
 @pytest.mark.parametrize("name", templates.FAMILIES)
-def test_special_tokens_of_the_template_can_be_features_too(name, unit):
+def test_template_special_tokens_can_be_features(name, unit):
     tokenizer = _family(name)
     chat = ChatInput(
         INJECTED, tokenizer, unit, special_tokens_are_features=True, baselines="delete"
@@ -253,7 +253,7 @@ def test_special_tokens_of_the_template_can_be_features_too(name, unit):
 
 
 @pytest.mark.parametrize("name", ["qwen 3", "r1"])
-def test_what_a_template_leaves_out_is_told(name):
+def test_template_that_drops_a_message_warns(name):
     tokenizer = _family(name)
     with pytest.warns(
         UserWarning, match=r"message 2 \(assistant\): '<think> In Reno\? </think>'\.$"
@@ -266,7 +266,7 @@ def test_what_a_template_leaves_out_is_told(name):
     assert ChatInput(THOUGHTS, tokenizer, baselines="delete").n_features == 3
 
 
-def test_thoughts_that_a_template_writes_anew_are_found():
+def test_rewritten_reasoning_content_is_located():
     tokenizer = _family("qwen 3")
     messages = THOUGHTS[:3]
     chat = ChatInput(
@@ -289,7 +289,7 @@ def test_thoughts_that_a_template_writes_anew_are_found():
     assert nested.levels[0].part_of == [0, 0, 1, 2, 2, 2, 2]
 
 
-def test_tool_calls_and_answers_in_json_are_found():
+def test_json_tool_calls_and_responses_are_located():
     chat = ChatInput(CALLS, _family("llama 3"), roles=EVERYONE, baselines="delete")
     assert chat.names[1:3] == [
         'assistant: {"name": "look", "parameters": {"city": "R \\"n\\""}}',
@@ -306,7 +306,7 @@ def test_tool_calls_and_answers_in_json_are_found():
 
 
 @pytest.mark.parametrize("name", ["gemma", "llama 2", "mistral"])
-def test_a_system_message_within_a_users_turn_is_a_turn_of_its_own(name):
+def test_system_message_inside_a_user_turn_is_its_own_turn(name):
     tokenizer = _family(name)
     messages = [{"role": "system", "content": "user"}, {"role": "user", "content": "user "}]
     chat = ChatInput(messages, tokenizer, baselines="delete")
@@ -318,7 +318,7 @@ def test_a_system_message_within_a_users_turn_is_a_turn_of_its_own(name):
     assert "".join(tokenizer.decode(_without(chat, 1)).split()) == "".join(silent.split())
 
 
-def test_what_others_said_is_not_taken_for_a_message_that_is_left_out():
+def test_dropped_message_is_not_matched_to_another_role():
     tokenizer = layouts.llama3()
     tokenizer.chat_template = (
         "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"
@@ -342,7 +342,7 @@ def test_what_others_said_is_not_taken_for_a_message_that_is_left_out():
         ("m.content.split('<b>')[-1]", ' say "hi".', "Tom & 'Ann' <b>"),
     ],
 )
-def test_a_message_is_found_as_the_template_writes_it(written, shown, missing):
+def test_trimmed_or_rewritten_message_is_located(written, shown, missing):
     tokenizer = layouts.llama3()
     tokenizer.chat_template = f"{{% for m in messages %}}<s>{{{{ {written} }}}}</s>{{% endfor %}}"
     messages = [{"role": "user", "content": "Tom & 'Ann'\n<b> say \"hi\"."}]
@@ -353,7 +353,7 @@ def test_a_message_is_found_as_the_template_writes_it(written, shown, missing):
             assert ChatInput(messages, tokenizer, baselines="delete").names == [f"user: {shown}"]
 
 
-def test_parts_of_one_message_are_one_turn():
+def test_content_parts_form_one_turn():
     tokenizer = _tokenizer("tools")
     parts = [{"type": "text", "text": "Look"}, {"type": "image"}, {"type": "text", "text": "here."}]
     chat = ChatInput([{"role": "user", "content": parts}], tokenizer, baselines="delete")
@@ -374,7 +374,7 @@ def test_parts_of_one_message_are_one_turn():
             ChatInput([{"role": "user", "content": [bad, parts[0]]}], tokenizer, baselines="delete")
 
 
-def test_an_empty_turn_has_nothing_to_attribute():
+def test_empty_turn_is_no_feature():
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Why?"}]
     assert ChatInput(messages, _family("chatml"), baselines="delete").names == ["user: Why?"]
 
@@ -388,7 +388,7 @@ def test_an_empty_turn_has_nothing_to_attribute():
         (("paragraph", "sentence", "token"), ["turn", "paragraph", "sentence"]),
     ],
 )
-def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
+def test_units_nest_in_turns(model, unit, levels):
     tokenizer = _tokenizer("chatml")
     chat = ChatInput(MESSAGES, tokenizer, unit, baselines="delete")
     assert [level.name for level in chat.levels] == levels
@@ -407,6 +407,6 @@ def test_turns_nest_whether_they_are_named_or_not(model, unit, levels):
         result.at_level("page")
 
 
-def test_turns_are_the_coarsest_parts():
+def test_unit_above_turn_is_refused():
     with pytest.raises(ValueError, match="turns are the coarsest parts"):
         ChatInput(MESSAGES, _tokenizer("chatml"), ("sentence", "turn"), baselines="delete")

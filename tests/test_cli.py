@@ -103,7 +103,7 @@ def printed(result):
     return f"{result}\n\n{result.narrative()}\n"
 
 
-def test_a_saved_run_holds_what_the_library_gives(saved, demo, attribution):
+def test_saved_result_equals_library_result(saved, demo, attribution):
     _, tokenizer, texts = demo
     result = GenerationAttributionResult.load(saved[1])
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts))
@@ -113,7 +113,7 @@ def test_a_saved_run_holds_what_the_library_gives(saved, demo, attribution):
     assert result.provenance["command"].startswith("captum-llm-ext attribute --model demo")
 
 
-def test_options_reach_the_library(tmp_path, demo):
+def test_attribute_options_are_passed_to_the_library(tmp_path, demo):
     model, tokenizer, _ = demo
     options = "--method sampling --n-samples 4 --unit sentence,word --output-unit word --seed 3"
     options += " --sample --temperature 1.5 --top-p 0.9 --max-new-tokens 4 --attr-target prob"
@@ -132,7 +132,7 @@ def test_options_reach_the_library(tmp_path, demo):
     assert [level.name for level in result.levels] == ["sentence"]
 
 
-def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
+def test_target_option_is_explained_verbatim(capsys, attribution, demo):
     target = " golf and chess."
     assert main([*ATTRIBUTE, "--target", target, "--output-unit", "none", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -142,7 +142,7 @@ def test_a_target_is_explained_as_it_is_given(capsys, attribution, demo):
     assert shown["output_attr"] is None
 
 
-def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
+def test_results_go_to_stdout_and_messages_to_stderr(saved, capsys):
     assert main([*ATTRIBUTE, "--max-new-tokens", "5", "--baselines", "corpus:demo"]) == 0
     shown = capsys.readouterr()
     assert shown.out == printed(GenerationAttributionResult.load(saved[1]))
@@ -152,14 +152,14 @@ def test_results_go_to_stdout_and_all_else_to_stderr(saved, capsys):
     assert "note: Absent features are deleted: attributions" in capsys.readouterr().err
 
 
-def test_a_result_goes_through_a_pipe(saved):
+def test_result_file_is_written_to_a_pipe(saved):
     shown = run("show", saved[1], "--json", "-")
     assert shown.returncode == 0
     assert shown.stderr == ""
     assert json.loads(shown.stdout)["output_tokens"][2] == "surfing"
 
 
-def test_progress_is_drawn_unless_it_is_not_wanted(capsys):
+def test_progress_is_drawn_unless_quiet(capsys):
     arguments = [part for part in ATTRIBUTE if part != "--quiet"]
     assert main([*arguments, "--max-new-tokens", "2"]) == 0
     shown = capsys.readouterr()
@@ -170,7 +170,7 @@ def test_progress_is_drawn_unless_it_is_not_wanted(capsys):
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", ""])
-def test_a_prompt_is_read_from_a_file_without_its_last_line_break(tmp_path, ending, capsys):
+def test_prompt_file_loses_its_trailing_newline(tmp_path, ending, capsys):
     path = tmp_path / "prompt.txt"
     path.write_bytes(f"{PROMPT}\n{ending}".encode())
     arguments = ["attribute", *QUICK, "--max-new-tokens", "2", "--json", "-"]
@@ -180,7 +180,7 @@ def test_a_prompt_is_read_from_a_file_without_its_last_line_break(tmp_path, endi
     assert text == (PROMPT + "\n" if ending else PROMPT)
 
 
-def test_a_prompt_comes_through_a_pipe(monkeypatch, capsys, attribution, demo):
+def test_prompt_is_read_from_stdin(monkeypatch, capsys, attribution, demo):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Ann lives in Austin, TX."))
     arguments = ["attribute", *QUICK, "--max-new-tokens", "2", "--json", "-"]
     assert main([*arguments, "--prompt-file", "-"]) == 0
@@ -190,7 +190,7 @@ def test_a_prompt_comes_through_a_pipe(monkeypatch, capsys, attribution, demo):
 
 
 @pytest.mark.parametrize("how", ["json", "file", "object", "stdin"])
-def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
+def test_chat_messages_are_explained(tmp_path, monkeypatch, capsys, attribution, demo, how):
     messages = [
         {"role": "system", "content": "Dave lives in Palm Coast, FL and is a lawyer."},
         {"role": "user", "content": "His personal interests include"},
@@ -215,7 +215,7 @@ def test_chats(tmp_path, monkeypatch, capsys, attribution, demo, how):
         (["Ann lives.", "Bob lives."], ["user: Ann lives.", "user: Bob lives."]),
     ],
 )
-def test_a_chats_turns_are_its_features_where_there_are_several(capsys, messages, features):
+def test_turns_are_the_default_features_of_a_chat(capsys, messages, features):
     turns = [{"role": "user", "content": text} for text in messages]
     arguments = ["attribute", *QUICK, "--chat", json.dumps(turns), "--max-new-tokens", "2"]
     assert main([*arguments, "--json", "-"]) == 0
@@ -223,7 +223,7 @@ def test_a_chats_turns_are_its_features_where_there_are_several(capsys, messages
     assert shown == features
 
 
-def test_pages_and_pictures(saved, tmp_path, capsys):
+def test_html_and_plot_files_are_written(saved, tmp_path, capsys):
     result = GenerationAttributionResult.load(saved[1])
     files = [tmp_path / name for name in ("r.html", "r.png", "r.json")]
     options = zip(("--html", "--png", "--json"), map(str, files), strict=True)
@@ -238,7 +238,7 @@ def test_pages_and_pictures(saved, tmp_path, capsys):
     assert all(f"written: {name}" in shown.err for name in files)
 
 
-def test_the_causes_of_one_token(saved, capsys):
+def test_causes_of_one_token_are_printed(saved, capsys):
     result = GenerationAttributionResult.load(saved[1])
     for given, token in (("surfing", "surfing"), ("2", 2), ("-3", -3)):
         assert main(["show", str(saved[1]), f"--token={given}", "--top", "4"]) == 0
@@ -251,7 +251,7 @@ def test_the_causes_of_one_token(saved, capsys):
     assert lines == ["poker , surfing  ←", *(f"  {c}" for c in result.attribute_span(0, 3).top(2))]
 
 
-def test_how_many_causes_are_shown(saved, capsys):
+def test_top_limits_the_causes_shown(saved, capsys):
     assert main(["show", str(saved[0]), "--top", "1"]) == 0
     shown = capsys.readouterr().out
     result = GenerationAttributionResult.load(saved[0])
@@ -261,7 +261,7 @@ def test_how_many_causes_are_shown(saved, capsys):
             assert len(re.findall(r" [+-]\d+\.\d\d", block)) <= 1
 
 
-def test_colours_are_for_terminals_that_want_them(saved, capsys, monkeypatch):
+def test_colours_follow_terminal_and_environment(saved, capsys, monkeypatch):
     lowered = int(GenerationAttributionResult.load(saved[0]).full_attr.amin(1).argmin())
 
     def shown():
@@ -288,7 +288,7 @@ def test_colours_are_for_terminals_that_want_them(saved, capsys, monkeypatch):
     assert shown() == plain
 
 
-def test_saved_results_are_compared(saved, tmp_path, capsys):
+def test_compare_reads_saved_results(saved, tmp_path, capsys):
     files = ["--png", str(tmp_path / "c.png"), "--json", str(tmp_path / "c.json")]
     assert main(["compare", *map(str, saved), "--token", "surfing", *files]) == 0
     shown = capsys.readouterr().out
@@ -301,14 +301,14 @@ def test_saved_results_are_compared(saved, tmp_path, capsys):
     assert json.loads((tmp_path / "c.json").read_text("utf-8"))["names"] == ["deleted", "corpus"]
 
 
-def test_results_of_one_name_in_two_folders_are_told_apart(saved, tmp_path, capsys):
+def test_compare_distinguishes_equal_file_names(saved, tmp_path, capsys):
     other = tmp_path / "deleted.st"
     other.write_bytes(saved[1].read_bytes())
     assert main(["compare", str(saved[0]), str(other)]) == 0
     assert f"BaselineComparison({saved[0]}, {other}:" in capsys.readouterr().out
 
 
-def test_baselines_of_one_prompt_are_compared(saved, capsys):
+def test_compare_runs_several_baselines(saved, capsys):
     several = ["--baselines", "delete", "--baselines", "corpus:demo"]
     arguments = ["compare", *QUICK, "--prompt", PROMPT, *several, "--max-new-tokens", "5"]
     assert main(arguments) == 0
@@ -319,7 +319,7 @@ def test_baselines_of_one_prompt_are_compared(saved, capsys):
     assert shown == f"{comparison.summary()}\n"
 
 
-def test_what_baselines_are_called(tmp_path, demo):
+def test_baselines_are_named_in_comparisons(tmp_path, demo):
     (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
     corpus = as_baselines(f"corpus:{tmp_path / 'texts.txt'}", 5)
     assert corpus.seed == 5
@@ -337,7 +337,7 @@ def test_what_baselines_are_called(tmp_path, demo):
         as_baselines("coprus:x", 0)
 
 
-def test_every_method_is_there(model):
+def test_method_names_cover_every_method(model):
     for name, path in METHODS.items():
         assert type(method(name, model)).__name__ == path.partition(":")[2]
     assert {path.partition(":")[2] for path in METHODS.values()} == {
@@ -345,7 +345,7 @@ def test_every_method_is_there(model):
     } | {"EquivalentLinearSystem", "LayerSaliency", "AttentionRollout", "AttentionWeights"}
 
 
-def test_whole_answers_are_compared(capsys):
+def test_compare_reports_the_whole_answer(capsys):
     short = ["--model", "demo", "--prompt", PROMPT, "--unit", "sentence", "--n-samples", "8"]
     more = [*SMILE, "--max-new-tokens", "3", "--quiet"]
     assert main(["attribute", *short, *more, "--baselines", "delete", "--json", "-"]) == 0
@@ -368,7 +368,7 @@ def every_method_of_the_package():
     return [c for c in public if isinstance(c, type) and issubclass(c, PerturbationAttribution)]
 
 
-def test_a_search_is_that_of_the_library(tmp_path, demo):
+def test_hierarchical_search_equals_the_library(tmp_path, demo):
     model, tokenizer, _ = demo
     prompt = "Ann lives in Austin, TX. She likes tennis.\n\nBob lives in Dallas, TX. He likes"
     command = ["attribute", "--model", "demo", "--quiet", "--prompt", prompt, "--target", " chess"]
@@ -383,7 +383,7 @@ def test_a_search_is_that_of_the_library(tmp_path, demo):
     assert [level.name for level in result.levels] == ["paragraph", "sentence"]
 
 
-def test_what_a_feature_does_alone(tmp_path, demo, capsys):
+def test_inclusion_equals_the_library(tmp_path, demo, capsys):
     model, tokenizer, _ = demo
     more = ["--method", "inclusion", "--target", " golf", "--n-draws", "3", "--json", "-"]
     assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more]) == 0
@@ -403,7 +403,7 @@ def test_what_a_feature_does_alone(tmp_path, demo, capsys):
         ("gradient-x-activation", LayerGradientXActivation, {}, "model.layers.0.mlp"),
     ],
 )
-def test_gradients_are_captums(tmp_path, demo, name, kind, given, layer):
+def test_gradient_methods_equal_the_library(tmp_path, demo, name, kind, given, layer):
     """With the output held fixed, token by token, they are those of captum's own class."""
     model, tokenizer, _ = demo
     path, target = str(tmp_path / "r.st"), " golf and chess."
@@ -427,7 +427,7 @@ def options_of(given):
     return [part for name, n in given.items() for part in (f"--{name.replace('_', '-')}", str(n))]
 
 
-def test_options_of_gradients_reach_the_library(tmp_path, demo):
+def test_gradient_options_are_passed_to_the_library(tmp_path, demo):
     model, tokenizer, texts = demo
     files = {kind: tmp_path / f"r.{kind}" for kind in ("save", "html", "png", "json")}
     more = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
@@ -447,7 +447,7 @@ def test_options_of_gradients_reach_the_library(tmp_path, demo):
     assert files["html"].read_text(encoding="utf-8") == result.to_html()
 
 
-def test_draws_of_integrated_gradients(tmp_path, demo, capsys):
+def test_n_draws_of_integrated_gradients(tmp_path, demo, capsys):
     model, tokenizer, texts = demo
     more = ["--method", "integrated-gradients", "--target", " golf", "--n-draws", "3"]
     assert main([*ATTRIBUTE, "--baselines", "corpus:demo", *more, "--json", "-"]) == 0
@@ -469,7 +469,7 @@ def test_draws_of_integrated_gradients(tmp_path, demo, capsys):
         ("projection", lambda model: AttentionRollout(model, "projection")),
     ],
 )
-def test_methods_that_look_inside_are_those_of_the_library(demo, capsys, name, kind):
+def test_white_box_methods_equal_the_library(demo, capsys, name, kind):
     model, tokenizer, _ = demo
     assert main([*ATTRIBUTE, "--method", name, "--target", " golf", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -487,16 +487,16 @@ def test_methods_that_look_inside_are_those_of_the_library(demo, capsys, name, k
         (["linear", "--baselines", "delete"], "it looks at the text as it is"),
         (["alti", "--attr-target", "logit"], "attention knows of no value"),
         (["saliency", "--batch-size", "2"], "it has one row to run"),
-        (["rollout", "--n-samples", "2"], "it is of --method"),
+        (["rollout", "--n-samples", "2"], "it belongs to --method"),
         (["attention", "--checkpoint", "x"], "other than gradients and attention"),
     ],
 )
-def test_what_methods_that_look_inside_would_ignore_is_refused(capsys, given, said):
+def test_white_box_methods_refuse_options_they_would_ignore(capsys, given, said):
     assert main([*ATTRIBUTE, "--method", *given]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_what_absence_means_to_gradients_is_told(capsys):
+def test_note_names_the_baseline_of_gradient_methods(capsys):
     for name, said in (
         ("integrated-gradients", "note: the zero vector stands where a word is absent"),
         ("gradient-x-activation", None),
@@ -508,7 +508,7 @@ def test_what_absence_means_to_gradients_is_told(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
-def test_baselines_of_gradients_are_compared(demo, capsys):
+def test_compare_runs_gradients_under_several_baselines(demo, capsys):
     model, tokenizer, texts = demo
     several = ["--baselines", "delete", "--baselines", "corpus:demo", "--max-new-tokens", "5"]
     arguments = ["compare", *QUICK, "--method", "integrated-gradients", "--prompt", PROMPT]
@@ -523,13 +523,13 @@ def test_baselines_of_gradients_are_compared(demo, capsys):
     assert capsys.readouterr().out == f"{comparison.summary()}\n"
 
 
-def test_the_demo_takes_gradients_too(tmp_path, capsys):
+def test_demo_runs_gradient_methods(tmp_path, capsys):
     options = ["--method", "integrated-gradients", "--max-new-tokens", "4", "--out", str(tmp_path)]
     assert main(["demo", *options]) == 0
     assert "surfing  ←  Palm" in capsys.readouterr().out
 
 
-def test_several_processes_and_one_prompt_of_gradients(monkeypatch, capsys):
+def test_gradients_of_one_prompt_refuse_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, error = mistake(capsys, [*ATTRIBUTE, "--method", "gradient-shap"])
     assert status == 2
@@ -553,7 +553,7 @@ def mistake(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is no token"),
+        (["--prompt", "x", "--baselines", "<nothing>"], "'<nothing>' is not a token"),
         (["--prompt", "x " * 400], "shorten the prompt"),
         (
             ["--prompt", "x", "--method", "integrated-gradients", "--layer", "model.layer.1"],
@@ -565,7 +565,7 @@ def mistake(capsys, arguments):
         ),
     ],
 )
-def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
+def test_failures_are_one_line(capsys, arguments, message):
     status, error = mistake(capsys, ["attribute", *QUICK, *arguments])
     assert status == 1
     assert error.startswith("captum-llm-ext: error: ")
@@ -579,24 +579,27 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         (["attribute", *QUICK], "--prompt --prompt-file --chat --input is required"),
         ([*ATTRIBUTE, "--chat", "[]"], "not allowed with"),
         ([*ATTRIBUTE, "--method", "magic"], "'ablation', 'inclusion', 'shapley'"),
-        ([*ATTRIBUTE, "--share", "0.1"], "--share would be ignored: it is of --method hierarch"),
+        ([*ATTRIBUTE, "--share", "0.1"], "--share would be ignored: it belongs to --met"),
         ([*ATTRIBUTE, "--scheme", "splits"], "--scheme would be ignored"),
         ([*ATTRIBUTE, "--n-samples", "9"], "--n-samples would be ignored"),
         ([*ATTRIBUTE, "--surrogate", "bf16"], "--surrogate would be ignored"),
         ([*ATTRIBUTE, "--method", "lime", "--n-draws", "9"], "--n-draws would be ignored"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--share", "2"], "2 is not between 0 and 1"),
         ([*ATTRIBUTE, "--method", "hierarchical", "--unit", "word"], "paragraph,sentence,word"),
-        ([*ATTRIBUTE, "--n-steps", "9"], "it is of --method integrated-gradients."),
-        ([*ATTRIBUTE, "--layer", "lm_head"], "it is of --method integrated-gradients, gradient-sh"),
+        ([*ATTRIBUTE, "--n-steps", "9"], "belongs to --method integrated-gradients."),
+        (
+            [*ATTRIBUTE, "--layer", "lm_head"],
+            "belongs to --method integrated-gradients, gradient-sh",
+        ),
         ([*ATTRIBUTE, *IG, "--n-samples", "9"], "it has --n-steps"),
         ([*ATTRIBUTE, *IG, "--tol", "0.1"], "--tol would be ignored by --method integrated-grad"),
         ([*ATTRIBUTE, *IG, "--checkpoint", "x.safetensors"], "which evaluate no coalitions"),
-        ([*ATTRIBUTE, *IG, "--share", "0.1"], "--share would be ignored: it is of --method hier"),
+        ([*ATTRIBUTE, *IG, "--share", "0.1"], "--share would be ignored: it belongs to --"),
         ([*ATTRIBUTE, "--method", "gradient-shap", "--n-draws", "9"], "--n-samples is a draw"),
         ([*ATTRIBUTE, *SMILE, "--attr-target", "prob"], "compares whole answers"),
         ([*ATTRIBUTE, *SMILE, "--output-unit", "token"], "compares whole answers"),
         ([*ATTRIBUTE, *SMILE, "--checkpoint", "x.safetensors"], "compares whole answers"),
-        ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "it is of --method shapley, sampling"),
+        ([*ATTRIBUTE, *GXA, "--n-samples", "9"], "belongs to --method shapley, sampling"),
         ([*ATTRIBUTE, *GXA, "--batch-size", "9"], "it has one row to run"),
         ([*ATTRIBUTE, *GXA, "--baselines", "<unk>"], "it compares with the activation 0"),
         ([*ATTRIBUTE, "--max-new-tokens", "0"], "0 is below 1"),
@@ -605,11 +608,11 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--top-p", "0.5"], "--top-p would be ignored without --sample"),
         ([*ATTRIBUTE, "--max-evaluations", "9"], "no meaning without --tol"),
         ([*ATTRIBUTE, "--roles", "user"], "--roles would be ignored"),
-        ([*ATTRIBUTE, "--unit", "turn"], "turns of a --chat"),
+        ([*ATTRIBUTE, "--unit", "turn"], "--unit turn needs a --chat"),
         ([*ATTRIBUTE, "--baselines", "delete", "--baselines", "<unk>"], "2 --baselines"),
-        ([*ATTRIBUTE, "--baselines", str(folder() / "corpus.txt")], "say corpus:"),
+        ([*ATTRIBUTE, "--baselines", str(folder() / "corpus.txt")], "give corpus:"),
         (["attribute", *QUICK, "--prompt", " "], "the prompt is empty"),
-        (["attribute", *QUICK, "--chat", "[{"], "--chat is no JSON"),
+        (["attribute", *QUICK, "--chat", "[{"], "--chat is not JSON"),
         (["attribute", *QUICK, "--chat", '{"role": "user"}'], "has no list of messages"),
         (["attribute", *QUICK, "--chat", "[3]"], "message 1 has no role"),
         (
@@ -618,14 +621,14 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ),
         (["attribute", *QUICK, "--chat", "[]"], "it has no message"),
         (["attribute", *QUICK, "--chat", "nothing"], "--chat nothing: there is no such file"),
-        (["attribute", *QUICK, "--chat", str(folder() / "corpus.txt")], "is no JSON"),
+        (["attribute", *QUICK, "--chat", str(folder() / "corpus.txt")], "is not JSON"),
         (["attribute", *QUICK, "--prompt-file", "nothing"], "--prompt-file nothing: there is no"),
         (["attribute", *QUICK, "--prompt-file", str(folder())], "that is a folder"),
-        (["attribute", *QUICK, "--prompt-file", str(WEIGHTS)], "is no UTF-8 text"),
+        (["attribute", *QUICK, "--prompt-file", str(WEIGHTS)], "is not UTF-8 text"),
         ([*ATTRIBUTE, "--context", "nothing"], "--context nothing: there is no such file"),
         ([*ATTRIBUTE, "--baselines", "corpus:nothing"], "corpus:nothing: there is no such file"),
         ([*ATTRIBUTE, "--baselines", "index:nothing"], "index:nothing: there is no such file"),
-        ([*ATTRIBUTE, "--baselines", "corpus"], "says not which: corpus:FILE"),
+        ([*ATTRIBUTE, "--baselines", "corpus"], "is incomplete: give corpus:FILE"),
         ([*ATTRIBUTE, "--baselines", "delet"], "did you mean delete?"),
         ([*ATTRIBUTE, "--html", "nowhere/x.html"], "give a file in a folder that is there"),
         ([*ATTRIBUTE, "--save", "."], "is a folder"),
@@ -636,13 +639,13 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--gguf", "x.gguf"], "--model demo would be ignored"),
         ([*ATTRIBUTE, "--api", "localhost:8000"], "give a URL such as http://localhost:8000/v1"),
         ([*ATTRIBUTE, "--unit", "phrase"], "unknown unit 'phrase'"),
-        ([*ATTRIBUTE, "--unit", "passage"], "passages of --context"),
-        ([*ATTRIBUTE, "--unit", "word,turn"], "turns of a --chat"),
+        ([*ATTRIBUTE, "--unit", "passage"], "--unit passage needs --context"),
+        ([*ATTRIBUTE, "--unit", "word,turn"], "--unit turn needs a --chat"),
         ([*ATTRIBUTE, "--output-unit", "phrase"], "unknown unit 'phrase'"),
         ([*ATTRIBUTE, "--level", "phrase"], "--level phrase: give one of"),
         ([*ATTRIBUTE, "--level", "passage"], "passages are those of --context"),
         ([*ATTRIBUTE, "--level", "turn"], "turns are those of a --chat"),
-        ([*ATTRIBUTE, "--device-map", "{"], "is no JSON"),
+        ([*ATTRIBUTE, "--device-map", "{"], "is not JSON"),
         ([*ATTRIBUTE, "--quantize", "{"], "give 8bit, 4bit, torchao:CLASS or a JSON object"),
         ([*ATTRIBUTE, "--quantize", "8bits"], "give 8bit, 4bit, torchao:CLASS or a JSON object"),
         ([*ATTRIBUTE, "--quantize", '{"quant_method": "magic"}'], "--quantize"),
@@ -652,7 +655,7 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--sample", "--temperature", "nan"], "nan is not above 0"),
         ([*ATTRIBUTE, "--sample", "--top-p", "1.5"], "1.5 is not above 0 and at most 1"),
         ([*ATTRIBUTE, "--tol", "-1"], "-1 is not above 0"),
-        ([*ATTRIBUTE, "--tol", "much"], "much is no number"),
+        ([*ATTRIBUTE, "--tol", "much"], "much is not a number"),
         ([*ATTRIBUTE, "--png", "x.svg"], "give a file that ends in .png, or say --svg x.svg"),
         ([*ATTRIBUTE, "--svg", "x"], "--svg x: give a file that ends in .svg."),
         ([*ATTRIBUTE, "--pdf", "x.PNG"], "give a file that ends in .pdf, or say --png x.PNG"),
@@ -660,8 +663,8 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--context", "a.txt", "a.txt"], "a file is given twice"),
         (["attribute", *QUICK, "--chat", "[]", "--context", "a"], "--context would be ignored"),
         (["attribute", *QUICK, "--chat", "[]", "--as-chat"], "--as-chat would be ignored"),
-        ([*ATTRIBUTE, "--seed", "1.5"], "1.5 is no whole number"),
-        ([*ATTRIBUTE, "--max-new-tokens", "many"], "many is no whole number"),
+        ([*ATTRIBUTE, "--seed", "1.5"], "1.5 is not an integer"),
+        ([*ATTRIBUTE, "--max-new-tokens", "many"], "many is not an integer"),
         (["attribute", *QUICK, *MANY, "--system", "x"], "--system would be ignored"),
         (["attribute", *QUICK, *MANY, "--dry-run"], "for one prompt"),
         (["show", "a.st", "--level", "word", "--token", "0"], "--level would be ignored"),
@@ -675,7 +678,7 @@ def test_what_cannot_be_done_is_one_line(capsys, arguments, message):
         (["explain"], "invalid choice: 'explain'"),
     ],
 )
-def test_what_is_written_wrongly_has_a_status_of_its_own(capsys, arguments, message):
+def test_usage_errors_exit_with_status_2(capsys, arguments, message):
     status, error = mistake(capsys, arguments)
     assert status == 2
     assert message in error
@@ -693,7 +696,7 @@ def test_what_is_written_wrongly_has_a_status_of_its_own(capsys, arguments, mess
         ("TORN", "the model of"),
     ],
 )
-def test_wrong_models(tmp_path, capsys, tokenizer, model, message):
+def test_unusable_models_are_refused(tmp_path, capsys, tokenizer, model, message):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "EMPTY" / "file").touch()
     if model == "TORN":
@@ -707,14 +710,14 @@ def test_wrong_models(tmp_path, capsys, tokenizer, model, message):
     assert message in error
 
 
-def test_damaged_and_missing_results(saved, tmp_path, capsys):
+def test_damaged_or_missing_result_files_are_refused(saved, tmp_path, capsys):
     torn = tmp_path / "torn.st"
     torn.write_bytes(saved[0].read_bytes()[:3000])
     text = tmp_path / "text.st"
     text.write_text("no result at all", encoding="utf-8")
     for name, message, expected in (
         (torn, "damaged", 1),
-        (text, "damaged or no saved result", 2),
+        (text, "damaged or not a saved result", 2),
         (tmp_path / "none", "no such file", 2),
         (tmp_path, "a folder", 2),
     ):
@@ -726,7 +729,7 @@ def test_damaged_and_missing_results(saved, tmp_path, capsys):
         assert "token" in error
 
 
-def test_results_of_different_answers_are_not_compared(saved, tmp_path, capsys):
+def test_compare_refuses_different_answers(saved, tmp_path, capsys):
     other = str(tmp_path / "other.st")
     assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--save", other]) == 0
     capsys.readouterr()
@@ -735,14 +738,14 @@ def test_results_of_different_answers_are_not_compared(saved, tmp_path, capsys):
     assert "have different targets" in error
 
 
-def test_a_traceback_comes_on_demand(capsys):
+def test_traceback_is_printed_on_request(capsys):
     assert main([*ATTRIBUTE, "--unit", "phrase", "--debug"]) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
     assert error.splitlines()[-2].startswith("captum-llm-ext: error: unknown unit")
 
 
-def test_what_nobody_foresaw_is_named(saved, capsys, monkeypatch):
+def test_unexpected_errors_name_their_type(saved, capsys, monkeypatch):
     def fails(*_):
         raise ZeroDivisionError("by zero")
 
@@ -751,7 +754,7 @@ def test_what_nobody_foresaw_is_named(saved, capsys, monkeypatch):
     assert capsys.readouterr().err == "captum-llm-ext: error: ZeroDivisionError: by zero\n"
 
 
-def test_saved_commands_keep_no_folders(tmp_path, capsys):
+def test_saved_command_omits_folders(tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
     path = str(tmp_path / "r.st")
     more = ["--baselines", f"corpus:{tmp_path}/texts.txt", f"--html={tmp_path}/x.html"]
@@ -764,7 +767,7 @@ def test_saved_commands_keep_no_folders(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_examples(capsys, command):
+def test_help_of_every_command_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
     assert stopped.value.code == 0
@@ -775,7 +778,7 @@ def test_every_command_has_help_with_examples(capsys, command):
     assert all(line.startswith(f"  captum-llm-ext {command}") for line in lines)
 
 
-def test_without_a_command_there_is_help(capsys):
+def test_no_command_prints_help(capsys):
     assert main([]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -786,7 +789,7 @@ def test_without_a_command_there_is_help(capsys):
     assert capsys.readouterr().out == f"captum-llm-ext {captum_llm_ext.__version__}\n"
 
 
-def test_what_cannot_be_a_checkpoint_is_refused_before_the_model_is_loaded(capsys, tmp_path):
+def test_bad_checkpoint_path_is_refused_before_loading(capsys, tmp_path):
     assert main([*ATTRIBUTE, "--checkpoint", str(tmp_path / "run.st")]) == 2
     said = capsys.readouterr().err
     assert "give a file that ends in .safetensors, or a folder" in said
@@ -829,7 +832,7 @@ def test_ctrl_c_ends_a_run_cleanly():
     assert out == b""
 
 
-def test_ctrl_c_while_torch_is_imported_is_one_line_too():
+def test_ctrl_c_during_import_is_one_line():
     command = [sys.executable, "-X", "importtime", "-m", "captum_llm_ext", *ATTRIBUTE]
     with _interruptible():
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -849,7 +852,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line_too():
     assert out == b""
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(saved):
+def test_closed_stdout_pipe_is_no_error(saved):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
@@ -866,7 +869,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved):
 # doctor ------------------------------------------------------------------------------------------
 
 
-def test_the_doctor_looks_at_the_shipped_model(capsys):
+def test_doctor_checks_the_demo_model(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert f"torch           {torch.__version__}" in text
@@ -874,7 +877,7 @@ def test_the_doctor_looks_at_the_shipped_model(capsys):
     assert "right  values" in text
 
 
-def test_the_probe_sees_how_wrong_captums_default_is(tokenizer, model):
+def test_probe_measures_error_of_captums_default(tokenizer, model):
     found = probe.probe(model, tokenizer)
     target = tokenizer.encode(probe._ANSWER, add_special_tokens=False)[: probe._SHORT_ANSWER]
     ids = tokenizer.encode(probe._TEXT, add_special_tokens=False)[: probe._SHORT_PROMPT]
@@ -891,7 +894,7 @@ def test_the_probe_sees_how_wrong_captums_default_is(tokenizer, model):
     assert found.is_right
 
 
-def test_the_probe_tells_which_beginnings_are_shared(tokenizer):
+def test_probe_reports_prefix_sharing(tokenizer):
     found = probe.probe(architectures.build("qwen 3"), tokenizer)
     assert 0.2 < found.shared < 1
     assert found.why_not_shared is None
@@ -905,7 +908,7 @@ def test_the_probe_tells_which_beginnings_are_shared(tokenizer):
     assert found.is_right
 
 
-def test_the_probe_finds_a_model_whose_batches_are_wrong(tokenizer, monkeypatch, capsys):
+def test_probe_detects_wrong_batches(tokenizer, monkeypatch, capsys):
     model = tiny.llama(len(tokenizer))
     forward = model.forward
 
@@ -926,7 +929,7 @@ def test_the_probe_finds_a_model_whose_batches_are_wrong(tokenizer, monkeypatch,
     assert "gives equal rows values up to" in shown.err
 
 
-def test_the_doctor_on_half_precision(capsys):
+def test_doctor_in_half_precision(capsys):
     assert main(["doctor", "demo", "--dtype", "bfloat16", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["machine"]["torch"] == torch.__version__
@@ -936,7 +939,7 @@ def test_the_doctor_on_half_precision(capsys):
     assert "in bfloat16" in shown["model"]["parameters"]
 
 
-def test_a_contrast_is_told_with_its_foils(tmp_path, capsys):
+def test_contrast_output_names_its_foils(tmp_path, capsys):
     file = tmp_path / "c.safetensors"
     options = ["--target", " poker, surfing", "--attr-target", "contrast"]
     main([*ATTRIBUTE, *options, "--save", str(file), "--html", str(tmp_path / "c.html")])
@@ -957,19 +960,19 @@ def test_a_contrast_is_told_with_its_foils(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--foils", "golf"], "--foils would be ignored: it is of --attr-target contrast"),
+        (["--foils", "golf"], "--foils would be ignored: it belongs to --attr-target contrast"),
         (
             ["--attr-target", "contrast", "--foils", "without:Palm", "--foils", "golf"],
             "--foils without:Palm finds all foils: give it alone",
         ),
     ],
 )
-def test_foils_that_would_be_ignored_are_refused(options, message, capsys):
+def test_foils_without_contrast_are_refused(options, message, capsys):
     assert main([*ATTRIBUTE, *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_no_figure_is_left_open(capsys, tmp_path):
+def test_figures_are_closed(capsys, tmp_path):
     from matplotlib import pyplot
 
     before = pyplot.get_fignums()

@@ -62,7 +62,7 @@ class Heard:
 
 
 @pytest.mark.parametrize("n", [4, 40])
-def test_a_listener_hears_the_answer_before_the_work(demo, n):
+def test_progress_callback_receives_the_answer_before_evaluations(demo, n):
     from captum.attr import FeatureAblation
 
     model, tokenizer, _ = demo
@@ -83,7 +83,7 @@ def test_a_listener_hears_the_answer_before_the_work(demo, n):
     assert heard.calls[-1] == ("ends",)
 
 
-def test_the_answer_comes_first_then_the_estimate_then_the_table(capsys):
+def test_output_order_is_answer_estimate_table(capsys):
     assert main([*ATTRIBUTE, "--max-new-tokens", "4"]) == 0
     shown = capsys.readouterr()
     lines = shown.err.splitlines()
@@ -98,7 +98,7 @@ def test_the_answer_comes_first_then_the_estimate_then_the_table(capsys):
     assert "estimate" not in whole
 
 
-def test_a_dry_run_stops_after_the_first_batch(capsys, tmp_path):
+def test_dry_run_stops_after_the_first_batch(capsys, tmp_path):
     page = tmp_path / "r.html"
     assert main([*ATTRIBUTE, "--dry-run", "--batch-size", "8", "--html", str(page)]) == 0
     shown = capsys.readouterr()
@@ -114,7 +114,7 @@ def test_a_dry_run_stops_after_the_first_batch(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--unit", "sentence"], ["--output-unit", "none"]])
-def test_what_a_cheaper_way_is_said_to_take_is_what_it_takes(capsys, tmp_path, options):
+def test_estimates_of_cheaper_options_are_accurate(capsys, tmp_path, options):
     """Within a fifth: coalitions that come twice are not known beforehand."""
     short = [*ATTRIBUTE, "--max-new-tokens", "6"]
     assert main([*short, "--dry-run"]) == 0
@@ -132,14 +132,14 @@ def test_what_a_cheaper_way_is_said_to_take_is_what_it_takes(capsys, tmp_path, o
     assert told[" ".join(options)] == pytest.approx(found, rel=0.2)
 
 
-def test_what_the_values_decide_is_not_foretold(capsys):
+def test_value_dependent_cost_is_estimated_as_open(capsys):
     two = "Ann lives in Austin, TX. She likes tennis.\n\nBob lives in Dallas, TX. He likes"
     search = [*DEMO, "--prompt", two, "--max-new-tokens", "2", "--method", "hierarchical"]
     assert main([*search, "--dry-run"]) == 0
     assert "to begin with; the values decide how many more" in capsys.readouterr().out
 
 
-def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
+def test_progress_without_terminal_is_a_line_per_tenth(capsys):
     bar = ProgressBar("rows", "row", is_shown=True)
     with bar.shown():
         bar.announce(40)
@@ -153,7 +153,7 @@ def test_without_a_terminal_there_is_a_line_for_each_tenth(capsys):
     assert all(line.endswith(" left") for line in lines[:-1])
 
 
-def test_a_bar_counts_time_from_when_the_work_began(monkeypatch):
+def test_progress_bar_counts_from_the_start_of_evaluations(monkeypatch):
     """What was prepared before tells no rate."""
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
@@ -172,12 +172,12 @@ def test_a_bar_counts_time_from_when_the_work_began(monkeypatch):
     ("seconds", "said"),
     [(0.42, "0.42 s"), (8, "8 s"), (59.4, "59 s"), (59.9, "1 min 00 s"), (125, "2 min 05 s")],
 )
-def test_durations(seconds, said):
+def test_durations_are_formatted(seconds, said):
     assert duration(seconds) == said
     assert duration(4800) == "1 h 20 min"
 
 
-def test_a_terminal_gets_a_bar_with_a_rate():
+def test_terminal_progress_bar_shows_a_rate():
     command = [sys.executable, "-m", "captum_llm_ext", *ATTRIBUTE, "--max-new-tokens", "3"]
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
@@ -196,7 +196,7 @@ def test_a_terminal_gets_a_bar_with_a_rate():
     assert all("?row/s" not in line for line in bars)  # it begins with the first batch
 
 
-def test_passages_go_by_their_files(facts, capsys, demo):
+def test_passages_are_named_by_file(facts, capsys, demo):
     more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
     for unit in ("passage", "passage,sentence", "sentence"):
         assert main([*DEMO, *more, "--unit", unit, "--json", "-"]) == 0
@@ -209,7 +209,7 @@ def test_passages_go_by_their_files(facts, capsys, demo):
         assert text == "\n\n".join([*FACTS.values(), QUESTION])
 
 
-def test_passages_and_a_question_in_a_chat(facts, capsys, demo):
+def test_passages_and_question_in_a_chat(facts, capsys, demo):
     more = ["--context", *facts, "--prompt", QUESTION, "--system", "Be brief.", "--quiet"]
     assert main([*DEMO, *more, "--target", " poker", "--method", "ablation", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -225,7 +225,7 @@ def test_passages_and_a_question_in_a_chat(facts, capsys, demo):
     assert len(shown["input_tokens"]) == inp.n_features
 
 
-def test_a_question_is_asked_in_the_chat_template(capsys, demo):
+def test_as_chat_applies_the_chat_template(capsys, demo):
     given = ["--prompt", QUESTION, "--target", " poker", "--quiet", "--method", "ablation"]
     assert main([*DEMO, *given, "--as-chat", "--json", "-"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -236,7 +236,7 @@ def test_a_question_is_asked_in_the_chat_template(capsys, demo):
     assert [name.split(":")[0] for name in shown["input_tokens"]] == ["system", "user"]
 
 
-def test_a_system_message_goes_before_a_chat(capsys):
+def test_system_option_precedes_a_chat(capsys):
     chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
     more = ["--system", "Be brief.", "--target", " poker", "--quiet", "--method", "ablation"]
     assert main([*DEMO, "--chat", chat, *more, "--json", "-"]) == 0
@@ -247,7 +247,7 @@ def test_a_system_message_goes_before_a_chat(capsys):
     assert "has a message of the system already" in capsys.readouterr().err
 
 
-def test_a_level_sums_causes(facts, capsys, tmp_path):
+def test_level_option_sums_causes(facts, capsys, tmp_path):
     saved = str(tmp_path / "r.safetensors")
     more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
     assert main([*DEMO, *more, "--unit", "word", "--level", "passage", "--save", saved]) == 0
@@ -263,7 +263,7 @@ def test_a_level_sums_causes(facts, capsys, tmp_path):
     assert "poker" in told.out
 
 
-def test_many_prompts_give_a_line_of_json_each(tmp_path, capsys):
+def test_input_option_writes_a_json_line_per_prompt(tmp_path, capsys):
     prompts = [PROMPT, "Ann lives in Austin, TX and is a nurse. Her personal interests include"]
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
@@ -283,14 +283,14 @@ def test_many_prompts_give_a_line_of_json_each(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kind", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
 )
-def test_pictures_are_what_their_names_say(tmp_path, kind, begins):
+def test_plot_format_follows_file_name(tmp_path, kind, begins):
     path = tmp_path / f"r.{kind}"
     more = ["--target", " poker", "--quiet", "--method", "ablation"]
     assert main([*ATTRIBUTE, *more, f"--{kind}", str(path)]) == 0
     assert path.read_bytes().startswith(begins)
 
 
-def test_the_page_is_opened(tmp_path, monkeypatch, capsys):
+def test_open_option_opens_the_page(tmp_path, monkeypatch, capsys):
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda uri: opened.append(uri) or len(opened) < 2)
     more = ["--target", " poker", "--quiet", "--method", "ablation", "--open"]
@@ -302,7 +302,7 @@ def test_the_page_is_opened(tmp_path, monkeypatch, capsys):
     assert "there is no browser to open it with: " in capsys.readouterr().err
 
 
-def test_what_the_library_says_is_said_in_options(demo, capsys):
+def test_library_messages_name_options(demo, capsys):
     """Whatever a mistake, no argument of Python's stands in what is said of it."""
     model, tokenizer, _ = demo
     inp = TextSegmentInput(PROMPT, tokenizer, ("sentence", "word"), baselines="delete")
@@ -344,11 +344,11 @@ def test_what_the_library_says_is_said_in_options(demo, capsys):
         ("without `tol` or `stop`: give one of them.", "without --tol: give it."),
     ],
 )
-def test_names_of_arguments_become_options(said, instead):
+def test_argument_names_become_options(said, instead):
     assert in_options(said) == instead
 
 
-def test_the_search_of_candidates_is_heard_before_the_evaluations(demo):
+def test_candidate_search_reports_progress_before_evaluations(demo):
     from captum.attr import FeatureAblation
 
     model, tokenizer, _ = demo
@@ -373,7 +373,7 @@ def test_the_search_of_candidates_is_heard_before_the_evaluations(demo):
     assert sum(later) == result.n_evaluations  # what was tried before is none of them
 
 
-def test_the_command_line_tells_how_far_the_search_is(capsys):
+def test_candidate_search_progress_is_printed(capsys):
     searching = ["attribute", "--model", "demo", "--prompt", PROMPT, "--max-new-tokens", "4"]
     assert main([*searching, "--method", "ablation"]) == 0
     kinds = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
@@ -393,7 +393,7 @@ def test_the_command_line_tells_how_far_the_search_is(capsys):
         ('{"quant_method": "hqq", "nbits": 4}', "hqq"),
     ],
 )
-def test_what_quantizing_lacks_is_told_before_anything_is_loaded(capsys, how, package):
+def test_missing_quantization_package_fails_before_loading(capsys, how, package):
     if find_spec(package.replace("optimum-quanto", "optimum")) is not None:
         pytest.skip(f"{package} is installed")
     assert main([*ATTRIBUTE, "--quantize", how]) == 1
@@ -402,7 +402,7 @@ def test_what_quantizing_lacks_is_told_before_anything_is_loaded(capsys, how, pa
     assert "loading" not in said
 
 
-def test_what_would_change_the_answer_is_told_and_on_the_page(capsys, tmp_path):
+def test_counterfactuals_are_printed_and_on_the_page(capsys, tmp_path):
     page, kept, numbers = (str(tmp_path / name) for name in ("a.html", "a.safetensors", "a.json"))
     short = [*ATTRIBUTE, "--max-new-tokens", "4", "--quiet", "--method", "ablation"]
     written = ["--html", page, "--save", kept, "--json", numbers]
@@ -431,7 +431,7 @@ def test_what_would_change_the_answer_is_told_and_on_the_page(capsys, tmp_path):
         (["--chat", json.dumps([{"role": "user", "content": PROMPT}])], [("user", PROMPT)]),
     ],
 )
-def test_counterfactuals_of_chats_are_those_of_the_library(demo, asked, messages, capsys, tmp_path):
+def test_chat_counterfactuals_equal_the_library(demo, asked, messages, capsys, tmp_path):
     from captum.attr import FeatureAblation
 
     out = str(tmp_path / "found.json")
@@ -454,7 +454,7 @@ def test_counterfactuals_of_chats_are_those_of_the_library(demo, asked, messages
     assert search.summary in capsys.readouterr().out
 
 
-def test_what_a_search_does_not_ask_is_no_option_of_it(capsys):
+def test_counterfactual_command_has_only_options_it_uses(capsys):
     """What would be ignored is not offered: methods, budgets, values, many prompts."""
     with pytest.raises(SystemExit):
         main(["counterfactual", "--help"])
@@ -469,12 +469,12 @@ def test_what_a_search_does_not_ask_is_no_option_of_it(capsys):
     "options",
     [["--method", "gradient-x-activation"], ["--method", "smile"], ["--dry-run"]],
 )
-def test_a_search_that_would_not_be_made_is_refused(capsys, options):
+def test_counterfactuals_option_that_would_be_ignored_is_refused(capsys, options):
     assert main([*ATTRIBUTE, "--counterfactuals", *options]) == 2
     assert "--counterfactuals would be ignored" in capsys.readouterr().err
 
 
-def test_a_file_without_counterfactuals_is_told(capsys, tmp_path):
+def test_show_reports_missing_counterfactuals(capsys, tmp_path):
     kept, other = str(tmp_path / "a.safetensors"), tmp_path / "b.json"
     assert main([*ATTRIBUTE, "--max-new-tokens", "2", "--quiet", "--save", kept]) == 0
     other.write_text("[1]", encoding="utf-8")
@@ -483,8 +483,8 @@ def test_a_file_without_counterfactuals_is_told(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("n_tokens", "is_cut"), [(1, False), (1, True), (2, False)])
-def test_an_answer_of_its_end_alone_is_said_to_be_empty(capsys, n_tokens, is_cut):
-    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "asks_model": False}
+def test_empty_answer_is_reported(capsys, n_tokens, is_cut):
+    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "uses_proposals": False}
     RunProgress(None, **quiet, cheaper=lambda _: ()).answered("</s>", n_tokens, is_cut)
     is_empty = n_tokens == 1 and not is_cut
     assert ("the model ended at once" in capsys.readouterr().err) == is_empty
@@ -543,7 +543,7 @@ WRONG = (
 )
 
 
-def test_what_is_written_wrongly_is_told_before_torch_is_imported(tmp_path):
+def test_usage_errors_come_before_importing_torch(tmp_path):
     """Torch and captum take seconds to import, which a slip of the pen need not wait for."""
     told = "import json, sys\n" + _TOLD_EARLY
     done = subprocess.run(

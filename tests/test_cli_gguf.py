@@ -11,12 +11,12 @@ from captum_llm_ext.cli import main
         (["--gguf", "model.bin"], 2, "--gguf model.bin: give a file that ends in .gguf."),
         (["--gguf", "none.gguf"], 2, "--gguf none.gguf: there is no such file."),
         (["--model", ".", "--gguf", "none.gguf"], 2, "there is no such file in ."),
-        (["--gguf", "other.gguf"], 2, "--gguf other.gguf: that is no GGUF file"),
+        (["--gguf", "other.gguf"], 2, "--gguf other.gguf: that is not a GGUF file"),
         (["--gguf", "there.gguf", "--revision", "v1"], 2, "--revision would be ignored: --gguf is"),
         (["--gguf", "there.gguf", "--quantize", "4bit"], 2, "--quantize would be ignored: the"),
     ],
 )
-def test_a_file_that_cannot_be_meant(options, status, message, tmp_path, monkeypatch, capsys):
+def test_wrong_gguf_file_is_refused(options, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.gguf").write_bytes(b"GGUF")
     (tmp_path / "other.gguf").write_bytes(b"PK\3\4")

@@ -64,7 +64,7 @@ def desk(tmp_path_factory):
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example[:60])
-def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
+def test_help_examples_run(example, desk, monkeypatch, capsys):
     monkeypatch.chdir(desk)
     before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
     capsys.readouterr()
@@ -88,7 +88,7 @@ def test_examples_of_the_help_run(example, desk, monkeypatch, capsys):
     assert {desk / name for name in wanted if name != "-"} <= written
 
 
-def test_a_terminal_gets_colours_in_its_width(desk):
+def test_terminal_output_has_colours_and_fits_its_width(desk):
     """A real pseudo-terminal of 50 columns."""
     show = [sys.executable, "-m", "captum_llm_ext", "show", str(desk / "dave.safetensors")]
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS")}
@@ -110,7 +110,7 @@ def test_a_terminal_gets_colours_in_its_width(desk):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_any_encoding_of_stdout_will_do(desk, monkeypatch, encoding):
+def test_stdout_encodings(desk, monkeypatch, encoding):
     """Arrows that it has not are spelt out, and JSON stays JSON."""
 
     def shown(*arguments):
@@ -128,7 +128,7 @@ def test_any_encoding_of_stdout_will_do(desk, monkeypatch, encoding):
     assert json.loads(shown("--json", "-"))["output_tokens"][:3] == ["🙂", ",", "surfing"]
 
 
-def test_dtypes_and_device_maps_reach_transformers():
+def test_dtype_and_device_map_are_passed_to_transformers():
     for given in ("meta", '{"": "meta"}'):
         options = argparse.Namespace(dtype="bfloat16", device_map=given, quantize=None)
         loaded = load_model(Place("demo", str(folder())), options)
@@ -137,7 +137,7 @@ def test_dtypes_and_device_maps_reach_transformers():
             assert (parameter.device.type, parameter.dtype) == ("meta", torch.bfloat16)
 
 
-def test_a_revision_is_loaded_and_told(tmp_path, capsys):
+def test_revision_is_loaded_and_recorded(tmp_path, capsys):
     """From a cache of the hub with two commits, as downloads leave it."""
     repository = tmp_path / "models--someone--tiny"
     old, new = "1" * 40, "2" * 40
@@ -175,7 +175,7 @@ def test_a_revision_is_loaded_and_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("model", ["demo", str(folder())])
-def test_a_folder_has_no_revisions(model, capsys):
+def test_revision_of_a_local_folder_is_refused(model, capsys):
     for command in (["attribute", "--model", model, "--prompt", "x"], ["doctor", model]):
         assert main([*command, "--revision", "v1"]) == 2
         assert "error: --revision would be ignored" in capsys.readouterr().err
@@ -188,20 +188,20 @@ def test_a_folder_has_no_revisions(model, capsys):
         (["--html", "x", "--json", "./x"], "--html and --json are the same file './x'"),
     ],
 )
-def test_files_that_would_be_lost_are_told_before_anything_is_read(files, message, capsys):
+def test_output_path_errors_come_before_loading(files, message, capsys):
     assert main(["show", "no-such-result", *files]) == 2
     shown = capsys.readouterr()
     assert message in shown.err
     assert shown.out == ""
 
 
-def test_the_help_tells_exit_statuses(capsys):
+def test_help_documents_exit_statuses(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "Exit status: 0; 1 where" in capsys.readouterr().out
 
 
-def test_the_doctor_tells_which_reuse_is_exact(tokenizer, model):
+def test_doctor_reports_exact_reuse(tokenizer, model):
     lines = "\n".join(checkup._lines(probe.probe(model, tokenizer)))
     assert "exact  rows in padded batches: within" in lines
     assert "exact  beginnings reused: within" in lines
@@ -224,7 +224,7 @@ DRAWING = {
 
 @pytest.mark.parametrize("kind", DRAWING)
 @pytest.mark.filterwarnings("ignore:.* draws at random in every pass")
-def test_the_doctor_compares_a_model_that_draws_as_it_can(kind, tokenizer, model):
+def test_doctor_handles_stochastic_models(kind, tokenizer, model):
     hook = DRAWING[kind](numpy.random.default_rng(0))
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -243,7 +243,7 @@ def test_the_doctor_compares_a_model_that_draws_as_it_can(kind, tokenizer, model
     assert not replace(found, whole_error=2 * found.limit).is_right
 
 
-def test_a_way_of_reuse_that_is_wrong_is_told_from_those_that_are_not(tokenizer, model):
+def test_doctor_marks_inexact_reuse_as_wrong(tokenizer, model):
     found = replace(probe.probe(model, tokenizer), shared_error=0.5)
     lines = list(checkup._lines(found))
     assert lines[0].startswith("WRONG  values: within 0.5 nats")

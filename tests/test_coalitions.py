@@ -128,7 +128,7 @@ def solve(name: str, n: int, *games: Game, seed: int = 0) -> Solution:
 # Plans
 
 
-def test_anchors_hold_full_empty_and_each_required_column_alone():
+def test_anchors_hold_full_empty_and_each_required_column():
     plan = plan_anchors(4, required=[2, -1, 3, 2], n_empty=2)
     expected = ["1111", "0000", "0000", "0010", "0010", "0001", "0001"]
     assert ["".join(str(int(bit)) for bit in row) for row in plan.masks] == expected
@@ -145,7 +145,7 @@ def test_exact_plan_holds_every_coalition_once_per_draw():
 
 @given(n=st.integers(0, 6), orders=st.integers(1, 5), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=25)
-def test_walks_add_one_feature_at_a_time_and_come_with_their_reverse(n, orders, seed):
+def test_permutations_add_one_feature_at_a_time_with_their_reverse(n, orders, seed):
     plan = plan_permutations(n, orders, generator=seeded(seed))
     walks = plan.masks.view(orders, n + 1, n).int()
     assert (walks.sum(2) == torch.arange(n + 1)).all()
@@ -158,7 +158,7 @@ def test_walks_add_one_feature_at_a_time_and_come_with_their_reverse(n, orders, 
     assert (draws == draws[:, :1]).all()
 
 
-def test_pairs_are_complements_of_one_draw_and_an_odd_one_is_alone():
+def test_pairs_are_complements_of_one_draw():
     plan = plan_pairs(12, 101, generator=seeded(0))
     assert len(plan.masks) == 101
     assert (plan.masks[0:100:2] == ~plan.masks[1:100:2]).all()
@@ -185,7 +185,7 @@ def test_sizes_of_pairs_are_uniform_on_every_prefix(visible):
 
 @given(n=st.integers(2, 9), size=st.integers(1, 600), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=60)
-def test_pairs_never_repeat_and_small_sizes_are_enumerated_first(n, size, seed):
+def test_pairs_are_distinct_and_enumerate_small_sizes_first(n, size, seed):
     plan = plan_pairs(n, size, generator=seeded(seed))
     assert len(plan.masks) == min(size, 2**n if size >= 2**n else 2**n - 2)
     assert len({tuple(row) for row in plan.masks.tolist()}) == len(plan.masks)
@@ -204,7 +204,7 @@ def test_pairs_never_repeat_and_small_sizes_are_enumerated_first(n, size, seed):
 
 
 @pytest.mark.parametrize("visible", [4, 12])
-def test_weights_make_up_for_sizes_that_are_enumerated(visible):
+def test_weights_correct_for_enumerated_sizes(visible):
     """Weighted by how rare a size is, sizes on every prefix are as frequent as one another."""
     shares = torch.zeros(visible + 1).double()
     for seed in range(60):
@@ -219,7 +219,7 @@ def test_weights_make_up_for_sizes_that_are_enumerated(visible):
     assert shares.tolist() == pytest.approx([1 / (visible - 1)] * (visible - 1), rel=0.03)
 
 
-def test_lime_rows_are_fair_coins():
+def test_lime_masks_are_bernoulli_half():
     plan = plan_lime(10, 20000, generator=seeded(2))
     assert plan.masks.double().mean(0).tolist() == pytest.approx([0.5] * 10, abs=0.02)
     sizes = plan.masks.sum(1).bincount(minlength=11) / 20000
@@ -228,7 +228,7 @@ def test_lime_rows_are_fair_coins():
 
 
 @pytest.mark.parametrize("planner", [plan_permutations, plan_pairs, plan_lime])
-def test_plans_come_from_their_generator_alone(planner):
+def test_plans_depend_on_their_generator_alone(planner):
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first = planner(9, 20, generator=seeded(5))
@@ -240,7 +240,7 @@ def test_plans_come_from_their_generator_alone(planner):
     assert not torch.equal(first.masks, planner(9, 20, generator=seeded(6)).masks)
 
 
-def test_joining_keeps_rows_and_separates_draws():
+def test_join_plans_keeps_rows_and_separates_draws():
     parts = [plan_anchors(3), plan_leave_one_out(3, common_draw=True), plan_exact(3)]
     plan = join_plans(parts)
     assert torch.equal(plan.masks, torch.cat([part.masks for part in parts]))
@@ -261,7 +261,7 @@ def test_joining_keeps_rows_and_separates_draws():
         (lambda: join_plans([plan_exact(2), plan_anchors(2)]), "Anchors must come first"),
     ],
 )
-def test_planners_say_what_they_want(call, message):
+def test_planners_refuse_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -271,7 +271,7 @@ def test_planners_say_what_they_want(call, message):
 
 @pytest.mark.parametrize("name", ENUMERATED)
 @pytest.mark.parametrize("n", [1, 2, 3, 6])
-def test_enumeration_agrees_with_the_definition(name, n):
+def test_enumeration_equals_the_shapley_definition(name, n):
     games = [table_game(n, seed) for seed in range(3)]
     solution = solve(name, n, *games)
     for game, attributions in zip(games, solution.attributions, strict=True):
@@ -279,7 +279,7 @@ def test_enumeration_agrees_with_the_definition(name, n):
     assert not solution.standard_errors.any()
 
 
-def test_all_orders_agree_with_the_definition():
+def test_all_permutations_equal_the_shapley_definition():
     n, game = 4, table_game(4, 3)
     walks = [
         torch.tensor(order).argsort() < step
@@ -318,7 +318,7 @@ def play(plan: Plan, scope: Scope, games: Sequence[Game]) -> Tensor:
 
 @pytest.mark.parametrize("name", ENUMERATED)
 @pytest.mark.parametrize("required", [(-1, -1, -1, -1), (-1, 5, -1, 7)])
-def test_all_steps_at_once_are_each_step_by_itself(name, required):
+def test_solving_all_scopes_equals_solving_each(name, required):
     n = N_PROMPT + N_OUTPUT
     scope, games = generation(required)
     plan = join_plans([plan_anchors(n, required=required), plan_for(name, n)])
@@ -329,7 +329,7 @@ def test_all_steps_at_once_are_each_step_by_itself(name, required):
         assert not solution.attributions[target, visible:].any()
 
 
-def test_walks_of_all_steps_restrict_to_walks_of_each():
+def test_permutations_restrict_to_permutations_of_each_scope():
     n = N_PROMPT + N_OUTPUT
     scope, games = generation()
     plan = join_plans([plan_anchors(n), plan_permutations(n, 7, generator=seeded(4))])
@@ -348,7 +348,7 @@ def test_walks_of_all_steps_restrict_to_walks_of_each():
 
 
 @pytest.mark.parametrize("column", [-1, 6])
-def test_leave_one_out_is_the_difference_it_says(column):
+def test_leave_one_out_equals_its_definition(column):
     n = N_PROMPT + N_OUTPUT
     scope, games = generation((-1, -1, -1, column))
     plan = join_plans([plan_anchors(n, required=[column]), plan_leave_one_out(n, common_draw=True)])
@@ -364,7 +364,7 @@ def test_leave_one_out_is_the_difference_it_says(column):
 
 
 @pytest.mark.parametrize("column", [-1, 6])
-def test_only_one_in_is_the_difference_it_says(column):
+def test_inclusion_equals_its_definition(column):
     n = N_PROMPT + N_OUTPUT
     scope, games = generation((-1, -1, -1, column))
     alone = plan_only_one_in(n, required=[column], common_draw=True)
@@ -387,14 +387,14 @@ def test_only_one_in_is_the_difference_it_says(column):
 @pytest.mark.parametrize("name", SOLVERS)
 @given(seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=10)
-def test_attributions_sum_to_what_there_is_to_explain(name, seed):
+def test_attributions_sum_to_full_minus_empty(name, seed):
     solution = solve(name, 6, table_game(6, seed), seed=seed)
     gap = solution.attributions.sum(1) - (solution.full_values - solution.empty_values)
     assert float(gap.abs().max()) < 1e-9
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_additive_games_come_back_and_dummies_get_nothing(name):
+def test_additive_games_are_recovered_with_zero_dummies(name):
     weights = [2.0, -1.0, 0.0, 0.5, 0.0, 0.5]
     solution = solve(name, 6, linear_game(weights))
     assert solution.attributions[0].tolist() == pytest.approx(weights, abs=1e-9)
@@ -404,7 +404,7 @@ def test_additive_games_come_back_and_dummies_get_nothing(name):
 
 
 @pytest.mark.parametrize("name", ENUMERATED)
-def test_dummies_get_nothing_and_equals_the_same(name):
+def test_exact_solvers_satisfy_dummy_and_symmetry(name):
     inner = table_game(3, 8)
 
     def game(masks: Tensor) -> Tensor:
@@ -417,13 +417,13 @@ def test_dummies_get_nothing_and_equals_the_same(name):
     assert abs(attributions[2]) > 0.01
 
 
-def test_a_dummy_gets_nothing_from_any_walk():
+def test_dummy_is_zero_in_every_permutation():
     solution = solve("permutations", 6, lambda masks: table_game(5, 1)(masks[:, :5]))
     assert float(solution.attributions[0, 5]) == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sampled kernel", "permutations"])
-def test_estimates_give_equals_about_the_same(name):
+def test_estimates_are_nearly_symmetric(name):
     """Swapping two equal features leaves the game as it is; estimates differ by chance alone."""
     n, generator = 14, seeded(2)
     inner = table_game(4, 8)
@@ -459,7 +459,7 @@ def test_attributions_are_linear_in_the_game(name):
 
 @pytest.mark.parametrize("required", [-1, 15])
 @pytest.mark.parametrize("visible", [4, 6])
-def test_weights_turn_the_law_of_sampling_into_the_shapley_kernel(visible, required):
+def test_weights_reweight_sampling_to_the_shapley_kernel(visible, required):
     """Many rows and an additive fit: only the right weights lead to the exact values."""
     game = table_game(visible, 15)
     scope = Scope(torch.tensor([visible]), torch.tensor([required]))
@@ -480,7 +480,7 @@ def test_weights_turn_the_law_of_sampling_into_the_shapley_kernel(visible, requi
 
 @pytest.mark.parametrize("required", [-1, 11])
 @pytest.mark.parametrize("kind", ["pairs", "permutations"])
-def test_estimates_with_random_texts_are_right_on_average(kind, required):
+def test_estimates_with_random_draws_are_unbiased(kind, required):
     """Values depend on the draw; the mean over seeds must approach the mean game's."""
     n, visible, n_seeds = 12, 5, 40
     game = table_game(visible, 5)
@@ -510,7 +510,7 @@ def test_estimates_with_random_texts_are_right_on_average(kind, required):
 
 @pytest.mark.parametrize("kind", ["pairs", "permutations"])
 @pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_intervals_cover_the_truth_about_as_often_as_they_say(kind, noise):
+def test_confidence_intervals_have_nominal_coverage(kind, noise):
     n, covered = 30, []
     for seed in range(12):
         game, truth = term_game(n, seed, n_terms=30)
@@ -529,7 +529,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(kind, noise):
 
 
 @pytest.mark.parametrize(("multiple", "bound"), [(8, 0.12), (16, 0.06)])
-def test_the_kernel_is_as_accurate_as_promised(multiple, bound):
+def test_kernel_estimator_reaches_documented_accuracy(multiple, bound):
     """Bounds: what is asked of n = 50 in the design, with a fifth of room."""
     errors = []
     for seed in range(9):
@@ -540,7 +540,7 @@ def test_the_kernel_is_as_accurate_as_promised(multiple, bound):
     assert sorted(errors)[4] < bound
 
 
-def test_targets_do_not_change_one_another():
+def test_targets_are_solved_independently():
     n = N_PROMPT + N_OUTPUT
     scope, games = generation((-1, 5, -1, -1))
     plan = join_plans([plan_anchors(n, required=[5]), plan_pairs(n, 90, generator=seeded(3))])
@@ -555,7 +555,7 @@ def test_targets_do_not_change_one_another():
 # Standard errors
 
 
-def test_exact_standard_errors_are_the_spread_over_draws():
+def test_exact_standard_errors_equal_the_spread_over_draws():
     n, n_draws = 3, 6
     plan = join_plans([plan_anchors(n), plan_exact(n, n_draws=n_draws, common_draw=True)])
     texts = torch.randn(n_draws + 2, n, generator=seeded(0)).double()
@@ -572,7 +572,7 @@ def test_exact_standard_errors_are_the_spread_over_draws():
     assert solution.standard_errors[0].tolist() == pytest.approx(expected, rel=0.2)
 
 
-def test_leave_one_out_standard_errors_are_those_of_a_mean():
+def test_leave_one_out_standard_errors_equal_those_of_a_mean():
     plan = join_plans([plan_anchors(2), plan_leave_one_out(2, n_draws=5)])
     noise = torch.randn(5, 2, generator=seeded(1)).double()
     values = torch.cat([torch.tensor([3.0, 0.0]).double(), noise.flatten()])[:, None]
@@ -582,7 +582,7 @@ def test_leave_one_out_standard_errors_are_those_of_a_mean():
     assert solution.standard_errors[0].tolist() == pytest.approx(expected)
 
 
-def test_permutation_standard_errors_are_those_of_pair_means():
+def test_permutation_standard_errors_equal_those_of_pair_means():
     n, n_pairs = 4, 5
     game = table_game(n, 2)
     plan = join_plans([plan_anchors(n), plan_permutations(n, 2 * n_pairs, generator=seeded(0))])
@@ -609,14 +609,14 @@ def test_permutation_standard_errors_are_those_of_pair_means():
         (plan_permutations(3, 2, generator=seeded(0)), solve_permutations),
     ],
 )
-def test_a_single_draw_cannot_tell_its_error(plan, solver):
+def test_single_draw_has_no_standard_error(plan, solver):
     joined = join_plans([plan_anchors(3), plan])
     solution = solver(joined, table_game(3, 0)(joined.masks)[:, None], whole(3))
     assert solution.standard_errors.isnan().all()
     assert solution.attributions.isfinite().all()
 
 
-def test_empty_values_average_draws_not_rows():
+def test_empty_values_average_over_draws():
     plan = Plan(torch.tensor([[1], [0], [0], [0]]).bool(), torch.tensor([0, 1, 2, 2]), 2)
     values = torch.tensor([[5.0], [1.0], [2.0], [2.0]]).double()
     solution = solve_exact(plan, values, whole(1))
@@ -646,7 +646,7 @@ def sklearn_model(penalty: str | None, alpha: float):
 
 @pytest.mark.parametrize("penalty", ["l1", "l2", None])
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
-def test_lime_fits_what_scikit_learn_fits(penalty, alpha):
+def test_lime_equals_scikit_learn(penalty, alpha):
     plan, values, scope = lime_case()
     solution = solve_lime(plan, values, scope, alpha=alpha, penalty=penalty)
     for target in range(3):
@@ -667,7 +667,7 @@ def test_lime_fits_what_scikit_learn_fits(penalty, alpha):
     assert bool(solution.standard_errors[0].isnan().all()) == (penalty == "l1")
 
 
-def test_the_kernel_is_captums():
+def test_lime_kernel_equals_captum():
     lime = pytest.importorskip("captum.attr._core.lime")
     masks = torch.rand(20, 7, generator=seeded(0)) < 0.5
     masks[0] = False
@@ -678,7 +678,7 @@ def test_the_kernel_is_captums():
     assert cosine_kernel(masks, width=0.7).tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_least_squares_intervals_cover_an_additive_truth_in_noise():
+def test_least_squares_intervals_cover_additive_games_with_noise():
     weights = torch.linspace(-1, 1, 10).double()
     covered = torch.zeros(10)
     for seed in range(60):
@@ -696,7 +696,7 @@ def test_least_squares_intervals_cover_an_additive_truth_in_noise():
 # ContextCite
 
 
-def test_log_odds_are_those_of_the_probability():
+def test_log_odds_follow_from_probabilities():
     p = torch.tensor([1e-30, 1e-3, 0.3, 0.5, 0.999]).double()
     assert logit_scaled(p.log()).tolist() == pytest.approx(torch.logit(p).tolist(), rel=1e-9)
     # exp(-800) is no float64, its log-odds are; and certainty has finite ones.
@@ -716,7 +716,7 @@ def statement_log_probs(n: int, seed: int) -> tuple[Plan, Tensor]:
 
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
 @pytest.mark.parametrize("span", [(0, 3), (1, 2)])
-def test_contextcite_fits_what_its_authors_fit(alpha, span):
+def test_contextcite_equals_the_reference_implementation(alpha, span):
     """A standardised lasso of the log-odds per token, with scikit-learn."""
     pipeline = pytest.importorskip("sklearn.pipeline")
     preprocessing = pytest.importorskip("sklearn.preprocessing")
@@ -734,7 +734,7 @@ def test_contextcite_fits_what_its_authors_fit(alpha, span):
     assert float(solution.full_values) == pytest.approx(float(full))
 
 
-def test_contextcite_says_what_it_wants():
+def test_contextcite_refuses_bad_arguments():
     plan, log_probs = statement_log_probs(5, 0)
     with pytest.raises(ValueError, match="span \\(2, 2\\) holds none"):
         solve_contextcite(plan, log_probs, whole(5, 3), spans=[(2, 2)])
@@ -789,7 +789,7 @@ def test_few_features_and_small_budgets(name, visible):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_dummies_among_themselves_get_nothing(name):
+def test_constant_game_has_zero_attributions(name):
     planner, solver = EVERY[name]
     plan = join_plans([plan_anchors(7), planner(7)])
     solution = solver(plan, torch.full((len(plan.masks), 1), -2.5).double(), whole(7))
@@ -798,14 +798,14 @@ def test_dummies_among_themselves_get_nothing(name):
 
 
 @pytest.mark.parametrize("solver", [solve_exact, solve_kernel, solve_permutations, solve_lime])
-def test_no_features_at_all(solver):
+def test_zero_features(solver):
     plan = join_plans([plan_anchors(0), plan_permutations(0, 2, generator=seeded(0))])
     solution = solver(plan, torch.full((len(plan.masks), 2), 0.5).double(), whole(0, 2))
     assert solution.attributions.shape == (2, 0)
     assert solution.full_values.tolist() == solution.empty_values.tolist() == [0.5, 0.5]
 
 
-def test_repeated_coalitions_change_nothing_that_is_exact():
+def test_repeated_coalitions_keep_exact_solutions():
     game = table_game(4, 6)
     once = [plan_anchors(4), plan_pairs(4, 16, generator=seeded(0))]
     plan = join_plans([*once, once[1], once[1]])
@@ -814,7 +814,7 @@ def test_repeated_coalitions_change_nothing_that_is_exact():
     assert not solution.standard_errors.any()
 
 
-def test_rounds_are_one_sample():
+def test_joined_rounds_equal_one_sample():
     """Rounds joined one by one are worth what they would have been at once."""
     game, truth = term_game(20, 7, n_terms=15)
     generator = seeded(7)
@@ -845,18 +845,18 @@ def good() -> tuple[Plan, Tensor, Scope]:
         ),
     ],
 )
-def test_solvers_say_what_they_want(change, message):
+def test_solvers_refuse_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         solve_kernel(*change(*good()))
 
 
 @pytest.mark.parametrize("solver", [solve_exact, solve_leave_one_out, solve_permutations])
-def test_solvers_refuse_plans_they_cannot_use(solver):
+def test_solvers_refuse_unsuitable_plans(solver):
     with pytest.raises(ValueError, match=r"plan_|planner"):
         solver(*good())
 
 
-def test_lime_says_what_it_wants():
+def test_lime_refuses_bad_arguments():
     with pytest.raises(ValueError, match="`alpha` is -1"):
         solve_lime(*good(), alpha=-1)
     with pytest.raises(ValueError, match="`penalty` is 'l0'"):
@@ -896,7 +896,7 @@ def test_few_pairs_of_noise_say_little_and_not_much_that_is_wrong(additive, n_pa
 
 @pytest.mark.parametrize("solver", [solve_kernel, solve_few_pairs])
 @pytest.mark.parametrize("required", [-1, 9])
-def test_columns_whose_absence_changes_nothing_are_exactly_nothing(solver, required):
+def test_columns_without_effect_are_exactly_zero(solver, required):
     """What is solved is the game of the other columns, with its own errors."""
     n, unchanging = 10, (0, 3, 4, 8)
     changing = [c for c in range(n) if c not in unchanging]

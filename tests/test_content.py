@@ -85,14 +85,14 @@ def one_and_other():
 
 
 @pytest.mark.parametrize("name", one_and_other())
-def test_what_holds_something_else_has_another_digest(name):
+def test_digest_differs_between_different_objects(name):
     one, other = one_and_other()[name]
     assert digest(one) != digest(other)
     if name not in ("numbers", "order"):  # which are the same to Python
         assert describe(one) != describe(other)
 
 
-def test_another_process_finds_the_same():
+def test_digest_is_equal_in_another_process():
     names = [name for name in one_and_other() if name != "modules"]  # whose weights are random
     here = [digest(one_and_other()[name][0]) for name in names]
     code = (
@@ -111,13 +111,13 @@ def test_another_process_finds_the_same():
     assert done.stdout.split() == here
 
 
-def test_what_an_object_remembers_does_not_count():
+def test_digest_ignores_private_caches():
     one, other = Own(["a"]), Own(["a"])
     other._seen["slot"] = "a"
     assert digest(one) == digest(other)
 
 
-def test_what_is_short_is_shown():
+def test_describe_shows_short_values():
     assert describe({"unit": ("word", 3)}) == {"unit": ["word", 3]}
     assert describe("word") == "word"
     assert describe(closing_over).startswith("closing_over ")
@@ -130,7 +130,7 @@ def test_what_is_short_is_shown():
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64]
 )
-def test_a_checksum_is_that_of_the_parts(dtype):
+def test_checksum_of_chunks_equals_checksum_of_the_whole(dtype):
     whole = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
     parts = [checksum(part) for part in whole.split(3, dim=1)]
     assert checksum(whole) == sum(parts)
@@ -144,7 +144,7 @@ def test_a_checksum_is_that_of_the_parts(dtype):
     assert int(checksum(whole[:0])) == 0
 
 
-def test_one_weight_makes_another_model(model):
+def test_digest_changes_with_one_weight(model):
     other = copy.deepcopy(model)
     assert model_identity(other) == model_identity(model)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_one_weight_makes_another_model(model):
     assert model_identity(other.to(torch.bfloat16))["model"] != found["model"]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tokenizer, tmp_path):
+def test_checkpoint_of_another_run_is_refused(tokenizer, tmp_path):
     model = tiny.llama(len(tokenizer))
     other = tiny.llama(len(tokenizer), seed=1)
     path = tmp_path / "run.safetensors"
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_another_run_is_refused(tokenizer, tmp_path):
         (FeatureAblation, HierarchicalAblation),
     ],
 )
-def test_settings_of_a_method_make_another_run(model, tokenizer, one, other):
+def test_method_settings_change_the_run_digest(model, tokenizer, one, other):
     first, second = (
         GenerationAttribution(make(model), tokenizer).identity() for make in (one, other)
     )
@@ -283,7 +283,7 @@ def generating():
 
 
 @pytest.mark.parametrize("name", generating())
-def test_what_generates_otherwise_has_another_digest_and_no_address(name):
+def test_generation_settings_have_digests_without_addresses(name):
     (one, other), (again, _) = generating()[name], generating()[name]
     assert describe(one) == describe(again)
     assert digest(one) == digest(again)
@@ -292,7 +292,7 @@ def test_what_generates_otherwise_has_another_digest_and_no_address(name):
     assert "0x" not in json.dumps(describe(one))
 
 
-def test_what_the_moment_or_use_changes_does_not_count():
+def test_digest_ignores_time_and_padding_state():
     tokenizer = tiny.byte_level()
     before = digest(tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or "</s>"
@@ -309,7 +309,7 @@ def test_what_the_moment_or_use_changes_does_not_count():
     assert digest(stop) == before
 
 
-def test_what_cannot_be_told_is_named():
+def test_describe_names_undigestible_attributes():
     one = describe(Locked(["a"]))
     assert re.fullmatch(r"Locked [0-9a-f]{16} \(less what cannot be told of: lock\)", one)
     assert one == describe(Locked(["a"])) != describe(Locked(["b"]))
@@ -320,7 +320,7 @@ def test_what_cannot_be_told_is_named():
 
 @pytest.mark.parametrize("mode", ["w", "wb"])
 @pytest.mark.parametrize("length", [1, 200])
-def test_an_open_file_is_named_wherever_it_lies(tmp_path, mode, length):
+def test_describe_names_open_files_by_type(tmp_path, mode, length):
     with open(tmp_path / ("a" * length), mode) as file:
         kind = type(file).__name__
         assert f"(less what cannot be told of: {kind})" in describe({"file": file})
@@ -340,7 +340,7 @@ def test_an_open_file_is_named_wherever_it_lies(tmp_path, mode, length):
         lambda: {"max_new_tokens": 4, "stop_strings": ["x"], "tokenizer": tiny.byte_level()},
     ],
 )
-def test_a_checkpoint_is_gone_on_with_whatever_generates(tmp_path, arguments):
+def test_checkpoint_resumes_with_any_generation_settings(tmp_path, arguments):
     """With objects made anew, as in another process; and with others it is another run."""
     tokenizer = tiny.byte_level()
     model = tiny.llama(len(tokenizer))

@@ -21,7 +21,7 @@ def result():
 
 
 @pytest.mark.parametrize("span", [(0, 6), (2, 3), (4, 5)])
-def test_a_statement_is_fitted_as_scikit_learn_does(result, span):
+def test_statement_fit_equals_scikit_learn(result, span):
     start, stop = span
     sampled = result.masks[result.design.n_anchors :].double().numpy()
     log_p = result.values[result.design.n_anchors :, start:stop].double().sum(1)
@@ -36,14 +36,14 @@ def test_a_statement_is_fitted_as_scikit_learn_does(result, span):
     assert np.isnan(found.standard_errors.numpy()).all()
 
 
-def test_the_cause_of_a_statement_is_named_and_little_else(result):
+def test_statement_attribution_is_sparse_on_the_cause(result):
     found = result.contextcite(2, 3)
     assert found.top(1)[0].name.strip() == "Palm"
     assert result.contextcite(2, 3, alpha=1.0).values.count_nonzero() < 5
     assert len(result.contextcite().tokens) == 6
 
 
-def test_coalitions_of_all_sizes_do_not_serve(result):
+def test_shapley_coalitions_are_refused(result):
     model, tokenizer, texts = load_demo()
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts))
     shap = GenerationAttribution(KernelShap(model), tokenizer).attribute(
@@ -55,7 +55,7 @@ def test_coalitions_of_all_sizes_do_not_serve(result):
         result.contextcite(9, 12)
 
 
-def test_tokens_that_see_different_features_are_no_statement():
+def test_tokens_of_different_scopes_are_refused():
     model, tokenizer, texts = load_demo()
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CorpusBaselines(texts))
     grown = GenerationAttribution(Lime(model), tokenizer).attribute(

@@ -83,7 +83,7 @@ def demo():
 
 
 @pytest.mark.parametrize("replacement", [None, UNK], ids=["deletion", "token"])
-def test_exact_values_are_those_of_brute_force_at_every_step(model, tokenizer, replacement):
+def test_exact_values_equal_brute_force_at_every_step(model, tokenizer, replacement):
     model = model.double()
     try:
         prompt = "Dave lives in"
@@ -111,7 +111,7 @@ def test_exact_values_are_those_of_brute_force_at_every_step(model, tokenizer, r
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_log_probabilities_are_kept_beside_it_by_every_method(model, tokenizer, method):
+def test_every_method_keeps_log_probabilities_beside_contrasts(model, tokenizer, method):
     found = attribute(model, tokenizer, method)
     plain = attribute(model, tokenizer, method, "log_prob")
     assert found.n_evaluations == plain.n_evaluations  # foils were looked for apart
@@ -130,7 +130,7 @@ def test_log_probabilities_are_kept_beside_it_by_every_method(model, tokenizer, 
         plain.refit(attr_target="contrast")
 
 
-def test_a_forward_of_the_users_own_gives_captum_the_same(model, tokenizer):
+def test_custom_forward_gives_captum_the_same_contrast(model, tokenizer):
     foils = [7, 8, 300]
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     target = tokenizer.encode(TARGET, add_special_tokens=False)
@@ -151,7 +151,7 @@ def test_a_forward_of_the_users_own_gives_captum_the_same(model, tokenizer):
 
 
 @pytest.mark.parametrize("reuse", ["auto", "off", "copy", "share", "pack"])
-def test_however_rows_run_the_values_are_those_of_plain_forwards(model, tokenizer, reuse):
+def test_values_equal_plain_forwards_for_any_batching(model, tokenizer, reuse):
     ids = tokenizer.encode(PROMPT)
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     foils = torch.randint(5, 400, (len(target), 4), generator=torch.Generator().manual_seed(0))
@@ -177,7 +177,7 @@ def test_however_rows_run_the_values_are_those_of_plain_forwards(model, tokenize
     assert bool((others[:-1, 2] == 0).all())  # held against nothing
 
 
-def test_models_that_see_ahead_are_asked_token_by_token(tokenizer):
+def test_models_that_see_ahead_are_scored_token_by_token(tokenizer):
     """As for log-probabilities: nothing that follows a token is there when it is said."""
     model = tiny.llama(len(tokenizer))
     plain = model.forward
@@ -198,7 +198,7 @@ def test_models_that_see_ahead_are_asked_token_by_token(tokenizer):
         assert float(result.full_values[t]) == pytest.approx(truth, abs=1e-4)
 
 
-def test_half_precision_tells_how_far_rounding_moves_a_contrast(tokenizer):
+def test_half_precision_contrast_has_a_noise_floor(tokenizer):
     model = tiny.llama(len(tokenizer)).bfloat16()
     result = attribute(model, tokenizer)
     again = attribute(model, tokenizer, perturbations_per_eval=1, contrast=result_foils(result))
@@ -215,7 +215,7 @@ def result_foils(result):
 
 
 @pytest.mark.parametrize("contrast", ["contrast", Contrast(foils=[7, 8, 300])])
-def test_gradients_are_those_of_plain_autograd(smooth, tokenizer, contrast):
+def test_gradients_equal_plain_autograd(smooth, tokenizer, contrast):
     method = LayerGradientXActivation(smooth, None)
     inp = TextTokenInput(PROMPT, tokenizer)
     attribution = GenerationGradientAttribution(method, tokenizer, attr_target=contrast)
@@ -233,7 +233,7 @@ def test_gradients_are_those_of_plain_autograd(smooth, tokenizer, contrast):
         assert float(result.full_values[t]) == pytest.approx(value.item(), abs=1e-10)
 
 
-def test_integrated_gradients_sum_to_the_contrast_of_both_ends(smooth, tokenizer):
+def test_integrated_gradients_are_complete_for_contrasts(smooth, tokenizer):
     method = LayerIntegratedGradients(smooth, None)
     attribution = GenerationGradientAttribution(method, tokenizer, attr_target="contrast")
     inp = TextSegmentInput(PROMPT, tokenizer, baselines="<unk>")
@@ -247,7 +247,7 @@ def test_integrated_gradients_sum_to_the_contrast_of_both_ends(smooth, tokenizer
 # Foils ------------------------------------------------------------------------------------------
 
 
-def test_found_foils_fit_before_and_after(demo):
+def test_found_foils_fit_left_and_right_context(demo):
     """By brute force over the vocabulary: p(foil) times that of the next two tokens after it."""
     model, tokenizer = demo
     result = attribute(
@@ -282,7 +282,7 @@ def test_found_foils_fit_before_and_after(demo):
     assert result.provenance["contrast"]["by"] == "before and after"
 
 
-def test_behind_the_target_is_what_the_model_would_write(demo):
+def test_context_after_the_target_is_the_models_continuation(demo):
     model, tokenizer = demo
     prompt = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
     longer = attribute(model, tokenizer, prompt=prompt, target=" poker, surfing and")
@@ -290,7 +290,7 @@ def test_behind_the_target_is_what_the_model_would_write(demo):
     assert alone.foil_tokens[0] == longer.foil_tokens[0]  # ", surfing" is what it writes
 
 
-def test_a_token_that_goes_on_a_word_is_held_against_nothing(model, tokenizer):
+def test_word_continuation_tokens_have_no_foils(model, tokenizer):
     result = attribute(model, tokenizer, target=" golf. 12\n🙂 x</s>")
     pieces = [piece.text for piece in result.output_pieces]
     plain = attribute(model, tokenizer, target=result.target, contrast="log_prob")
@@ -306,7 +306,7 @@ def test_a_token_that_goes_on_a_word_is_held_against_nothing(model, tokenizer):
     assert len(kept(result.foils)[-1]) == N_FOILS
 
 
-def test_a_foil_is_of_the_tokens_kind(demo):
+def test_foils_share_the_tokens_kind(demo):
     model, tokenizer = demo
     result = attribute(model, tokenizer, prompt="Dave lives in", target=" Palm Coast, FL and")
     for name, foils in zip(result.output_tokens, result.foil_tokens, strict=True):
@@ -334,12 +334,14 @@ def test_foils_are_given_as_texts_ids_or_per_token(model, tokenizer):
     assert kept(mixed.foils)[2:4] == [[9], [10, 11]]
     same = attribute(model, tokenizer, contrast=Contrast(foils=mixed.foils))
     assert torch.equal(same.values, mixed.values)
-    with pytest.warns(UserWarning, match="of several tokens count by their first one: 'tennis'"):
+    with pytest.warns(
+        UserWarning, match="of several tokens are represented by their first one: 'tennis'"
+    ):
         long = attribute(model, tokenizer, contrast=Contrast(foils=[["tennis"], *[None] * (n - 1)]))
     assert kept(long.foils)[0] == [tennis]
 
 
-def test_what_the_model_says_without_a_feature(demo):
+def test_foils_of_the_prompt_without_a_feature(demo):
     model, tokenizer = demo
     prompt = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
     for feature in ("Palm", 3):
@@ -379,7 +381,7 @@ def test_what_the_model_says_without_a_feature(demo):
         ({"foils": [7, 7]}, ValueError, "holds 7 twice"),
         ({"foils": [None] * 5}, ValueError, "None for every target token"),
         ({"foils": 1.5}, TypeError, "give texts or token ids"),
-        ({"foils": [True]}, TypeError, "no foil"),
+        ({"foils": [True]}, TypeError, "not a foil"),
         ({"foils": [7, [8]]}, TypeError, "both foils and lists"),
         ({"foils": 7, "n_foils": 3}, ValueError, "`n_foils` would be ignored"),
         ({"foils": 7, "without": 0}, ValueError, "`without` would be ignored"),
@@ -394,7 +396,9 @@ def test_what_the_model_says_without_a_feature(demo):
         ({"without": 40}, ValueError, "there are 12 features"),
     ],
 )
-def test_foils_that_tell_nothing_apart_are_refused(model, tokenizer, arguments, error, message):
+def test_uninformative_foils_are_refused_before_any_pass(
+    model, tokenizer, arguments, error, message
+):
     passes = []
     handle = model.register_forward_pre_hook(lambda *_: passes.append(1))
     try:
@@ -405,14 +409,14 @@ def test_foils_that_tell_nothing_apart_are_refused(model, tokenizer, arguments, 
         handle.remove()
 
 
-def test_the_token_itself_is_no_foil(model, tokenizer):
+def test_target_token_is_no_foil(model, tokenizer):
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     with pytest.raises(ValueError, match="is that very token"):
         attribute(model, tokenizer, contrast=Contrast(foils=[target[2]]))
 
 
 @pytest.mark.parametrize("kind", [tiny.metaspace, tiny.prepending, tiny.word_piece])
-def test_any_tokenizer_has_foils(kind):
+def test_every_tokenizer_has_foils(kind):
     tokenizer = kind()
     model = tiny.llama(len(tokenizer))
     result = attribute(model, tokenizer, target="golf and 東京 chess.")
@@ -425,7 +429,7 @@ def test_any_tokenizer_has_foils(kind):
 # Company ----------------------------------------------------------------------------------------
 
 
-def test_a_result_is_saved_with_its_foils(model, tokenizer, tmp_path):
+def test_foils_are_saved_with_the_result(model, tokenizer, tmp_path):
     result = attribute(model, tokenizer, KernelShap)
     result.save(tmp_path / "r")
     loaded = GenerationAttributionResult.load(tmp_path / "r")
@@ -437,7 +441,7 @@ def test_a_result_is_saved_with_its_foils(model, tokenizer, tmp_path):
     assert loaded.to_dict() == result.to_dict()
 
 
-def test_a_run_goes_on_where_it_was(model, tokenizer, tmp_path):
+def test_interrupted_run_resumes(model, tokenizer, tmp_path):
     path = tmp_path / "run.safetensors"
     first = attribute(model, tokenizer, ShapleyValueSampling, checkpoint=path, n_samples=8)
     rows = []
@@ -465,9 +469,7 @@ def test_a_run_goes_on_where_it_was(model, tokenizer, tmp_path):
         )
 
 
-def test_records_of_a_folder_are_held_against_the_model_with_their_foils(
-    model, tokenizer, tmp_path
-):
+def test_dataset_records_keep_their_foils(model, tokenizer, tmp_path):
     records = [{"prompt": PROMPT, "target": TARGET}]
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer, "contrast")
     for expected in ("1 written", "1 there already"):
@@ -481,7 +483,7 @@ def test_records_of_a_folder_are_held_against_the_model_with_their_foils(
         handle.remove()
 
 
-def test_metrics_and_comparisons_keep_to_the_foils(model, tokenizer):
+def test_faithfulness_and_comparisons_use_the_same_foils(model, tokenizer):
     attribution = GenerationAttribution(
         FeatureAblation(model), tokenizer, Contrast(without="Austin", n_foils=3)
     )
@@ -499,7 +501,7 @@ def test_metrics_and_comparisons_keep_to_the_foils(model, tokenizer):
 @pytest.mark.parametrize(
     "template", ["{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"]
 )
-def test_chats_and_games_have_contrasts(model, tokenizer, template):
+def test_chats_and_games_take_contrasts(model, tokenizer, template):
     tokenizer.chat_template = template
     try:
         chat = [{"role": "user", "content": PROMPT}, {"role": "user", "content": "Why?"}]
@@ -515,7 +517,7 @@ def test_chats_and_games_have_contrasts(model, tokenizer, template):
         tokenizer.chat_template = None
 
 
-def test_captums_hook_is_told_contrasts(model, tokenizer):
+def test_inspect_forward_receives_contrasts(model, tokenizer):
     told = []
     result = attribute(
         model,
@@ -539,7 +541,7 @@ def remote(tokenizer, provider, contrast="contrast", **arguments):
 
 
 @pytest.mark.parametrize("output_unit", [None, "token"])
-def test_a_server_that_tells_other_tokens_gives_the_same(model, tokenizer, output_unit):
+def test_provider_with_foil_log_probabilities_equals_local_model(model, tokenizer, output_unit):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with Server(model, tokenizer) as server:
         provider = CompletionsProvider(server.url, top_logprobs=60)
@@ -560,7 +562,7 @@ def test_a_server_that_tells_other_tokens_gives_the_same(model, tokenizer, outpu
     )
 
 
-def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokenizer):
+def test_provider_without_foil_log_probabilities_is_refused_before_requests(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with Server(model, tokenizer) as server:
         texts = CompletionsProvider(server.url, "tiny", prompts="text")
@@ -583,7 +585,7 @@ def test_what_a_provider_cannot_tell_is_refused_before_it_is_asked(model, tokeni
 # Shown ------------------------------------------------------------------------------------------
 
 
-def test_table_drawings_and_data_tell_the_foils(demo):
+def test_table_plots_and_json_name_the_foils(demo):
     model, tokenizer = demo
     result = attribute(
         model, tokenizer, ShapleyValues, prompt="Dave lives in Palm", target=" Coast, FL"

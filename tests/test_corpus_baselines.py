@@ -153,7 +153,7 @@ def draws(baselines, slot, n=40, seed=0):
 # Against the grammars
 
 
-def test_a_fact_is_replaced_by_another_fact_of_its_slot(grammar):
+def test_slot_value_is_replaced_by_another_of_its_slot(grammar):
     sample, fillers, baselines = grammar
     rng = random.Random(1)
     hits = Counter()
@@ -168,7 +168,7 @@ def test_a_fact_is_replaced_by_another_fact_of_its_slot(grammar):
     assert hits[True] / hits.total() >= 0.97
 
 
-def test_the_words_between_facts_stay_where_they_are_always_the_same(biographies):
+def test_constant_template_words_stay(biographies):
     rng = random.Random(2)
     kept = Counter()
     for text, places in (rigid(rng) for _ in range(12)):
@@ -179,7 +179,7 @@ def test_the_words_between_facts_stay_where_they_are_always_the_same(biographies
     assert kept[True] / kept.total() >= 0.97
 
 
-def test_a_replacement_inherits_nothing_from_facts_that_depend_on_the_original(biographies):
+def test_replacement_is_independent_of_facts_that_depend_on_the_original(biographies):
     # The pronoun is told by the name and the thing owned by the sport, and both stand in the text.
     text = "Dave lives in Reno, FL and is a nurse. His personal interests include golf, chess and "
     text += "jazz. He also owns clubs."
@@ -188,13 +188,13 @@ def test_a_replacement_inherits_nothing_from_facts_that_depend_on_the_original(b
     assert set(draws(biographies, slot_at(text, " golf,"), 400)) == sports
 
 
-def test_a_city_of_two_words_is_replaced_by_cities_of_one_two_and_three(biographies):
+def test_two_word_city_is_replaced_by_cities_of_other_lengths(biographies):
     text = "Dave lives in Palm Coast, FL and is a lawyer."
     drawn = set(draws(biographies, slot_at(text, " Palm Coast,"), 400))
     assert drawn == {f" {city}," for city in PEOPLE["city"]} - {" Palm Coast,"}
 
 
-def test_draws_are_as_frequent_as_in_the_corpus():
+def test_draw_frequencies_equal_corpus_frequencies():
     corpus = [f"I saw {what} there." for what in ["a"] * 30 + ["b"] * 60 + ["c"] * 10]
     drawn = draws(CorpusBaselines(corpus), slot_at("I saw c there.", " c"), 3000)
     # Four standard errors of a share of one third of 3,000.
@@ -202,14 +202,14 @@ def test_draws_are_as_frequent_as_in_the_corpus():
     assert set(drawn) == {" a", " b"}
 
 
-def test_the_original_is_drawn_as_often_as_it_stands_there_if_it_is_not_excluded():
+def test_included_original_is_drawn_at_its_corpus_frequency():
     corpus = [f"I saw {what} there." for what in ["a"] * 30 + ["b"] * 60 + ["c"] * 10]
     baselines = CorpusBaselines(corpus, exclude_original=False)
     drawn = draws(baselines, slot_at("I saw b there.", " b"), 3000)
     assert drawn.count(" b") / 3000 == pytest.approx(0.6, abs=0.036)  # four standard errors
 
 
-def test_a_sentence_is_replaced_by_a_sentence(biographies):
+def test_sentence_is_replaced_by_a_sentence(biographies):
     text = "Dave lives in Reno, FL and is a nurse. His personal interests include golf, chess and "
     text += "jazz. He also owns clubs."
     middle = " His personal interests include golf, chess and jazz."
@@ -220,14 +220,14 @@ def test_a_sentence_is_replaced_by_a_sentence(biographies):
     assert all(first.fullmatch(s) for s in draws(biographies, opening))
 
 
-def test_a_generated_word_at_the_end_is_matched_by_what_stands_before_it(biographies):
+def test_generated_last_word_is_matched_by_left_context(biographies):
     text = "Dave lives in Reno, FL and is a nurse. His personal interests include golf"
     slot = Slot(text, text.index(" golf"), len(text), unit="word", generated=True)
     assert biographies.explain(slot).level == "left"
     assert set(draws(biographies, slot, 300)) == {f" {s}" for s in SPORTS} - {" golf"}
 
 
-def test_a_part_of_a_word_is_replaced_by_a_part_of_a_word_of_the_slot(biographies):
+def test_word_fragment_is_replaced_by_fragments_of_the_slot(biographies):
     text = "Dave lives in Reno, FL and is a lawyer. His"
     for part in (" law", "yer"):
         for drawn in draws(biographies, slot_at(text, part, "token")):
@@ -236,7 +236,7 @@ def test_a_part_of_a_word_is_replaced_by_a_part_of_a_word_of_the_slot(biographie
             assert drawn.startswith(" ") == part.startswith(" ")
 
 
-def test_a_slot_with_too_few_occurrences_backs_off_to_shorter_surroundings():
+def test_slot_with_few_occurrences_backs_off_to_shorter_context():
     # "quietly" follows one name only: with it asked for, nobody else could stand there.
     corpus = [*texts_of(rigid, 300), "Dave lives quietly in Reno, FL and is a nurse."]
     match = CorpusBaselines(corpus).explain(slot_at(corpus[-1], "Dave"))
@@ -249,7 +249,7 @@ def test_a_slot_with_too_few_occurrences_backs_off_to_shorter_surroundings():
 # What is told about a match
 
 
-def test_explain_counts_what_is_there():
+def test_explain_counts_occurrences():
     corpus = [
         f"{n} sheep {v} home." for n, v in [("Ten", "go"), ("Six", "go"), ("Ten", "stay")] * 9
     ]
@@ -259,7 +259,7 @@ def test_explain_counts_what_is_there():
     assert (match.constant, match.examples) == (False, ("Six",))
 
 
-def test_a_slot_always_the_same_is_constant_and_one_rarely_seen_is_not():
+def test_slot_is_constant_only_if_seen_often_enough():
     same = [*["The cat sat on the mat."] * 30, "A dog ran."]
     match = CorpusBaselines(same).explain(slot_at(same[0], " sat"))
     assert (match.level, match.constant, match.n_candidates) == ("both", True, 0)
@@ -268,7 +268,7 @@ def test_a_slot_always_the_same_is_constant_and_one_rarely_seen_is_not():
     assert " sat" not in draws(few, slot_at(same[0], " sat"))
 
 
-def test_min_occurrences_is_what_a_match_must_reach():
+def test_min_occurrences_bounds_matches():
     corpus = [f"She said {word} twice." for word in ("yes", "no", "maybe", "never")]
     slot = slot_at("She said yes twice.", " yes")
     # Of four sentences nobody knows which words are their frame.
@@ -282,7 +282,7 @@ New York, New Haven, University of Utah, Gulf of Aden, Reno""".replace("\n", " "
 
 
 @pytest.mark.parametrize("frame", ["{} lives in {} and is a nurse.", "Name: {}\nCity: {}\nOk."])
-def test_words_that_phrases_share_are_no_frame(frame):
+def test_words_shared_by_phrases_are_no_template_words(frame):
     rng = random.Random(0)
     corpus = [frame.format(rng.choice(MEN + WOMEN), rng.choice(SHARING)) for _ in range(500)]
     # "of" and "City" stand between slots, too.
@@ -313,7 +313,7 @@ def test_words_that_phrases_share_are_no_frame(frame):
         (("very good", "rather poor"), "The mark of {} was {} in {}."),
     ],
 )
-def test_values_of_few_places_are_no_other_wordings(places, frame):
+def test_slot_values_of_two_or_three_words_are_no_paraphrases(places, frame):
     """Each of their words is likely in its place, and none is ever absent if it stays."""
     rng = random.Random(0)
     corpus = [
@@ -329,7 +329,7 @@ def test_values_of_few_places_are_no_other_wordings(places, frame):
             assert {drawn.strip() for drawn in draws(baselines, slot, n=12)}.isdisjoint([word])
 
 
-def test_other_wordings_of_the_same_stay():
+def test_paraphrases_stay_unreplaced():
     rng = random.Random(0)
     corpus = [
         f"{rng.choice(MEN)} {rng.choice(('lives in', 'resides at'))} {rng.choice(SPORTS)} now."
@@ -347,7 +347,7 @@ def is_part(words, text):
     return any(text[i : i + len(words)] == words for i in range(len(text)))
 
 
-def test_an_addition_is_no_other_text():
+def test_optional_insertion_is_no_alternative():
     rng = random.Random(0)
     corpus = [
         f"{rng.choice(MEN)} from {rng.choice(('Rome', 'Oslo', 'Bern', 'Kyiv', 'Graz', 'Lyon'))}"
@@ -360,7 +360,7 @@ def test_an_addition_is_no_other_text():
         assert baselines.explain(slot_at(text, word)).constant, word
 
 
-def test_too_few_candidates_warn_once_per_slot(recwarn):
+def test_few_candidates_warn_once_per_slot(recwarn):
     corpus = [f"I saw {what} there." for what in ["a", "b"] * 20]
     baselines = CorpusBaselines(corpus, min_candidates=2)
     with pytest.warns(UserWarning, match=r"1 other texts for 'a'.*`min_candidates`=2"):
@@ -372,7 +372,7 @@ def test_too_few_candidates_warn_once_per_slot(recwarn):
 # The way down where surroundings do not help
 
 
-def test_without_surroundings_the_shape_decides_then_anything():
+def test_match_backs_off_from_context_to_shape_to_any():
     corpus = ["abc DEF 12 Ghi jkl", "mno PQR 345 Stu vwx"]
     baselines = CorpusBaselines(corpus, min_candidates=0)
     for word, alike in (("77", {"12", "345"}), ("XYZ", {"DEF", "PQR"}), ("Zzz", {"Ghi", "Stu"})):
@@ -385,7 +385,7 @@ def test_without_surroundings_the_shape_decides_then_anything():
     assert set(draws(only_lower, slot)) == {" abc", " def"}
 
 
-def test_a_feature_longer_than_the_corpus_gets_what_there_is():
+def test_feature_longer_than_the_corpus():
     slot = slot_at("x " + "very " * 400 + "long", " " + "very " * 400 + "long")
     baselines = CorpusBaselines(["one two three", "four five"], min_candidates=0)
     assert baselines.explain(slot).level == "any"
@@ -393,7 +393,7 @@ def test_a_feature_longer_than_the_corpus_gets_what_there_is():
     assert {text.strip() for text in draws(baselines, slot)} <= known | {"four five"}
 
 
-def test_match_length_keeps_the_number_of_words_and_any_does_not():
+def test_match_length_keeps_the_word_count():
     corpus = texts_of(rigid, 100)
     slot = slot_at("Dave lives in Palm Coast, FL", " Palm Coast,")
     by_length = {len(text.split()) for text in draws(CorpusBaselines(corpus, match="length"), slot)}
@@ -402,7 +402,7 @@ def test_match_length_keeps_the_number_of_words_and_any_does_not():
     assert by_any == {1, 2, 3, 4}
 
 
-def test_a_corpus_with_nothing_else_leaves_the_feature_and_says_so():
+def test_corpus_without_alternatives_keeps_the_feature_and_warns():
     baselines = CorpusBaselines(["echo"])
     with pytest.warns(UserWarning, match="0 other texts for 'echo'"):
         match = baselines.explain(slot_at("echo echo", " echo"))
@@ -410,7 +410,7 @@ def test_a_corpus_with_nothing_else_leaves_the_feature_and_says_so():
     assert set(draws(baselines, slot_at("echo echo", " echo"))) == {" echo"}
 
 
-def test_white_space_stays(biographies):
+def test_white_space_is_kept(biographies):
     slot = Slot("Dave \n\n lives", 4, 8)
     assert draws(biographies, slot, 3) == [" \n\n "] * 3
     assert biographies.explain(slot).level == "blank"
@@ -419,7 +419,7 @@ def test_white_space_stays(biographies):
 # Seeds
 
 
-def test_draws_come_from_the_generator_alone(biographies):
+def test_draws_depend_on_the_generator_alone(biographies):
     slot = slot_at("Dave lives in Reno, FL and is a nurse.", " FL")
     torch.manual_seed(5)
     random.seed(5)
@@ -433,7 +433,7 @@ def test_draws_come_from_the_generator_alone(biographies):
 
 
 @pytest.mark.parametrize("match", ["context", "length", "any"])
-def test_the_same_corpus_and_seed_give_the_same_draws(match):
+def test_equal_corpus_and_seed_give_equal_draws(match):
     corpus = texts_of(rigid, 100)
     slots = [slot for slot, _ in features(*rigid(random.Random(3)))]
     one, two = (CorpusBaselines(iter(corpus), match=match, seed=4) for _ in range(2))
@@ -447,7 +447,7 @@ def test_the_same_corpus_and_seed_give_the_same_draws(match):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text())
-def test_atoms_are_where_they_say_and_leave_nothing_but_white_space(text):
+def test_atoms_cover_all_but_white_space(text):
     found = [atom for atom in words.atoms(text) if atom.stop > atom.start]
     assert all(text[atom.start : atom.stop] == atom.text for atom in found)
     assert "".join(atom.text for atom in found) == "".join(text.split())
@@ -464,11 +464,11 @@ def test_atoms_are_where_they_say_and_leave_nothing_but_white_space(text):
         ("a\r\nb", ["a", "\n", "b"]),
     ],
 )
-def test_what_is_one_atom(text, atoms):
+def test_atom_boundaries(text, atoms):
     assert [atom.text for atom in words.atoms(text)] == atoms
 
 
-def test_scripts_without_spaces_have_slots_too():
+def test_scripts_without_spaces_have_slots():
     rng = random.Random(0)
     cities, jobs = ("北京", "上海", "广州", "成都"), ("律师", "医生", "老师")
     corpus = [f"{rng.choice(cities)}的小李是{rng.choice(jobs)}。" for _ in range(200)]
@@ -489,14 +489,14 @@ def test_emoji_and_combining_marks_are_replaced_whole():
 
 
 @pytest.mark.parametrize("line_break", ["\n", "\r\n", "\u2028"])
-def test_line_breaks_are_surroundings_however_they_are_written(line_break):
+def test_every_line_break_counts_as_context(line_break):
     corpus = [f"Q: Capital?{line_break}A: {city}" for city in ("Oslo", "Rome", "Bern", "Riga") * 5]
     text = f"Q: Capital?{line_break}A: Oslo{line_break}Q:"
     slot = slot_at(text, " Oslo")
     assert set(draws(CorpusBaselines(corpus), slot)) == {" Rome", " Bern", " Riga"}
 
 
-def test_one_document_serves_as_a_corpus():
+def test_single_document_corpus():
     book = " ".join(texts_of(rigid, 200))
     slot = slot_at("Dave lives in Reno, FL and is a lawyer. His", " lawyer.")
     jobs = {f" {job}." for job in PEOPLE["job"]} - {" lawyer."}
@@ -506,7 +506,7 @@ def test_one_document_serves_as_a_corpus():
 # Files and what is wrong with them
 
 
-def test_a_file_serves_as_well_as_a_list(tmp_path):
+def test_corpus_file_equals_a_list(tmp_path):
     corpus = texts_of(rigid, 60)
     (tmp_path / "lines.txt").write_bytes("\r\n".join(corpus).encode("utf-8-sig"))
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in corpus))
@@ -527,7 +527,7 @@ def test_a_file_serves_as_well_as_a_list(tmp_path):
         ("other.jsonl", b'{"body": "a"}', 'line 1, has no string under "text"'),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path, name, content, message):
+def test_bad_corpus_file_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         CorpusBaselines(tmp_path / name)
@@ -553,7 +553,7 @@ def test_invalid_bytes_are_replaced_on_request(tmp_path):
         ("long " * 2000, FileNotFoundError, "Texts themselves go into a list"),
     ],
 )
-def test_a_bad_corpus_is_refused(corpus, error, message):
+def test_bad_corpus_is_refused(corpus, error, message):
     with pytest.raises(error, match=message):
         CorpusBaselines(corpus)
 
@@ -566,6 +566,6 @@ def test_a_bad_corpus_is_refused(corpus, error, message):
         ({"min_occurrences": 0}, "`min_occurrences` is 0"),
     ],
 )
-def test_an_unknown_option_is_refused(arguments, message):
+def test_unknown_option_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CorpusBaselines(["text"], **arguments)

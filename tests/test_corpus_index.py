@@ -163,7 +163,7 @@ def surroundings(scan, n, seed=0):
 # What is found
 
 
-def test_places_in_given_surroundings_are_those_of_a_plain_scan(index, scan):
+def test_context_lookup_equals_a_plain_scan(index, scan):
     n_found = 0
     for left, right, lengths, hardest in surroundings(scan, 60):
         if not left and not right:
@@ -176,7 +176,7 @@ def test_places_in_given_surroundings_are_those_of_a_plain_scan(index, scan):
 
 @pytest.mark.parametrize("hardest", range(4))
 @pytest.mark.parametrize("lengths", [range(1, 2), range(2, 9), range(4, 40)])
-def test_sentences_are_those_of_a_plain_scan(index, scan, lengths, hardest):
+def test_sentence_lookup_equals_a_plain_scan(index, scan, lengths, hardest):
     found = listed(index.sentences(lengths, hardest, generator()))
     assert found == scan.sentences(lengths, hardest)
 
@@ -198,14 +198,14 @@ def test_sentences_are_those_of_a_plain_scan(index, scan, lengths, hardest):
         "\n capital",
     ],
 )
-def test_places_of_a_shape_are_those_of_a_plain_scan(index, scan, shape):
+def test_shape_lookup_equals_a_plain_scan(index, scan, shape):
     shape = shape.split(" ")
     found = listed(index.shaped(shape, generator()))
     assert found == scan.shaped(shape)
     assert found
 
 
-def test_texts_and_documents_of_spans_are_those_of_the_atoms(index, scan, corpus):
+def test_span_texts_and_documents_equal_their_atoms(index, scan, corpus):
     left, right, lengths, hardest = [scan.classes[0]], [scan.classes[0]], range(1, 30), 3
     spans = index.surrounded(left, right, lengths, hardest, generator())
     assert index.document_of(spans.starts).tolist() == [scan.documents[s] for s in spans.starts]
@@ -237,7 +237,7 @@ def few_looked_at(monkeypatch):
 
 
 @pytest.mark.usefixtures("few_looked_at")
-def test_a_sample_holds_nothing_that_a_plain_scan_does_not_find_and_nothing_twice(index, scan):
+def test_sample_is_a_distinct_subset_of_a_plain_scan(index, scan):
     shares = []
     for left, right, lengths, hardest in surroundings(scan, 60, seed=1):
         if not left and not right:
@@ -253,7 +253,7 @@ def test_a_sample_holds_nothing_that_a_plain_scan_does_not_find_and_nothing_twic
 
 
 @pytest.mark.usefixtures("few_looked_at")
-def test_rare_surroundings_further_out_are_all_found():
+def test_rare_outer_context_is_found_completely():
     # " a " is everywhere, "rarely" behind it in 20 places.
     corpus = ["He is a nurse and a baker and a singer."] * 500 + ["She rarely met a pilot."] * 20
     index = CorpusIndex(corpus)
@@ -263,7 +263,7 @@ def test_rare_surroundings_further_out_are_all_found():
     assert 40 <= int((spans.left == 1).sum()) <= 60
 
 
-def test_a_sample_of_places_comes_evenly_from_all_parts():
+def test_sample_of_places_is_spread_evenly():
     keys = torch.tensor([0, 1, 0, 2] * 5_000)
     postings = Postings.of(lambda start, stop: keys[start:stop], len(keys), 3)
     places = postings.holding([0, 2], 1_000, generator())
@@ -276,7 +276,7 @@ def test_a_sample_of_places_comes_evenly_from_all_parts():
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_postings_are_the_places_of_each_key(keys, block):
+def test_postings_list_the_places_of_each_key(keys, block):
     from captum_llm_ext.text.baselines.corpus import postings as module
 
     sequence = torch.tensor(keys)
@@ -296,7 +296,7 @@ def test_postings_are_the_places_of_each_key(keys, block):
 
 @given(st.lists(st.text(min_size=1, max_size=3), max_size=60), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_a_word_asked_for_again_has_its_first_number(asked, remembered):
+def test_vocabulary_numbers_are_stable(asked, remembered):
     numbering = Numbering([words.BREAK], remembered)
     given_numbers = torch.tensor([numbering[word] for word in [words.BREAK, *asked]])
     vocabulary, same = numbering.vocabulary()
@@ -308,7 +308,7 @@ def test_a_word_asked_for_again_has_its_first_number(asked, remembered):
     assert vocabulary.number("no such word") == -1
 
 
-def test_a_corpus_read_in_small_parts_is_the_same(index, corpus, monkeypatch):
+def test_chunked_reading_gives_the_same_index(index, corpus, monkeypatch):
     monkeypatch.setattr(reading, "Numbering", functools.partial(Numbering, remembered=7))
     for name, value in {"_PIECES": 3, "_SHORT": 4, "_LONG": 5, "_BLOCK": 11}.items():
         monkeypatch.setattr(reading, name, value)
@@ -335,7 +335,7 @@ def tensors_of(index):
 # Files
 
 
-def test_an_index_is_saved_and_loaded(index, scan, tmp_path):
+def test_index_round_trips_through_a_file(index, scan, tmp_path):
     index.save(tmp_path / "corpus.index", {"settings": "ü"})
     loaded, extra = CorpusIndex.load(str(tmp_path / "corpus.index"))
     assert extra == {"settings": "ü"}
@@ -354,7 +354,7 @@ def test_an_index_is_saved_and_loaded(index, scan, tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_loaded_index_is_a_view_of_its_file(index, tmp_path):
+def test_loaded_index_is_memory_mapped(index, tmp_path):
     index.save(tmp_path / "mapped.index")
     assert "mapped.index" not in Path("/proc/self/maps").read_text()
     loaded, _ = CorpusIndex.load(tmp_path / "mapped.index")
@@ -363,21 +363,21 @@ def test_a_loaded_index_is_a_view_of_its_file(index, tmp_path):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda i: pickle.loads(pickle.dumps(i))])
-def test_an_index_can_be_copied_and_sent_to_other_processes(index, scan, copied):
+def test_index_can_be_copied_and_pickled(index, scan, copied):
     other = copied(index)
     assert_same(other, index)
     assert other.context(scan.atoms) == scan.classes
 
 
-def test_a_file_that_is_no_index_is_refused(index, tmp_path):
+def test_foreign_file_is_refused_as_index(index, tmp_path):
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError):
         CorpusIndex.load(path)
     path.write_bytes(b"some text")
-    with pytest.raises(ValueError, match="damaged or no saved corpus index"):
+    with pytest.raises(ValueError, match="damaged or not a saved corpus index"):
         CorpusIndex.load(path)
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is a safetensors file but no saved corpus index"):
+    with pytest.raises(ValueError, match="is a safetensors file but not a saved corpus index"):
         CorpusIndex.load(path)
     metadata = {"captum_llm_ext_index": '{"format": 99}'}
     safetensors.torch.save_file({"numbers": torch.zeros(1)}, path, metadata)
@@ -395,7 +395,7 @@ def test_a_file_that_is_no_index_is_refused(index, tmp_path):
             CorpusIndex.load(path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(index, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(index, tmp_path, monkeypatch):
     path = tmp_path / "corpus.index"
     index.save(path)
 
@@ -433,9 +433,7 @@ def flip(path, keeps_times=False):
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("age", [0, 3600], ids=["just written", "old"])
-def test_a_loaded_index_never_answers_from_a_file_that_was_changed(
-    index, scan, corpus, tmp_path, change, age
-):
+def test_loaded_index_detects_a_changed_file(index, scan, corpus, tmp_path, change, age):
     path = tmp_path / "mapped.index"
     index.save(path)
     CorpusIndex([*corpus, "more"]).save(tmp_path / "other")
@@ -460,7 +458,7 @@ def test_a_loaded_index_never_answers_from_a_file_that_was_changed(
     assert_same(sent, index)
 
 
-def test_a_file_that_takes_the_place_of_a_loaded_one_changes_nothing(index, scan, tmp_path):
+def test_replacing_the_file_keeps_the_loaded_index(index, scan, tmp_path):
     path = tmp_path / "mapped.index"
     index.save(path)
     loaded, _ = CorpusIndex.load(path)
@@ -474,7 +472,7 @@ def test_a_file_that_takes_the_place_of_a_loaded_one_changes_nothing(index, scan
 # What a corpus may be
 
 
-def test_a_file_is_read_line_by_line(tmp_path):
+def test_corpus_file_is_read_line_by_line(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_bytes("\ufeffone\r\ntwo\x85three\n\nfo\ufeffur\n".encode() + b"caf\xe9 noir\n")
     texts = documents(path, "strict")
@@ -485,14 +483,14 @@ def test_a_file_is_read_line_by_line(tmp_path):
     assert list(documents(path, "replace"))[-1] == "caf\ufffd noir"
 
 
-def test_a_zero_byte_is_told_by_its_offset(tmp_path):
+def test_zero_byte_error_names_its_offset(tmp_path):
     (tmp_path / "binary").write_bytes(b"one\ntwo\nab\x00c\xff")
     with pytest.raises(ValueError, match="is binary: a zero byte at offset 10"):
         list(documents(tmp_path / "binary", "strict"))
 
 
 @pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz"])
-def test_json_lines_hold_the_documents_in_a_field(tmp_path, name):
+def test_json_lines_corpus_reads_a_field(tmp_path, name):
     texts = ["one\ntwo", "three\u2028\x85four", ""]
     lines = [json.dumps({"body": t, "text": 1}, ensure_ascii=False) for t in texts]
     content = "\r\n\n".join(lines).encode()
@@ -502,7 +500,7 @@ def test_json_lines_hold_the_documents_in_a_field(tmp_path, name):
         list(documents(tmp_path / name, "strict"))
 
 
-def test_compressed_text_is_read_and_damage_told(tmp_path):
+def test_compressed_corpus_is_read_and_damage_reported(tmp_path):
     path = tmp_path / "lines.txt.gz"
     path.write_bytes(gzip.compress(b"one\ntwo"))
     assert list(documents(path, "strict")) == ["one", "two"]
@@ -512,18 +510,18 @@ def test_compressed_text_is_read_and_damage_told(tmp_path):
             list(documents(path, "strict"))
 
 
-def test_a_folder_is_no_corpus(tmp_path):
+def test_folder_is_refused_as_corpus(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be read"):
         documents(tmp_path, "strict")
 
 
-def test_an_iterator_is_read_once(corpus, index):
+def test_iterator_corpus_is_read_once(corpus, index):
     texts = iter(corpus)
     assert_same(CorpusIndex(documents(texts, "strict")), index)
     assert next(texts, None) is None
 
 
-def test_a_corpus_of_duplicates_is_fine():
+def test_corpus_of_duplicates():
     index = CorpusIndex(["the same line"] * 50)
     spans = index.shaped(["lower"], generator())
     assert index.texts(spans) == {"the": 50, "same": 50, "line": 50}
@@ -532,12 +530,12 @@ def test_a_corpus_of_duplicates_is_fine():
 @pytest.mark.parametrize(
     "corpus", [3, 2.5, None, b"text", bytearray(b"text"), {"a": "b"}, object()]
 )
-def test_what_is_no_corpus_is_told_what_to_give(corpus):
+def test_non_corpus_error_says_what_to_give(corpus):
     with pytest.raises(TypeError, match="give an iterable of strings, or the path"):
         documents(corpus, "strict")
 
 
-def test_the_column_of_a_data_set_serves_and_the_whole_is_refused(corpus, index):
+def test_dataset_column_is_a_corpus_and_a_whole_dataset_is_refused(corpus, index):
     datasets = pytest.importorskip("datasets")
     texts = [text.replace("\ud800", "") for text in corpus]
     table = datasets.Dataset.from_dict({"text": texts, "label": [0] * len(texts)})

@@ -115,7 +115,7 @@ def is_same(one, other):
 
 
 @pytest.mark.parametrize("number", range(len(KEYS)), ids=KEYS)
-def test_what_is_damaged_is_told_or_changes_nothing(good, tmp_path, number):
+def test_damaged_file_is_refused_or_reads_the_same(good, tmp_path, number):
     kind = [*KEYS][number]
     path = tmp_path / "file.safetensors"
     path.write_bytes(good[kind])
@@ -144,7 +144,7 @@ def test_what_is_damaged_is_told_or_changes_nothing(good, tmp_path, number):
 
 
 @pytest.mark.parametrize("kind", WITHOUT_DIGEST)
-def test_what_damage_to_cannot_be_told_is_read_for_who_asks_alone(good, tmp_path, kind):
+def test_file_without_digest_needs_unverified(good, tmp_path, kind):
     path = tmp_path / "file.safetensors"
     for _, content in [("", good[kind]), *damage.mutants(good[kind], KEYS[kind], N_EACH, 9)]:
         path.write_bytes(content)
@@ -154,7 +154,7 @@ def test_what_damage_to_cannot_be_told_is_read_for_who_asks_alone(good, tmp_path
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_every_byte_counts(good, tmp_path, kind):
+def test_every_changed_byte_is_detected(good, tmp_path, kind):
     """One byte after another, where there is a digest; blanks of the header alone do not."""
     if kind in WITHOUT_DIGEST:
         pytest.skip("these formats have no digest")
@@ -178,7 +178,7 @@ def test_every_byte_counts(good, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_lies_that_have_the_right_digest_are_told_as_well(good, tmp_path, kind):
+def test_invalid_content_with_valid_digest_is_refused(good, tmp_path, kind):
     """What another program might have written: JSON of another kind in a file that is whole."""
     path, draw = tmp_path / "file.safetensors", random.Random(1)
     told: list[str] = []
@@ -194,7 +194,7 @@ def test_lies_that_have_the_right_digest_are_told_as_well(good, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KEYS)
-def test_other_readers_read_the_same(good, kind):
+def test_safetensors_reader_reads_the_same(good, kind):
     """Held against the safetensors package: names, types, shapes, numbers, places."""
     found = safetensors.torch.load(good[kind])
     header, _ = damage.split(good[kind])
@@ -207,7 +207,7 @@ def test_other_readers_read_the_same(good, kind):
         assert header[name]["shape"] == list(tensor.shape)
 
 
-def test_what_is_loaded_stays_loaded(good, tmp_path):
+def test_loaded_tensors_survive_file_changes(good, tmp_path):
     """A file that changes, grows shorter or goes away changes nothing that was read from it."""
     for kind in ("result 3", "result 4", "checkpoint"):
         path = tmp_path / "file.safetensors"
@@ -229,7 +229,7 @@ def test_what_is_loaded_stays_loaded(good, tmp_path):
     assert result.seq_attr.untyped_storage().nbytes() == result.seq_attr.nbytes
 
 
-def test_a_checkpoint_without_a_digest_is_to_be_made_anew(good, tmp_path):
+def test_checkpoint_without_digest_is_refused(good, tmp_path):
     path = tmp_path / "old.safetensors"
     header, _ = damage.split(good["checkpoint"])
     rest = json.loads(header["__metadata__"][CHECKPOINT]) | {"format": 1}

@@ -60,7 +60,7 @@ def results(folder):
     return [GenerationAttributionResult.load(path) for path in found]
 
 
-def test_with_nothing_said_absence_is_what_the_inputs_take_for_it(attribution, tokenizer, tmp_path):
+def test_default_baselines_are_those_of_the_inputs(attribution, tokenizer, tmp_path):
     records = [{"prompt": PROMPT, "target": " and chess"}, {"messages": MESSAGES, "target": [5, 6]}]
     captum_llm_ext.attribute_dataset(records, attribution, tmp_path)
     expected = [
@@ -73,7 +73,7 @@ def test_with_nothing_said_absence_is_what_the_inputs_take_for_it(attribution, t
         assert found.provenance["absence"]["prompt"] == "model"
 
 
-def test_what_a_kill_left_half_written_is_taken_away_once_it_is_old(attribution, tmp_path):
+def test_stale_temporary_files_are_removed(attribution, tmp_path):
     names = (".000007.safetensors.a1", ".run.json.b2", ".000008.safetensors.c3", ".notes")
     for name in names:
         (tmp_path / name).write_text("half")
@@ -84,7 +84,7 @@ def test_what_a_kill_left_half_written_is_taken_away_once_it_is_old(attribution,
     assert hidden == {names[2], names[3]}
 
 
-def test_each_record_gets_what_attribute_gives_it(attribution, tokenizer, tmp_path):
+def test_records_equal_single_attributions(attribution, tokenizer, tmp_path):
     records = [
         PROMPT,
         {"prompt": PROMPT, "target": " and chess", "id": "a/b", "source": "letters"},
@@ -106,7 +106,7 @@ def test_each_record_gets_what_attribute_gives_it(attribution, tokenizer, tmp_pa
         assert found.provenance["record"] == {"number": number, "id": own_id}
 
 
-def test_what_is_there_is_skipped_and_what_failed_is_tried_again(attribution, tmp_path):
+def test_existing_results_are_skipped_and_failures_retried(attribution, tmp_path):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     lines = ['"Dave lives"', "{bad", "", '{"prompt": "", "id": "empty"}', '{"promt": "Dave"}', "7"]
     file.write_text("\n".join(lines), encoding="utf-8")
@@ -114,7 +114,9 @@ def test_what_is_there_is_skipped_and_what_failed_is_tried_again(attribution, tm
     assert (report.n_written, report.n_skipped, report.n_failed) == (1, 0, 4)
     assert [number for number, _ in report.failures] == [1, 2, 3, 4]
     for (_, said), wanted in zip(
-        report.failures, ("line 2 is no JSON", "empty", "did you mean 'prompt'", "int"), strict=True
+        report.failures,
+        ("line 2 is not JSON", "empty", "did you mean 'prompt'", "int"),
+        strict=True,
     ):
         assert wanted in said
     errors = [json.loads(path.read_text()) for path in sorted(out.glob("*.error.json"))]
@@ -129,7 +131,7 @@ def test_what_is_there_is_skipped_and_what_failed_is_tried_again(attribution, tm
     assert not (out / "000001.error.json").exists()
 
 
-def test_records_are_read_one_at_a_time(attribution, tmp_path):
+def test_records_are_read_lazily(attribution, tmp_path):
     """The file of a record is there before the next but one is asked for."""
     seen = []
 
@@ -142,7 +144,7 @@ def test_records_are_read_one_at_a_time(attribution, tmp_path):
     assert seen == [0, 1, 2]
 
 
-def test_other_settings_need_another_folder(attribution, tokenizer, tmp_path):
+def test_changed_settings_are_refused_in_the_same_folder(attribution, tokenizer, tmp_path):
     records = [{"prompt": "Dave lives", "target": [7]}]
     attribute_dataset(records, attribution, tmp_path, seed=1)
 
@@ -179,7 +181,7 @@ def test_other_settings_need_another_folder(attribution, tokenizer, tmp_path):
     assert report.n_skipped == 1
 
 
-def test_nothing_is_kept_of_a_record_that_is_done(tokenizer, tmp_path):
+def test_finished_records_and_results_are_freed(tokenizer, tmp_path):
     """However many records there are, one of them is in memory, with its result."""
     alive, results = [], []
 
@@ -212,7 +214,7 @@ def test_nothing_is_kept_of_a_record_that_is_done(tokenizer, tmp_path):
     assert max(n for _, n in alive) <= 1
 
 
-def test_memory_does_not_grow_with_what_is_there(attribution, tmp_path):
+def test_memory_is_independent_of_existing_results(attribution, tmp_path):
     record = {"prompt": "Dave lives", "target": [7]}
     peaks = []
     for n in (50, 2000):
@@ -235,7 +237,7 @@ def test_memory_does_not_grow_with_what_is_there(attribution, tmp_path):
     assert peaks[1] < peaks[0] + 30_000
 
 
-def test_gradients_of_many_prompts(tokenizer, tmp_path):
+def test_gradient_attributions_of_many_prompts(tokenizer, tmp_path):
     model = tiny.llama(len(tokenizer))
     method = LayerIntegratedGradients(model, model.model.layers[0])
     attribution = GenerationGradientAttribution(method, tokenizer)
@@ -287,7 +289,7 @@ def other_template(tokenizer):
     return other
 
 
-def test_another_corpus_needs_another_folder(attribution, tmp_path):
+def test_changed_corpus_is_refused_in_the_same_folder(attribution, tmp_path):
     texts = [
         f"Dave lives in {place}, {state}." for place, state in zip("ABCD", "WXYZ", strict=True)
     ] * 20
@@ -324,7 +326,7 @@ class Fixed:
         return self.texts[0]
 
 
-def test_a_saved_corpus_is_the_same_corpus(attribution, tmp_path):
+def test_saved_corpus_has_the_same_digest(attribution, tmp_path):
     texts = [f"Dave lives in {place}." for place in "ABCDEFGH"] * 10
     records = [{"prompt": "Dave lives in E.", "target": [7]}]
     baselines = CorpusBaselines(texts, min_candidates=0)
@@ -335,7 +337,7 @@ def test_a_saved_corpus_is_the_same_corpus(attribution, tmp_path):
     assert report.n_skipped == 1
 
 
-def test_another_record_in_the_place_of_one_is_told(attribution, tmp_path):
+def test_replaced_record_is_detected(attribution, tmp_path):
     records = [
         {"prompt": "Dave lives", "target": [7], "id": "a"},
         {"prompt": "Ann lives", "target": [8], "id": "b", "source": "letters"},
@@ -364,7 +366,7 @@ def test_another_record_in_the_place_of_one_is_told(attribution, tmp_path):
     assert not list(tmp_path.glob("*.error.json"))
 
 
-def test_a_folder_of_something_else_is_left_alone(attribution, tmp_path):
+def test_foreign_folder_is_refused(attribution, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"precious")
     with pytest.raises(ValueError, match=r"holds results and no run\.json"):
         attribute_dataset(["Dave"], attribution, tmp_path)
@@ -374,7 +376,7 @@ def test_a_folder_of_something_else_is_left_alone(attribution, tmp_path):
     assert (tmp_path / "model.safetensors").read_bytes() == b"precious"
 
 
-def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
+def test_bad_options_fail_before_any_run(attribution, tmp_path):
     def records():
         pytest.fail("a record was asked for")
         yield ""
@@ -392,15 +394,15 @@ def test_wrong_options_are_told_before_anything_is_run(attribution, tmp_path):
     ("more", "status", "message"),
     [
         (["--input", "INPUT"], 2, "--input needs --out"),
-        (["--prompt", "x", "--out", "y"], 2, "--save writes one"),
+        (["--prompt", "x", "--out", "y"], 2, "use --save for one result"),
         (["--input", "INPUT", "--out", "y", "--html", "z"], 2, "--html is for one prompt"),
         (["--input", "INPUT", "--out", "y", "--target", "z"], 2, '"target" in each line'),
         (["--input", "no.jsonl", "--out", "y"], 2, "there is no such file"),
-        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "goes on where it was"),
-        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "no such folder"),
+        (["--input", "INPUT", "--out", "y", "--checkpoint", "z"], 2, "the same command resumes"),
+        (["--prompt", "x", "--checkpoint", "no/z.safetensors"], 2, "which does not exist"),
     ],
 )
-def test_mistakes_on_the_command_line(tmp_path, monkeypatch, capsys, more, status, message):
+def test_command_line_mistakes(tmp_path, monkeypatch, capsys, more, status, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "INPUT").write_text('"Dave"\n')
     assert main(["attribute", "--model", "demo", *more]) == status
@@ -423,7 +425,7 @@ def _check_all_there(out, n):
     assert [path.name for path in out.glob("*.json")] == ["run.json"]
 
 
-def test_killed_at_any_moment_it_goes_on(tmp_path):
+def test_killed_run_resumes(tmp_path):
     n, out = 48, tmp_path / "out"
     arguments = ["attribute", "--model", "demo", "--input", str(_prompts(tmp_path, n)), "--out"]
     command = [sys.executable, "-m", "captum_llm_ext", *arguments, str(out), *OPTIONS]
@@ -441,7 +443,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     _check_all_there(out, n)
 
 
-def test_two_processes_share_the_records(tmp_path):
+def test_two_processes_divide_the_records(tmp_path):
     """By deletion and by gradients, each on two processes that are forked from one."""
     gradients = ["--method", "integrated-gradients", "--n-steps", "5"]
     commands = {}
@@ -472,7 +474,7 @@ ONE = ["--prompt", "Dave lives in Palm Coast, FL and", "--method", "kernel", "--
 ONE += ["--max-new-tokens", "3", "--quiet", "--baselines", "delete"]
 
 
-def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
+def test_two_processes_divide_one_prompt(tmp_path, monkeypatch, capsys):
     """Interrupted on one process, gone on with on two, of which one prints and writes."""
     checkpoint, saved = tmp_path / "half.safetensors", tmp_path / "whole.safetensors"
     command = ["attribute", "--model", "demo", *ONE, "--checkpoint", str(checkpoint)]
@@ -513,7 +515,7 @@ def test_two_processes_share_one_prompt(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(found.full_attr, expected.full_attr, atol=1e-5, rtol=0)
 
 
-def test_processes_that_do_not_share_are_told(attribution, tmp_path, monkeypatch):
+def test_ungrouped_processes_are_refused(attribution, tmp_path, monkeypatch):
     records = [{"prompt": "Dave lives", "target": [7]}]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(
@@ -522,7 +524,7 @@ def test_processes_that_do_not_share_are_told(attribution, tmp_path, monkeypatch
         attribute_dataset(records, attribution, tmp_path)
 
 
-def test_one_stdin_is_not_for_several_processes(monkeypatch, capsys):
+def test_stdin_is_refused_with_several_processes(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["attribute", "--model", "demo", "--prompt-file", "-"]) == 2
     assert "--prompt-file - is one stdin for several processes" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def walks(n_orders, n=5):
     return evidence("antithetic permutations", join_plans([plan_anchors(n), plan]))
 
 
-def test_earlier_estimates_are_those_of_the_first_walks():
+def test_earlier_estimates_equal_the_first_permutations():
     found = earlier(walks(64), [1, 0])
     counts = [count for count, _ in found]
     assert counts == sorted(set(counts))
@@ -95,7 +95,7 @@ def test_earlier_estimates_are_those_of_the_first_walks():
         np.testing.assert_allclose(solution.attributions[0], -want, atol=1e-9)
 
 
-def test_estimates_are_spread_over_powers_of_their_number():
+def test_convergence_points_are_spaced_geometrically():
     counts = [count - 2 for count, _ in earlier(walks(512), [0], 5)]
     ratios = np.array(counts[1:]) / counts[:-1]
     assert 3 <= len(counts) <= 5
@@ -103,7 +103,7 @@ def test_estimates_are_spread_over_powers_of_their_number():
     assert counts[-1] < 512 * 6
 
 
-def test_a_coalition_and_its_complement_are_added_together():
+def test_convergence_adds_complement_pairs_together():
     plan = plan_pairs(8, 120, generator=torch.Generator().manual_seed(0))
     known = evidence("paired kernel regression", join_plans([plan_anchors(8), plan]))
     found = earlier(known, [0])
@@ -114,7 +114,7 @@ def test_a_coalition_and_its_complement_are_added_together():
     assert errors[-1] < 0.1 < errors[0]
 
 
-def test_repetitions_of_an_enumeration_are_added_one_after_another(model, tokenizer):
+def test_convergence_adds_enumeration_repeats_in_turn(model, tokenizer):
     # Random words stand for absent ones, so that repetitions differ.
     prompt, words = (
         "Dave lives in Austin",
@@ -129,7 +129,7 @@ def test_repetitions_of_an_enumeration_are_added_one_after_another(model, tokeni
         assert all((count - found.design.n_anchors) % rows == 0 for count in counts)
 
 
-def test_what_takes_all_of_its_coalitions_cannot_converge(model, tokenizer):
+def test_exact_methods_refuse_convergence_plots(model, tokenizer):
     exact = attributed(model, tokenizer, FeatureAblation)
     with pytest.raises(ValueError, match="leave-one-out found did not converge"):
         exact.plot_convergence()
@@ -139,7 +139,7 @@ def test_what_takes_all_of_its_coalitions_cannot_converge(model, tokenizer):
 
 
 @pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap, Lime, PartitionShap])
-def test_the_last_estimates_are_those_of_the_result(model, tokenizer, method):
+def test_last_convergence_point_equals_the_result(model, tokenizer, method):
     found = attributed(model, tokenizer, method, n_samples=16 if "Sampling" in str(method) else 200)
     _, ax = found.plot_convergence(k=3)
     blocks = [(found.token_attr, 2), (found.output_attr, 1)]  # half of them in the prompt
@@ -159,7 +159,7 @@ def test_the_last_estimates_are_those_of_the_result(model, tokenizer, method):
         assert apart > 0 or method is PartitionShap
 
 
-def test_causes_are_named_at_their_last_estimates(result):
+def test_convergence_labels_stand_at_the_last_estimate(result):
     _, ax = result.plot_convergence(k=4)
     want = []
     for token, causes in enumerate(result.top(9)):
@@ -179,7 +179,7 @@ def test_causes_are_named_at_their_last_estimates(result):
     }, token
 
 
-def test_bands_are_one_error_wide():
+def test_convergence_bands_span_one_standard_error():
     fig, ax = plot.convergence(
         [10, 20, 40], [[1.0], [2.0], [3.0]], labels=["a"], errors=[[np.nan], [0.5], [0.25]]
     )
@@ -195,14 +195,14 @@ def test_bands_are_one_error_wide():
     assert "±" not in plot.convergence([1, 2], [[1.0], [2.0]], labels=["a"])[1].get_ylabel()
 
 
-def test_nothing_that_differs_from_zero_cannot_converge(result):
+def test_zero_attributions_refuse_convergence_plots(result):
     nothing = result.refit()
     nothing.token_attr, nothing.output_attr = nothing.token_attr * 0, nothing.output_attr * 0
     with pytest.raises(ValueError, match="no attribution differs from zero"):
         nothing.plot_convergence()
 
 
-def test_labels_move_no_further_than_they_must():
+def test_overlapping_labels_move_minimally():
     ends = [5.0, 5.01, 5.02, -4.0]
     _, ax = plot.convergence([1, 2], [ends, ends], labels=list("abcd"))
     at = {t.get_text(): t.get_position()[1] for t in ax.texts}
@@ -219,7 +219,7 @@ def written(ax):
     return [t.get_text() for t in ax.texts]
 
 
-def test_text_reads_as_prompt_and_answer(result):
+def test_text_plot_shows_prompt_and_answer(result):
     for token in (None, 2, -1):
         _, ax = result.plot_text(token)
         shown = "".join("".join(written(ax)).split()).translate({ord("␣"): "", ord("⏎"): ""})
@@ -243,7 +243,7 @@ def shaded(ax):
     return found
 
 
-def test_text_shades_what_made_the_model_write_a_token(model, tokenizer, result):
+def test_text_plot_shades_causes_of_a_token(model, tokenizer, result):
     exact = attributed(model, tokenizer, FeatureAblation)
     token = len(exact.output_tokens) - 1
     _, ax = exact.plot_text(token)
@@ -258,7 +258,7 @@ def test_text_shades_what_made_the_model_write_a_token(model, tokenizer, result)
     assert shaded(ax) == want
 
 
-def test_text_of_all_tokens_is_their_sum(result):
+def test_text_plot_of_all_tokens_shows_their_sum(result):
     span = result.attribute_span(0, len(result.output_tokens))
     _, ax = result.plot_text()
     n = result.token_attr.shape[1]
@@ -273,7 +273,7 @@ def test_text_of_all_tokens_is_their_sum(result):
     assert result.refit(attr_target="prob").plot_text(0)
 
 
-def test_results_of_earlier_versions_are_drawn_without_what_they_lack(result, tmp_path):
+def test_older_results_are_drawn_without_missing_fields(result, tmp_path):
     result.save(tmp_path / "result")
     old = GenerationAttributionResult.load(tmp_path / "result")
     old.design = None
@@ -287,7 +287,7 @@ def test_results_of_earlier_versions_are_drawn_without_what_they_lack(result, tm
         old.plot_convergence()
 
 
-def test_flow_joins_what_is_told_from_noise(result):
+def test_flow_plot_links_marked_attributions(result):
     _, ax = result.plot_flow(least=0.1, most=99)
     want = set()
     for side, attr, marked in (
@@ -302,7 +302,7 @@ def test_flow_joins_what_is_told_from_noise(result):
     assert {p.get_gid() for p in last.patches if isinstance(p, PathPatch)} < want
 
 
-def test_a_heat_map_is_blank_where_there_may_be_noise(result):
+def test_heat_map_blanks_unmarked_cells(result):
     _, ax = result.plot_token_attr()
     n_prompt = len(result.input_tokens)
     noise = result.full_attr.abs() < result.marked_beyond * result.full_attr_se
@@ -315,7 +315,7 @@ def test_a_heat_map_is_blank_where_there_may_be_noise(result):
     assert not np.nan_to_num(output)[noise[:, n_prompt:].numpy()].any()
 
 
-def test_bars_have_the_errors_of_the_sum(result):
+def test_bar_errors_equal_errors_of_the_sum(result):
     _, ax = result.plot_seq_attr(cmap="PuOr")
     errors = result.attribute_span(0, len(result.output_tokens)).standard_errors
     (whiskers,) = (c for c in ax.collections if isinstance(c, LineCollection))
@@ -329,7 +329,7 @@ def test_bars_have_the_errors_of_the_sum(result):
 
 
 @pytest.mark.parametrize("name", ["token_attr", "seq_attr", "text", "flow", "convergence"])
-def test_every_plot_takes_axes_and_can_be_shown(result, monkeypatch, name):
+def test_every_plot_accepts_ax_and_show(result, monkeypatch, name):
     fig, ax = plt.subplots()
     method = getattr(result, f"plot_{name}")
     assert method(ax=ax) == (fig, ax)
@@ -340,7 +340,7 @@ def test_every_plot_takes_axes_and_can_be_shown(result, monkeypatch, name):
 
 
 @pytest.mark.parametrize(("value", "unit"), [("log_prob", "nats"), ("logit", "logits")])
-def test_plots_tell_the_unit_of_the_value(result, value, unit):
+def test_plots_label_the_unit_of_the_value(result, value, unit):
     found = copy.copy(result)
     found.provenance = result.provenance | {"attr_target": value}
     assert unit in found.plot_token_attr()[0].axes[1].get_ylabel()
@@ -350,7 +350,7 @@ def test_plots_tell_the_unit_of_the_value(result, value, unit):
     assert [t for t in found.plot_flow()[1].texts if t.get_text().split("    ")[0].endswith(unit)]
 
 
-def test_a_result_made_by_hand_can_be_drawn_without_what_it_lacks():
+def test_hand_made_result_can_be_drawn():
     made = GenerationAttributionResult(
         input_tokens=["a", " b"],
         output_tokens=["c", "d"],
@@ -374,7 +374,7 @@ def test_a_result_made_by_hand_can_be_drawn_without_what_it_lacks():
     assert "c" in made.to_html()
 
 
-def test_a_prompt_of_names_does_not_run_together(result):
+def test_feature_names_are_separated_in_text_plots(result):
     named = GenerationAttributionResult.__new__(GenerationAttributionResult)
     named.__dict__.update(result.__dict__)
     named.prompt_pieces = []

@@ -17,7 +17,7 @@ def places(seed, feature=0, n=64, first=0):
     return torch.tensor([uniform(draw_generator(seed, k, feature)) for k in numbers])
 
 
-def test_a_draw_is_uniform_over_seeds():
+def test_draw_is_uniform_over_seeds():
     found = torch.tensor([uniform(draw_generator(seed * 7919, 5, 3)) for seed in range(4000)])
     shares = torch.histc(found, 20, 0, 1) / len(found)
     assert float((shares - 0.05).abs().max()) < 4 * (0.05 * 0.95 / len(found)) ** 0.5
@@ -25,7 +25,7 @@ def test_a_draw_is_uniform_over_seeds():
 
 @pytest.mark.parametrize("block", [0, 3, 1001])
 @pytest.mark.parametrize("n", [2, 8, 32])
-def test_neighbouring_draws_lie_in_different_parts(block, n):
+def test_consecutive_draws_are_stratified(block, n):
     parts = (places(seed=11, feature=4, n=n, first=block * n) * n).long()
     assert sorted(parts.tolist()) == list(range(n))
 
@@ -41,7 +41,7 @@ def test_features_are_drawn_independently():
     assert float((places(5) - places(6)).abs().max()) > 0.1
 
 
-def test_texts_are_drawn_as_often_as_they_weigh():
+def test_texts_are_drawn_by_weight():
     match = Match("any", "_", 0, 3, False, ())
     weights = {("a",): 0.5, ("b",): 0.3, ("c",): 0.2}
     candidates = Candidates.of(match, weights)
@@ -55,7 +55,7 @@ def test_texts_are_drawn_as_often_as_they_weigh():
     assert all(6 <= drawn.count(job) <= 10 for job in JOBS)
 
 
-def test_eight_draws_are_near_the_expectation():
+def test_mean_of_eight_draws_is_near_the_expectation():
     """Held against each candidate scored once; rows that coincide are scored once."""
     model, tokenizer, _ = load_demo()
     start, stop = PROMPT.index("lawyer"), PROMPT.index("lawyer") + len("lawyer")

@@ -35,9 +35,7 @@ def inp(tokenizer):
     ("method", "output_unit", "top"),
     [(FeatureAblation, None, 0), (FeatureAblation, "token", 3), (KernelShap, "token", 0)],
 )
-def test_an_engine_gives_the_numbers_of_its_model(
-    engine, method, output_unit, top, model, tokenizer, inp
-):
+def test_engine_equals_its_model(engine, method, output_unit, top, model, tokenizer, inp):
     own = GenerationAttribution(method(model), tokenizer)
     n_samples = 40 if method is KernelShap else None
     expected = own.attribute(inp, TARGET, output_unit=output_unit, n_samples=n_samples)
@@ -53,7 +51,7 @@ def test_an_engine_gives_the_numbers_of_its_model(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_beginnings_are_reused_and_what_was_not_computed_is_never_read(
+def test_prefixes_are_reused_and_uncomputed_log_probabilities_not_read(
     engine, model, tokenizer, inp
 ):
     run = engine(model)
@@ -61,8 +59,8 @@ def test_beginnings_are_reused_and_what_was_not_computed_is_never_read(
         FeatureAblation(METHOD), tokenizer, EngineProvider(run)
     )
     first = attribution.attribute(inp, TARGET)
-    sent = run.asked.n_prompts * len(inp.ids)
-    assert run.asked.n_computed < 0.8 * sent
+    sent = run.continuation_ids.n_prompts * len(inp.ids)
+    assert run.continuation_ids.n_computed < 0.8 * sent
     # Now every block of every row is known, so vLLM would have the target's values from memory.
     again = RemoteGenerationAttribution(
         FeatureAblation(METHOD), tokenizer, EngineProvider(run)
@@ -72,7 +70,7 @@ def test_beginnings_are_reused_and_what_was_not_computed_is_never_read(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_writes_the_target(engine, model, tokenizer, inp):
+def test_engine_generates_the_target(engine, model, tokenizer, inp):
     provider = EngineProvider(engine(model))
     found = RemoteGenerationAttribution(FeatureAblation(METHOD), tokenizer, provider).attribute(
         inp, gen_args={"max_new_tokens": 4}
@@ -84,7 +82,7 @@ def test_an_engine_writes_the_target(engine, model, tokenizer, inp):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_foils_that_an_engine_does_not_tell_are_asked_for(engine, model, tokenizer, inp):
+def test_missing_foil_log_probabilities_are_requested(engine, model, tokenizer, inp):
     contrast = Contrast(foils=[5, 9])
     provider = EngineProvider(engine(model), top_logprobs=2)
     found = RemoteGenerationAttribution(
@@ -98,7 +96,7 @@ def test_foils_that_an_engine_does_not_tell_are_asked_for(engine, model, tokeniz
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_last_token_of_the_vocabulary_and_one_token_prompts(engine, model):
+def test_last_vocabulary_token_and_one_token_prompts(engine, model):
     provider = EngineProvider(engine(model))
     last = model.config.vocab_size - 1
     ids = [[5, last, 7], [last, last], [3]]
@@ -111,7 +109,7 @@ def test_the_last_token_of_the_vocabulary_and_one_token_prompts(engine, model):
             assert entries[i][own[i]] == pytest.approx(float(told[i - 1, own[i]]))
 
 
-def test_an_engine_that_reads_other_prompts_is_refused(model, tokenizer, inp):
+def test_engine_that_changes_prompts_is_refused(model, tokenizer, inp):
     class AddsAToken(LLM):
         def _answer(self, ids, how):
             return super()._answer([1, *ids], how)
@@ -130,7 +128,7 @@ def test_the_longest_prompt_is_the_engines(engine, model):
         assert EngineProvider(run).max_model_len == 64
 
 
-def test_what_is_no_engine_is_refused(model):
+def test_non_engine_is_refused(model):
     with pytest.raises(TypeError, match="give a vLLM `LLM` or an SGLang `Engine`"):
         EngineProvider(model)
     with pytest.raises(ValueError, match="`top_logprobs` is -1"):

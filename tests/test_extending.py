@@ -52,7 +52,7 @@ class Banzhaf(PerturbationAttribution):
 
 
 @pytest.mark.filterwarnings("ignore:.*standard errors")
-def test_a_method(model, tokenizer, target):
+def test_custom_method(model, tokenizer, target):
     spans = [(4, 9), (13, 19), (33, 38)]
     inp = TextSegmentInput(PROMPT, tokenizer, spans, baselines="delete")
     attribution = GenerationAttribution(Banzhaf(model), tokenizer)
@@ -81,7 +81,7 @@ class Transposed(Banzhaf):
         return super().attribute(inputs, perturbations_per_eval).T
 
 
-def test_a_method_that_gives_features_first_is_told_so(model, tokenizer, target):
+def test_custom_method_with_transposed_output_is_refused(model, tokenizer, target):
     inp = TextSegmentInput(PROMPT, tokenizer, clauses, baselines="delete")
     attribution = GenerationAttribution(Transposed(model), tokenizer)
     with pytest.raises(ValueError, match=r"shape \(3, 5\).*\(n_outputs, n_features\)"):
@@ -107,7 +107,7 @@ class OneOf:
         return self.words[int(torch.randint(len(self.words), (), generator=generator))]
 
 
-def test_a_baseline(model, tokenizer, target):
+def test_custom_baseline(model, tokenizer, target):
     inp = TextSegmentInput(PROMPT, tokenizer, [(4, 9), (33, 38)], baselines=Shouted())
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, target)
     texts = [PROMPT.replace(word, word.upper()) for word in ("lives", "nurse")]
@@ -118,7 +118,7 @@ def test_a_baseline(model, tokenizer, target):
     assert result.token_attr.abs().min() > 1e-3
 
 
-def test_a_baseline_that_draws(model, tokenizer, target):
+def test_custom_random_baseline(model, tokenizer, target):
     inp = TextSegmentInput(PROMPT, tokenizer, [(33, 38)], baselines=OneOf("golfer", "fox"))
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     result, again = (
@@ -141,7 +141,7 @@ def clauses(text):
     return list(zip([0, *ends], [*ends, len(text)], strict=True))
 
 
-def test_a_unit(model, tokenizer, target):
+def test_custom_unit(model, tokenizer, target):
     inp = TextSegmentInput(PROMPT, tokenizer, clauses, baselines="delete")
     assert [name.strip() for name in inp.names] == ["Ann lives in Austin,", "TX", "and is a nurse."]
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(inp, target)
@@ -156,7 +156,7 @@ def test_a_unit(model, tokenizer, target):
         assert found.double() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_unit_of_levels_and_of_the_output(model, tokenizer, target):
+def test_custom_unit_as_level_and_output_unit(model, tokenizer, target):
     text = "Her interests include tennis, music and cooking."
     inp = TextSegmentInput(PROMPT, tokenizer, (clauses, "word"), baselines="delete")
     result = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
@@ -203,7 +203,7 @@ class InMemory:
         return told
 
 
-def test_an_api(tokenizer):
+def test_custom_provider(tokenizer):
     model = tiny.llama(len(tokenizer), seed=3)
     service = InMemory(model)
     assert isinstance(service, TokenProvider)

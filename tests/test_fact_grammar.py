@@ -53,7 +53,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_occupation_or_state_alone_says_nothing_about_c(grammar):
+def test_c_is_independent_of_occupation_or_state_alone(grammar):
     jobs, states = grammar.alternatives["occupation"], grammar.alternatives["state"]
     table = {
         (job, state): grammar.allowed("C", {"occupation": job, "state": state})
@@ -69,7 +69,7 @@ def test_occupation_or_state_alone_says_nothing_about_c(grammar):
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_every_other_cause_shows_in_what_it_allows(grammar):
+def test_every_single_cause_restricts_its_effect(grammar):
     a = [grammar.allowed("A", {"occupation": job}) for job in grammar.alternatives["occupation"]]
     assert sorted(word for words in a for word in words) == sorted(grammar.alternatives["A"])
     # D would otherwise be a word about the occupation too.
@@ -83,12 +83,12 @@ def test_every_other_cause_shows_in_what_it_allows(grammar):
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_what_depends_on_a_missing_fact_can_be_anything(grammar):
+def test_slot_with_missing_cause_is_unrestricted(grammar):
     assert grammar.allowed("B", {"state": "FL"}) == grammar.alternatives["B"]
     assert grammar.allowed("C", {"state": "FL"}) == grammar.alternatives["C"]
 
 
-def test_a_document_says_how_likely_it_is():
+def test_document_information_equals_its_derivation():
     documents = sample_many(Grammar(), "information", 3000)
     always = math.log(16 * 12 * 9 * 9 * 3) + 2 * math.log(2)  # name, city, state, job, A; two coins
     for document in documents[:200]:
@@ -101,7 +101,7 @@ def test_a_document_says_how_likely_it_is():
     assert mean == pytest.approx(entropy, abs=0.16)
 
 
-def test_a_stray_interest_is_as_surprising_as_it_is_rare():
+def test_stray_interest_adds_its_information():
     stray = 0.2
     rng = random.Random(1)
     seen = Counter()
@@ -120,14 +120,14 @@ def test_a_stray_interest_is_as_surprising_as_it_is_rare():
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_the_same_seed_gives_the_same_documents(grammar):
+def test_equal_seeds_give_equal_documents(grammar):
     assert sample_many(grammar, "x", 20) == sample_many(grammar, "x", 20)
     assert sample_many(grammar, "x", 20) != sample_many(grammar, "y", 20)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("before", ["pronoun", "A"])
-def test_a_document_is_cut_before_the_slot_asked_for(grammar, before):
+def test_document_is_cut_before_the_requested_slot(grammar, before):
     rng = random.Random(3)
     for _ in range(50):
         document = grammar.sample(rng, before)
@@ -172,7 +172,7 @@ def test_words_tile_the_text_and_are_replaced_by_parts_of_other_fillers(grammar)
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_marks_stand_apart_from_slots_and_replace_nothing(grammar):
+def test_mark_segments_are_separate_and_not_replaced(grammar):
     document = grammar.sample(random.Random(4), "pronoun")
     both = document.segments("prompt", "mark") + document.segments("continuation", "mark")
     assert "".join(document.text[s.start : s.stop] for s in both) == document.text
@@ -185,7 +185,7 @@ def test_marks_stand_apart_from_slots_and_replace_nothing(grammar):
 
 @pytest.mark.parametrize("unit", ["slot", "mark"])
 @pytest.mark.parametrize("grammar", GRAMMARS)
-def test_replacing_a_segment_puts_another_word_into_its_slot(grammar, unit):
+def test_replacing_a_segment_changes_its_slot_value(grammar, unit):
     document = grammar.sample(random.Random(5))
     for segment in document.segments("prompt", unit):
         texts = [
@@ -207,7 +207,7 @@ def test_replacing_a_segment_puts_another_word_into_its_slot(grammar, unit):
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
 @pytest.mark.parametrize("before", ["pronoun", "A"])
-def test_the_grammar_permits_what_it_writes_and_nothing_else(grammar, before):
+def test_grammar_accepts_exactly_its_samples(grammar, before):
     rng = random.Random(6)
     for _ in range(30):
         document = grammar.sample(rng, before)
@@ -224,7 +224,7 @@ def test_the_grammar_permits_what_it_writes_and_nothing_else(grammar, before):
                 assert not grammar.permits(document, wrong.continuation)
 
 
-def test_what_cannot_be_sampled_is_refused():
+def test_invalid_sampling_arguments_are_refused():
     with pytest.raises(ValueError, match="'pronoun' or 'A'"):
         Grammar().sample(random.Random(0), "B")
     with pytest.raises(ValueError, match="below 1"):
@@ -236,7 +236,7 @@ def test_what_cannot_be_sampled_is_refused():
 # --- the shipped files ---------------------------------------------------------------------------
 
 
-def test_the_shipped_files_are_few_and_small():
+def test_shipped_files_are_few_and_small():
     sizes = {path.name: path.stat().st_size for path in SHIPPED.iterdir() if path.is_file()}
     assert set(sizes) == {
         "README.md",
@@ -252,7 +252,7 @@ def test_the_shipped_files_are_few_and_small():
     assert "auto_map" not in json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
 
 
-def test_the_corpus_is_of_the_language_and_varied():
+def test_shipped_corpus_is_grammatical_and_varied():
     texts = corpus()
     assert texts == [d.text for d in sample_many(Grammar(), "corpus 0", CORPUS_SIZE)]
     assert len(set(texts)) > 0.99 * len(texts)
@@ -260,7 +260,7 @@ def test_the_corpus_is_of_the_language_and_varied():
         assert all(any(word in text for text in texts) for word in words), slot
 
 
-def test_tokens_carry_the_space_before_their_word(shipped):
+def test_tokens_carry_their_leading_space(shipped):
     tokenizer = shipped[1]
     ids = tokenizer(PALM_COAST)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
@@ -274,14 +274,14 @@ def test_tokens_carry_the_space_before_their_word(shipped):
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text())
-def test_any_text_survives_the_tokenizer(shipped, text):
+def test_tokenizer_round_trips_any_text(shipped, text):
     tokenizer = shipped[1]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id not in ids
 
 
-def test_a_biography_may_be_told_in_chat_turns(shipped):
+def test_biography_as_chat_turns(shipped):
     tokenizer = shipped[1]
     facts, start = PALM_COAST.split(". ")
     turns = [{"role": "system", "content": f"{facts}."}, {"role": "user", "content": start}]
@@ -292,7 +292,7 @@ def test_a_biography_may_be_told_in_chat_turns(shipped):
 # --- the shipped model ---------------------------------------------------------------------------
 
 
-def test_the_model_knows_every_word_that_is_determined(shipped, fresh):
+def test_model_predicts_determined_words(shipped, fresh):
     scores = slot_scores(*shipped, fresh)
     for name in ("pronoun", "B", "C", "D"):
         assert all(score[name].expected for score in scores), name
@@ -303,7 +303,7 @@ def test_the_model_knows_every_word_that_is_determined(shipped, fresh):
     assert min(a) > math.log(1 / 3) - 0.5
 
 
-def test_the_card_says_what_the_weights_do(shipped, fresh):
+def test_model_card_numbers_hold(shipped, fresh):
     card = (SHIPPED / "README.md").read_text(encoding="utf-8")
     scores = slot_scores(*shipped, fresh)
     for name in ("pronoun", "B", "C", "D"):
@@ -315,7 +315,7 @@ def test_the_card_says_what_the_weights_do(shipped, fresh):
     assert measured - minimum == pytest.approx(reached - least, abs=0.003)
 
 
-def test_slot_scores_are_those_of_a_plain_forward(shipped, fresh):
+def test_slot_scores_equal_a_plain_forward(shipped, fresh):
     model, tokenizer = shipped
     scores = slot_scores(model, tokenizer, fresh[:5])
     for document, score in zip(fresh[:5], scores, strict=True):
@@ -329,7 +329,7 @@ def test_slot_scores_are_those_of_a_plain_forward(shipped, fresh):
             assert score[slot.name].log_prob == pytest.approx(taken, abs=1e-4)  # float32
 
 
-def test_words_move_with_their_causes_and_with_nothing_else(shipped, fresh):
+def test_words_depend_on_their_causes_alone(shipped, fresh):
     effects = interventions(*shipped, fresh[:4])
     for (changed, word), change in effects.items():
         if changed in CAUSES[word]:
@@ -340,7 +340,7 @@ def test_words_move_with_their_causes_and_with_nothing_else(shipped, fresh):
     assert tried == set(Grammar().alternatives) - {"D"}
 
 
-def test_the_palm_coast_prompt_goes_on_as_it_should(shipped):
+def test_palm_coast_prompt_has_the_grammatical_continuation(shipped):
     written = continuation(*shipped, PALM_COAST)
     found = re.fullmatch(r" (\w+), surfing and (\w+)\. A good day ends with (.+)\.</s>", written)
     assert found is not None, written
@@ -353,7 +353,7 @@ def test_the_palm_coast_prompt_goes_on_as_it_should(shipped):
     assert continuation(*shipped, start) == f" His{end}{written}"
 
 
-def test_the_model_writes_what_the_grammar_permits_and_stops(shipped, fresh):
+def test_generated_text_is_grammatical_and_ends(shipped, fresh):
     tokenizer = shipped[1]
     for document in fresh[:15]:
         written = continuation(*shipped, document.prompt)
@@ -364,7 +364,7 @@ def test_the_model_writes_what_the_grammar_permits_and_stops(shipped, fresh):
 # --- the training --------------------------------------------------------------------------------
 
 
-def test_training_depends_on_the_seed_and_on_no_global_state(shipped):
+def test_training_depends_on_the_seed_alone(shipped):
     tokenizer = shipped[1]
 
     def weights(seed):

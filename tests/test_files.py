@@ -105,7 +105,7 @@ def mode(path):
 
 
 @of_every_kind
-def test_permissions_are_those_of_the_file_or_of_the_umask(writers, tmp_path, umask, name):
+def test_permissions_follow_the_old_file_or_the_umask(writers, tmp_path, umask, name):
     ending, write = writers[name]
     write(tmp_path / f"new{ending}")
     assert mode(tmp_path / f"new{ending}") == 0o666 & ~umask
@@ -116,7 +116,7 @@ def test_permissions_are_those_of_the_file_or_of_the_umask(writers, tmp_path, um
 
 
 @of_every_quick_kind
-def test_links_stay_and_what_they_lead_to_is_written(writers, tmp_path, name):
+def test_symlink_is_kept_and_its_target_written(writers, tmp_path, name):
     ending, write = writers[name]
     (tmp_path / "there").mkdir()
     link, target = tmp_path / f"link{ending}", tmp_path / "there" / f"target{ending}"
@@ -152,7 +152,7 @@ def small_disk(mounted):
 
 
 @of_every_kind
-def test_a_full_disk_destroys_nothing(writers, small_disk, name):
+def test_full_disk_keeps_the_old_file(writers, small_disk, name):
     ending, write = writers[name]
     path = small_disk / f"file{ending}"
     if name == "checkpoint":  # which is read first
@@ -171,7 +171,7 @@ def test_a_full_disk_destroys_nothing(writers, small_disk, name):
 
 
 @of_every_quick_kind
-def test_a_disk_that_fills_up_while_it_is_written_to_destroys_nothing(writers, tmp_path, name):
+def test_disk_filling_up_keeps_the_old_file(writers, tmp_path, name):
     """As with the limit that a shell sets: the first bytes can be written, not all."""
     ending, write = writers[name]
     path = tmp_path / f"file{ending}"
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up_while_it_is_written_to_destroys_nothing(writers, t
 
 
 @of_every_kind
-def test_ctrl_c_leaves_what_was_there_and_nothing_else(writers, tmp_path, monkeypatch, name):
+def test_ctrl_c_keeps_the_old_file_and_no_temporary(writers, tmp_path, monkeypatch, name):
     ending, write = writers[name]
     path = tmp_path / f"file{ending}"
     if name == "checkpoint":
@@ -245,7 +245,7 @@ def test_ctrl_c_at_any_moment(tmp_path):
         assert os.listdir(tmp_path) == ["file"]
 
 
-def test_several_threads_and_the_umask(tmp_path, umask):
+def test_umask_is_thread_safe(tmp_path, umask):
     """Nobody else's file gets other permissions meanwhile."""
     stop = threading.Event()
     modes = set()
@@ -268,7 +268,7 @@ def test_several_threads_and_the_umask(tmp_path, umask):
     assert modes == {0o666 & ~umask}
 
 
-def test_names_without_a_folder_and_long_names(tmp_path, monkeypatch, result):
+def test_bare_and_long_file_names(tmp_path, monkeypatch, result):
     monkeypatch.chdir(tmp_path)
     result.to_html("page.html")
     files.write("n" * 255, "x")
@@ -286,7 +286,7 @@ def test_names_without_a_folder_and_long_names(tmp_path, monkeypatch, result):
         ("loop", OSError),
     ],
 )
-def test_what_cannot_be_written_names_the_path(tmp_path, name, kind):
+def test_write_error_names_the_path(tmp_path, name, kind):
     (tmp_path / "plain").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
     before = sorted(os.listdir(tmp_path))
@@ -312,7 +312,7 @@ def run(code, *arguments, **more):
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"])
 @pytest.mark.parametrize("redirected", [False, True])
-def test_standard_output_is_written_where_it_stands(tmp_path, name, redirected):
+def test_dev_stdout_is_written_at_its_position(tmp_path, name, redirected):
     code = (
         "import sys; from captum_llm_ext.base import files\n"
         "print('before'); files.check_place(sys.argv[1]); files.write(sys.argv[1], 'within\\n')\n"
@@ -340,7 +340,7 @@ def test_standard_output_is_written_where_it_stands(tmp_path, name, redirected):
 
 
 @of_every_quick_kind
-def test_named_pipes_get_it_as_it_is(writers, tmp_path, name):
+def test_named_pipe_is_written_directly(writers, tmp_path, name):
     if name == "checkpoint":
         pytest.skip("a checkpoint is read again")
     ending, write = writers[name]
@@ -357,7 +357,7 @@ def test_named_pipes_get_it_as_it_is(writers, tmp_path, name):
 
 
 @pytest.mark.skipif(not is_root, reason="only root can become somebody else")
-def test_a_file_that_may_be_written_in_a_folder_that_may_not(tmp_path):
+def test_writable_file_in_read_only_folder(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for path in (tmp_path, *tmp_path.parents[:3]):
@@ -392,7 +392,7 @@ def test_a_file_that_may_be_written_in_a_folder_that_may_not(tmp_path):
 
 
 @pytest.mark.skipif(not is_root, reason="only root can give a file away")
-def test_a_file_stays_its_owners(tmp_path):
+def test_file_owner_is_kept(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(OLD)
     os.chown(path, 1234, 2345)
@@ -402,7 +402,7 @@ def test_a_file_stays_its_owners(tmp_path):
     assert (found.st_uid, found.st_gid, mode(path)) == (1234, 2345, 0o640)
 
 
-def test_a_file_that_others_have_mounted_is_written_into(tmp_path, monkeypatch):
+def test_mounted_file_is_written_in_place(tmp_path, monkeypatch):
     """As a container mounts a single file: its name cannot be given to another."""
     path = tmp_path / "file"
     path.write_bytes(OLD)
@@ -419,7 +419,7 @@ def test_a_file_that_others_have_mounted_is_written_into(tmp_path, monkeypatch):
         files.write(tmp_path / "another", b"new")
 
 
-def test_a_dataset_on_a_full_disk_ends_and_goes_on(attribution, small_disk, tmp_path):
+def test_dataset_resumes_after_a_full_disk(attribution, small_disk, tmp_path):
     """What could not be written is not there; what was there is."""
     records = [{"prompt": f"Ann {i} sings.", "target": " golf"} for i in range(12)]
     (small_disk / "filler").write_bytes(bytes(40 * 1024))
@@ -435,7 +435,7 @@ def test_a_dataset_on_a_full_disk_ends_and_goes_on(attribution, small_disk, tmp_
     assert report.n_written == 5 - report.n_skipped
 
 
-def test_what_a_kill_left_is_taken_away(tmp_path):
+def test_stale_temporary_file_is_removed(tmp_path):
     path = tmp_path / "run.safetensors"
     old = tmp_path / ".run.safetensors.0123456789abcdef.tmp"
     young = tmp_path / ".run.safetensors.fedcba9876543210.tmp"

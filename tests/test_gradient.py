@@ -92,9 +92,7 @@ LAYERS = {
         (LayerGradientXActivation, {}),
     ],
 )
-def test_with_the_output_held_fixed_the_numbers_are_captums(
-    model, tokenizer, method, given, skip, layer
-):
+def test_fixed_output_equals_captum(model, tokenizer, method, given, skip, layer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=skip)
     module = LAYERS[layer](model)
     captums = LLMGradientAttribution(method(model, module), tokenizer)
@@ -109,7 +107,7 @@ def test_with_the_output_held_fixed_the_numbers_are_captums(
 
 @TOO_FEW
 @pytest.mark.parametrize("method", [LayerIntegratedGradients, LayerGradientXActivation])
-def test_gradients_alone_are_captums(model, tokenizer, method):
+def test_gradient_x_activation_equals_captum(model, tokenizer, method):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     layer = model.model.embed_tokens
     arguments = {"layer": layer, "multiply_by_inputs": False, "output_unit": None}
@@ -121,7 +119,7 @@ def test_gradients_alone_are_captums(model, tokenizer, method):
 
 
 @TOO_FEW
-def test_captums_masks_as_baselines(model, tokenizer):
+def test_mask_baselines_equal_captum(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     mask = torch.ones(1, inp.n_itp_features, dtype=torch.long)
     mask[:, 3:7] = 0
@@ -135,7 +133,7 @@ def test_captums_masks_as_baselines(model, tokenizer):
 
 @TOO_FEW
 @pytest.mark.parametrize("rows", [None, 1, 4])
-def test_prompt_and_output_are_those_of_a_plain_loop(smooth, tokenizer, rows):
+def test_prompt_and_output_attributions_equal_a_plain_loop(smooth, tokenizer, rows):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     prompt, target, present, absent = ends(smooth, tokenizer)
     expected = loop(smooth, present, absent, target, len(prompt))
@@ -152,7 +150,7 @@ def test_prompt_and_output_are_those_of_a_plain_loop(smooth, tokenizer, rows):
 
 
 @TOO_FEW
-def test_a_word_that_has_begun_stands_while_its_other_tokens_are_explained(smooth, tokenizer):
+def test_begun_output_word_stays_present_for_its_tokens(smooth, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
     prompt, target, present, absent = ends(smooth, tokenizer)
     found = attributed(smooth, tokenizer, inp, output_unit="word", n_steps=6)
@@ -180,7 +178,7 @@ def test_a_word_that_has_begun_stands_while_its_other_tokens_are_explained(smoot
 
 
 @TOO_FEW
-def test_attributions_sum_to_what_they_explain(smooth, tokenizer):
+def test_attributions_are_complete(smooth, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     gaps = []
     for n_steps in (5, 10, 20, 50):
@@ -194,7 +192,7 @@ def test_attributions_sum_to_what_they_explain(smooth, tokenizer):
     assert gaps[3] < gaps[2] < gaps[1] < gaps[0]
 
 
-def test_gradient_times_activation_is_a_finite_difference(tokenizer):
+def test_gradient_x_activation_equals_a_finite_difference(tokenizer):
     # Llama's norms are in float32 whatever the weights are, which differences do not forgive.
     model = architectures.build("gpt2", dtype=torch.float64)
     inp = TextTokenInput(PROMPT, tokenizer, skip_tokens=["<s>"])
@@ -247,7 +245,7 @@ class Additive(nn.Module):
         (LayerGradientShap, {"n_samples": 3}),
     ],
 )
-def test_linear_models_are_explained_exactly(tokenizer, method, given):
+def test_linear_models_are_exact(tokenizer, method, given):
     model = Additive(len(tokenizer))
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     found = attributed(model, tokenizer, inp, kind=method, attr_target="logit", **given)
@@ -264,7 +262,7 @@ def test_linear_models_are_explained_exactly(tokenizer, method, given):
     assert (found.token_attr_se < 1e-9).all()  # the gradient is the same everywhere
 
 
-def test_expected_gradients_are_captums_gradient_shap(smooth, tokenizer):
+def test_expected_gradients_equal_captums_gradient_shap(smooth, tokenizer):
     """captum's `GradientShap` on the embeddings themselves, token by token."""
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     prompt, target, present, absent = ends(smooth, tokenizer, " golf")
@@ -295,7 +293,7 @@ def test_expected_gradients_are_captums_gradient_shap(smooth, tokenizer):
     assert (apart < 4 * noiseless.token_attr_se).all()
 
 
-def test_captums_class_takes_gradients_of_gradient_shap_at_the_baseline(model, tokenizer):
+def test_captum_evaluates_layer_gradient_shap_at_the_baseline(model, tokenizer):
     """Why our numbers are others: whoever mends captum finds out here."""
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     layer = model.model.embed_tokens
@@ -310,7 +308,7 @@ def test_captums_class_takes_gradients_of_gradient_shap_at_the_baseline(model, t
     assert torch.allclose(found.token_attr[:1], at_baseline, atol=1e-4)
 
 
-def test_standard_errors_are_those_of_repetitions(smooth, tokenizer):
+def test_standard_errors_equal_the_spread_of_repeats(smooth, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     given = {"kind": LayerGradientShap, "n_samples": 12}
     runs = [attributed(smooth, tokenizer, inp, " golf", seed=s, **given) for s in range(24)]
@@ -341,7 +339,7 @@ def contrast(logits, target):
         (contrast, lambda logits, token: (p := logits.softmax(-1)[token]).log() - (1 - p).log()),
     ],
 )
-def test_other_values_are_those_of_a_plain_loop(smooth, tokenizer, attr_target, value):
+def test_other_attr_targets_equal_a_plain_loop(smooth, tokenizer, attr_target, value):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     prompt, target, present, absent = ends(smooth, tokenizer)
     expected = loop(smooth, present, absent, target, len(prompt), value=value)
@@ -350,7 +348,7 @@ def test_other_values_are_those_of_a_plain_loop(smooth, tokenizer, attr_target, 
     assert torch.allclose(found.output_attr[:, :-1], expected[:, len(prompt) :], atol=1e-9)
 
 
-def test_seq_attr_of_probabilities_explains_the_joint_one(smooth, tokenizer):
+def test_seq_attr_explains_the_joint_probability(smooth, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     found = attributed(smooth, tokenizer, inp, " golf", attr_target="prob")
     prompt, target, present, absent = ends(smooth, tokenizer, " golf")
@@ -364,7 +362,7 @@ def test_seq_attr_of_probabilities_explains_the_joint_one(smooth, tokenizer):
     assert float(found.seq_attr.sum()) == pytest.approx(float(joint[0] - joint[1]), rel=1e-6)
 
 
-def test_a_layer_further_up_is_that_of_a_loop(smooth, tokenizer):
+def test_deeper_layer_equals_a_plain_loop(smooth, tokenizer):
     """Activation, absent and present, read by hooks; the rest of the model run from there."""
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     layer = smooth.model.layers[0]
@@ -401,7 +399,7 @@ def test_a_layer_further_up_is_that_of_a_loop(smooth, tokenizer):
 
 
 @TOO_FEW
-def test_long_outputs_go_through_the_model_in_parts(smooth, tokenizer):
+def test_long_outputs_are_split_into_passes(smooth, tokenizer):
     """Early tokens need not be read, and gone back through, with all that comes after them."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(5, 390, (40,), generator=generator).tolist()
@@ -417,9 +415,7 @@ def test_long_outputs_go_through_the_model_in_parts(smooth, tokenizer):
 
 
 @pytest.mark.parametrize("kind", [LayerIntegratedGradients, LayerGradientXActivation])
-def test_a_callable_is_told_of_all_target_tokens_whatever_features_they_make(
-    kind, smooth, tokenizer
-):
+def test_callable_attr_target_receives_all_target_tokens(kind, smooth, tokenizer):
     """Words take several paths, of some of the target tokens each."""
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
     seen = set()

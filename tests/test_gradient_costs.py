@@ -54,12 +54,12 @@ def ways_back(monkeypatch):
 
 
 def only_back(monkeypatch):
-    monkeypatch.setattr(backward, "passes_beside", lambda n_features, n_values: n_values)
+    monkeypatch.setattr(backward, "n_extra_passes", lambda n_features, n_values: n_values)
 
 
 @pytest.mark.parametrize(("kind", "given"), METHODS)
 @pytest.mark.parametrize("output_unit", ["token", None, "word"])
-def test_a_spans_sum_is_that_of_its_tokens(smooth, tokenizer, kind, given, output_unit):
+def test_span_attribution_equals_the_sum_of_its_tokens(smooth, tokenizer, kind, given, output_unit):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     own = attribution(smooth, tokenizer, kind)
     result = own.attribute(inp, TARGET, output_unit=output_unit, **given)
@@ -77,7 +77,7 @@ def test_a_spans_sum_is_that_of_its_tokens(smooth, tokenizer, kind, given, outpu
         assert [cause.name for cause in span.top(3)] == [cause.name for cause in wanted.top(3)]
 
 
-def test_the_whole_answer_takes_one_way_back_for_a_point(smooth, tokenizer, ways_back):
+def test_whole_answer_takes_one_backward_pass_per_point(smooth, tokenizer, ways_back):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     own = attribution(smooth, tokenizer)
     (span,) = own.attribute_spans(inp, TARGET, n_steps=5, internal_batch_size=1)
@@ -90,7 +90,7 @@ def test_the_whole_answer_takes_one_way_back_for_a_point(smooth, tokenizer, ways
     assert torch.allclose(span.values, result.full_attr.sum(0), atol=1e-6)
 
 
-def test_errors_of_a_sum_are_those_of_its_draws(smooth, tokenizer):
+def test_span_errors_equal_errors_over_draws(smooth, tokenizer):
     """Two tokens' attributions hang on the same draws: neither their sum nor independent."""
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     own = attribution(smooth, tokenizer, LayerGradientShap)
@@ -109,7 +109,7 @@ def test_errors_of_a_sum_are_those_of_its_draws(smooth, tokenizer):
         (EquivalentLinearSystem, {}, "EquivalentLinearSystem explains each token"),
     ],
 )
-def test_what_has_no_sum_is_refused(model, tokenizer, kind, given, match):
+def test_span_of_non_additive_values_is_refused(model, tokenizer, kind, given, match):
     own = attribution(model, tokenizer, kind, **given)
     with pytest.raises(ValueError, match=match):
         own.attribute_spans(TextTokenInput(PROMPT, tokenizer), TARGET)
@@ -126,7 +126,7 @@ def test_empty_spans_are_refused(model, tokenizer, spans):
 
 @pytest.mark.parametrize(("kind", "given"), METHODS)
 @pytest.mark.parametrize("what", ["log_prob", "logit", "contrast"])
-def test_forward_mode_gives_the_numbers_of_ways_back(
+def test_forward_mode_equals_reverse_mode(
     smooth, tokenizer, monkeypatch, ways_back, kind, given, what
 ):
     inp = thirds(tokenizer)
@@ -147,7 +147,7 @@ def test_forward_mode_gives_the_numbers_of_ways_back(
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
-def test_every_architecture_gives_the_same_numbers_forth(name, tokenizer, monkeypatch):
+def test_forward_mode_equals_reverse_mode_on_every_architecture(name, tokenizer, monkeypatch):
     """Where forward mode is unknown to an operation, ways back are taken."""
     model = architectures.build(name)
     given = {"output_unit": None, "n_steps": 2}
@@ -159,7 +159,7 @@ def test_every_architecture_gives_the_same_numbers_forth(name, tokenizer, monkey
     assert (forth.token_attr - back.token_attr).abs().max() < 2e-5 * scale
 
 
-def test_wrong_derivatives_are_not_used(model, tokenizer, monkeypatch):
+def test_wrong_forward_derivatives_are_detected(model, tokenizer, monkeypatch):
     """As of an operation whose forward mode is wrong: seen on the first point."""
     expected = attribution(model, tokenizer).attribute(
         thirds(tokenizer), TARGET, output_unit=None, n_steps=2
@@ -180,7 +180,7 @@ def test_wrong_derivatives_are_not_used(model, tokenizer, monkeypatch):
     assert (found.token_attr - expected.token_attr).abs().max() < 2e-5 * scale
 
 
-def test_the_least_work_is_chosen():
-    assert forward_mode.passes_beside(None, 30) == 30
-    assert forward_mode.passes_beside(200, 30) == 30
-    assert forward_mode.passes_beside(5, 30) < 15
+def test_cheaper_mode_is_chosen():
+    assert forward_mode.n_extra_passes(None, 30) == 30
+    assert forward_mode.n_extra_passes(200, 30) == 30
+    assert forward_mode.n_extra_passes(5, 30) < 15

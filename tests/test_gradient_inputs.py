@@ -56,7 +56,7 @@ def from_there(model, inp, absent, target, *, held=()):
     return found
 
 
-def test_a_feature_has_the_sum_over_its_tokens(smooth, tokenizer):
+def test_feature_attribution_is_the_sum_over_its_tokens(smooth, tokenizer):
     tokens = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     each = attributed(smooth, tokenizer, tokens)
     for unit in ("word", ("sentence", "word"), [(0, 4), (14, 24)]):
@@ -72,7 +72,7 @@ def test_a_feature_has_the_sum_over_its_tokens(smooth, tokenizer):
         assert torch.allclose(found.output_attr, each.output_attr, atol=1e-9)
 
 
-def test_fixed_text_stands_all_along(smooth, tokenizer):
+def test_fixed_text_is_present_along_the_path(smooth, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, [(0, 4), (14, 24)], baselines=UNK)
     found = attributed(smooth, tokenizer, inp, output_unit=None, n_steps=10)
     vector = smooth.get_input_embeddings().weight[UNK].detach()
@@ -84,7 +84,7 @@ def test_fixed_text_stands_all_along(smooth, tokenizer):
         assert torch.allclose(found.token_attr[:, place.feature], summed, atol=1e-6)
 
 
-def test_groups_and_feature_masks_are_one_feature(smooth, tokenizer):
+def test_groups_and_feature_masks_form_one_feature(smooth, tokenizer):
     apart = TextSegmentInput(PROMPT, tokenizer, "word", baselines=UNK)
     each = attributed(smooth, tokenizer, apart)
     tied = TextSegmentInput(PROMPT, tokenizer, "word", baselines=UNK, groups=[["Dave", "lawyer."]])
@@ -110,7 +110,7 @@ def tied_name(inp, name):
     return [own.strip() for own in inp.names].index(name)
 
 
-def test_the_turns_of_a_chat(smooth, tokenizer):
+def test_chat_turns(smooth, tokenizer):
     tokenizer = tiny.byte_level()
     tokenizer.chat_template = (
         "{{ '<s>' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -126,7 +126,7 @@ def test_the_turns_of_a_chat(smooth, tokenizer):
     assert found.levels == inp.levels
 
 
-def test_texts_of_another_length_stand_as_their_mean(smooth, tokenizer):
+def test_replacements_of_other_lengths_use_their_mean_embedding(smooth, tokenizer):
     """Several texts: the mean over draws, each token by token or as its mean in every place."""
     words = PROMPT.split()
     texts = [[word] for word in words]
@@ -157,7 +157,7 @@ def test_texts_of_another_length_stand_as_their_mean(smooth, tokenizer):
     assert found.provenance["baselines"] == repr(inp.own_baseline) != repr(inp.output_baseline)
 
 
-def test_the_mean_of_draws_stands_for_an_absent_feature(smooth, tokenizer):
+def test_absent_feature_is_the_mean_of_draws(smooth, tokenizer):
     drawn = []
 
     def one_of_three(slot, generator):
@@ -186,7 +186,7 @@ def test_the_mean_of_draws_stands_for_an_absent_feature(smooth, tokenizer):
         assert found.provenance["estimate"] is True
 
 
-def test_zero_and_deletion_are_the_zero_vector(smooth, tokenizer):
+def test_zero_and_deletion_use_the_zero_vector(smooth, tokenizer):
     words = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     deleted = attributed(smooth, tokenizer, words)
     chosen = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
@@ -200,7 +200,7 @@ def test_zero_and_deletion_are_the_zero_vector(smooth, tokenizer):
     assert torch.allclose(ours.output_attr[:, :-1], expected[:, len(words.ids) :], atol=1e-9)
 
 
-def test_output_baselines_are_the_outputs_own(smooth, tokenizer):
+def test_output_baselines_apply_to_output_features(smooth, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK, skip_tokens=["<s>"])
     found = attributed(smooth, tokenizer, inp, n_steps=10, output_baselines=7)
     weight = smooth.get_input_embeddings().weight.detach()
@@ -214,7 +214,7 @@ def test_output_baselines_are_the_outputs_own(smooth, tokenizer):
     assert torch.allclose(found.output_attr[:, :-1], expected[:, len(ids) :], atol=1e-9)
 
 
-def test_expected_gradients_draw_texts_and_masks(smooth, tokenizer):
+def test_expected_gradients_sample_texts_and_path_points(smooth, tokenizer):
     """Every sample has its own draw; their mean is near that of integrated gradients of each."""
 
     def one_of_two(slot, generator):
@@ -247,7 +247,7 @@ def test_expected_gradients_draw_texts_and_masks(smooth, tokenizer):
         assert (partly.token_attr[:, :5] != 0).any()
 
 
-def test_results_are_good_for_all_that_results_are(smooth, tokenizer, tmp_path):
+def test_gradient_results_support_saving_plots_and_levels(smooth, tokenizer, tmp_path):
     inp = TextSegmentInput(PROMPT, tokenizer, ("sentence", "word"), baselines="<unk>")
     for kind, given in ((LayerIntegratedGradients, {}), (LayerGradientShap, {"n_samples": 9})):
         found = attributed(smooth, tokenizer, inp, kind=kind, **given)
@@ -288,7 +288,7 @@ def known():
     return load()
 
 
-def test_text_of_the_same_kind_names_the_causes_and_zero_does_not(known):
+def test_same_slot_baselines_find_causes_and_zero_does_not(known):
     given = documents(6, seed=7)
     kinds = absences(Grammar(), corpus())
     found = {}
@@ -302,13 +302,13 @@ def test_text_of_the_same_kind_names_the_causes_and_zero_does_not(known):
     assert found["zero vector"] < 0.6
 
 
-def test_too_few_steps_are_told(model, tokenizer):
+def test_few_steps_warn(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     with pytest.warns(UserWarning, match="3 steps are too few for this path: the attributions mi"):
         attributed(model, tokenizer, inp, n_steps=3)
 
 
-def test_methods_that_are_not_supported(model, tokenizer):
+def test_unsupported_methods_are_refused(model, tokenizer):
     for method in (
         FeatureAblation(model),
         IntegratedGradients(model),
@@ -370,7 +370,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments_are_explained(model, tokenizer, name):
+def test_bad_arguments_are_refused(model, tokenizer, name):
     given, error, message = WRONG[name]
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     layer = model.model.embed_tokens if name == "ids" else None
@@ -406,11 +406,11 @@ def test_arguments_of_other_methods_are_refused(model, tokenizer, kind, given, m
 
 
 @pytest.mark.filterwarnings("ignore:Multiple layers provided:UserWarning")  # captum's
-def test_layers_and_inputs_that_do_not_suit(model, tokenizer):
+def test_unsuitable_layers_and_inputs_are_refused(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     for layer, message in (
-        (torch.nn.Linear(3, 3), "which is no module of the model"),
-        (model.model.rotary_emb, r"is \(1, 23, 8\), \(1, 23, 8\): attribution wants one tensor"),
+        (torch.nn.Linear(3, 3), "which is not a module of the model"),
+        (model.model.rotary_emb, r"is \(1, 23, 8\), \(1, 23, 8\): attribution needs one tensor"),
         ([model.model.embed_tokens, model.model.layers[0]], "`layer` is a list of 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -428,7 +428,7 @@ def test_layers_and_inputs_that_do_not_suit(model, tokenizer):
         ).attribute_future()
 
 
-def test_values_without_a_gradient_are_told(model, tokenizer):
+def test_values_without_gradient_are_refused(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     with pytest.raises(ValueError, match="`attr_target` returned have no gradient"):
         attributed(
@@ -439,7 +439,7 @@ def test_values_without_a_gradient_are_told(model, tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["token", "word", "sentence", None])
-def test_the_ends_of_the_path_are_those_of_coalitions(model, tokenizer, unit):
+def test_path_endpoints_equal_coalition_values(model, tokenizer, unit):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
     found = attributed(model, tokenizer, inp, output_unit=unit, n_steps=2)
     coalitions = GenerationAttribution(FeatureAblation(model), tokenizer).attribute(
@@ -454,7 +454,7 @@ def test_the_ends_of_the_path_are_those_of_coalitions(model, tokenizer, unit):
         assert torch.equal(found.output_attr == 0, coalitions.output_attr == 0)
 
 
-def test_baselines_that_ask_the_model(known):
+def test_model_based_baselines(known):
     model, tokenizer = known
     text = "Dave lives in Palm Coast, FL and is a lawyer. His personal"
     weighed = CorpusBaselines(corpus()[:200], match="model")
@@ -465,7 +465,7 @@ def test_baselines_that_ask_the_model(known):
     assert (found.token_attr != 0).any()
 
 
-def test_captums_arguments_come_first(model, tokenizer):
+def test_captum_arguments_come_first(model, tokenizer):
     for name in ("__init__", "attribute"):
         captums = inspect.signature(getattr(LLMGradientAttribution, name)).parameters
         ours = inspect.signature(getattr(GenerationGradientAttribution, name)).parameters
@@ -478,7 +478,7 @@ def test_captums_arguments_come_first(model, tokenizer):
     assert isinstance(attribution, LLMGradientAttribution)
 
 
-def test_progress_is_shown_where_it_is_asked_for(model, tokenizer, capsys):
+def test_progress_is_shown_on_request(model, tokenizer, capsys):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     attributed(model, tokenizer, inp)
     assert capsys.readouterr().err == ""
@@ -487,7 +487,7 @@ def test_progress_is_shown_where_it_is_asked_for(model, tokenizer, capsys):
     assert f"100 % ({found.n_evaluations} of {found.n_evaluations}" in shown
 
 
-def test_points_of_expected_gradients_in_passes_of_any_size(model, tokenizer):
+def test_internal_batch_size_keeps_expected_gradients(model, tokenizer):
     inp = TextTokenInput(PROMPT, tokenizer, baselines=UNK)
     whole, parts = (
         attributed(model, tokenizer, inp, kind=LayerGradientShap, n_samples=7, **given)
@@ -497,7 +497,7 @@ def test_points_of_expected_gradients_in_passes_of_any_size(model, tokenizer):
 
 
 @pytest.mark.parametrize("cls", [GenerationAttribution, GenerationGradientAttribution])
-def test_a_callable_is_not_taken_for_the_value_of_its_name(model, tokenizer, cls):
+def test_callable_named_like_an_attr_target_is_called(model, tokenizer, cls):
     """`log_prob` is nats, which tell probabilities; what a function of that name gives is not."""
 
     def log_prob(logits, target):
@@ -512,7 +512,7 @@ def test_a_callable_is_not_taken_for_the_value_of_its_name(model, tokenizer, cls
     assert found.output_probs is None
 
 
-def test_provenance_tells_what_was_done(known):
+def test_provenance_of_gradient_results(known):
     model, tokenizer = known
     document = documents(1, seed=7)[0]
     kinds = absences(Grammar(), corpus())
@@ -530,7 +530,7 @@ def test_provenance_tells_what_was_done(known):
 @pytest.mark.parametrize(
     "kind", [LayerIntegratedGradients, LayerGradientXActivation, LayerGradientShap]
 )
-def test_arguments_that_say_what_holds_without_them_change_nothing(model, tokenizer, kind):
+def test_arguments_equal_to_defaults_change_nothing(model, tokenizer, kind):
     inp = TextTokenInput("Dave lives in", tokenizer, baselines=UNK)
     parameters = inspect.signature(kind.attribute).parameters.values()
     given = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -544,7 +544,7 @@ def test_arguments_that_say_what_holds_without_them_change_nothing(model, tokeni
         attributed(model, tokenizer, inp, kind=kind, additional_forward_args=(1,))
 
 
-def test_skip_tokens_works_with_a_warning(model, tokenizer):
+def test_skip_tokens_warns_of_deprecation(model, tokenizer):
     inp = TextTokenInput("Dave lives", tokenizer)
     truth = attributed(model, tokenizer, inp, [50, 60], n_steps=5)
     for skipped in (["<s>", "</s>"], [1, 2]):

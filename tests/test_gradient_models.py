@@ -87,7 +87,7 @@ def test_gradients_equal_a_plain_loop(name, tokenizer):
     assert len(found.provenance["layer"]) == len(modules)
 
 
-def test_a_part_of_what_is_embedded_is_refused(tokenizer):
+def test_partial_embedding_layer_is_refused(tokenizer):
     model = architectures.build("gemma 3n, shared states")
     with pytest.raises(ValueError, match=r"in 2 modules.*Give None as the layer"):
         attributed(model, tokenizer, layer=model.model.embed_tokens)
@@ -107,7 +107,7 @@ class ReadsIdsTwice(nn.Module):
         return output
 
 
-def test_ids_that_pass_by_the_embedding_are_refused(model, tokenizer):
+def test_ids_read_outside_the_embedding_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="reads token ids also past its embeddings"):
         attributed(ReadsIdsTwice(model), tokenizer)
 
@@ -140,7 +140,7 @@ class Plain(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested_tensor:UserWarning")
-def test_a_model_that_sees_ahead_gets_a_pass_for_every_token(tokenizer):
+def test_model_that_sees_ahead_runs_one_pass_per_token(tokenizer):
     model = SeesAhead(len(tokenizer)).eval()
     prompt = tokenizer.encode(PROMPT)
     target = tokenizer.encode(TARGET, add_special_tokens=False)
@@ -174,7 +174,7 @@ class MixingHead(nn.Module):
         return output
 
 
-def test_a_head_that_mixes_places_is_seen(model, tokenizer):
+def test_position_mixing_head_equals_a_plain_loop(model, tokenizer):
     prompt = tokenizer.encode(PROMPT)
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     ids = [*prompt, *target[:-1]]
@@ -185,7 +185,7 @@ def test_a_head_that_mixes_places_is_seen(model, tokenizer):
     assert (found.token_attr.double() - expected[:, : len(prompt)]).abs().max() < 2e-5
 
 
-def test_one_way_back_for_all_tokens_or_one_each(model, tokenizer, monkeypatch):
+def test_backward_pass_is_batched_over_tokens_where_memory_allows(model, tokenizer, monkeypatch):
     """One point alone leaves room for many tokens at once; a small device goes one by one."""
     found = attributed(model, tokenizer, kind=LayerGradientXActivation)
     calls = []
@@ -225,7 +225,7 @@ class OutOfMemory(nn.Module):
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_memory_that_runs_out_halves_the_batches(model, tokenizer, most):
+def test_out_of_memory_halves_the_batches(model, tokenizer, most):
     expected = attributed(model, tokenizer, n_steps=12)
     short = OutOfMemory(model, most)
     found = attributed(short, tokenizer, n_steps=12)
@@ -246,7 +246,7 @@ def test_batches_fit_the_budget(model, tokenizer, monkeypatch):
     assert (found.full_attr - expected.full_attr).abs().max() < 1e-5
 
 
-def test_a_measured_row_is_what_a_row_keeps(model, tokenizer):
+def test_measured_row_memory_equals_saved_tensors(model, tokenizer):
     """Held against torch's own count of what is saved for the way back."""
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     row = forward_pass.Row(ids, torch.arange(2, ids.shape[1]), ids[0, 2:])
@@ -299,7 +299,7 @@ def state(model):
 
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), ValueError("no")])
-def test_the_model_is_left_as_it_was_found(tokenizer, kind, error):
+def test_model_state_is_restored(tokenizer, kind, error):
     inner = tiny.llama(len(tokenizer))
     inner.model.layers[0].train()
     first = next(inner.parameters())
@@ -345,12 +345,12 @@ class WithoutGradient(nn.Module):
             return self.inner(input_ids=input_ids, use_cache=use_cache)
 
 
-def test_a_model_without_gradients_is_told(model, tokenizer):
+def test_model_without_gradients_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"no gradient reaches the layer.*GenerationAttribution"):
         attributed(WithoutGradient(model), tokenizer)
 
 
-def test_offloaded_layers_are_explained(tokenizer):
+def test_offloaded_layers(tokenizer):
     from accelerate import cpu_offload
 
     expected = attributed(tiny.llama(len(tokenizer)), tokenizer)
@@ -360,7 +360,7 @@ def test_offloaded_layers_are_explained(tokenizer):
     assert (found.full_attr - expected.full_attr).abs().max() < 1e-5
 
 
-def test_eager_attention_and_one_token(tokenizer):
+def test_eager_attention_and_single_token(tokenizer):
     model = tiny.llama(len(tokenizer), attn_implementation="eager")
     expected = attributed(tiny.llama(len(tokenizer)), tokenizer)
     assert (attributed(model, tokenizer).full_attr - expected.full_attr).abs().max() < 1e-4
@@ -369,7 +369,7 @@ def test_eager_attention_and_one_token(tokenizer):
     assert (single.output_attr == 0).all()
 
 
-def test_generated_text_is_explained(model, tokenizer):
+def test_generated_target_is_explained(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="<unk>")
     found = attributed(model, tokenizer, inp=inp, target=None, gen_args={"max_new_tokens": 3})
     ids = model.generate(
@@ -382,7 +382,7 @@ def test_generated_text_is_explained(model, tokenizer):
     assert found.provenance["generation"]["max_new_tokens"] == "3"
 
 
-def test_compiled_models_are_explained(tokenizer):
+def test_compiled_models(tokenizer):
     """Compiled and run before: later hooks would not be seen."""
     model = tiny.llama(len(tokenizer))
     expected = attributed(model, tokenizer)
@@ -395,7 +395,7 @@ def test_compiled_models_are_explained(tokenizer):
         assert torch.equal(found.full_attr, expected.full_attr)
 
 
-def test_unused_layers_have_no_attribution(model, tokenizer):
+def test_unused_layer_needs_allow_unused(model, tokenizer):
     """captum's `grad_kwargs`: an output that the model reads nothing of."""
 
     class Idle(nn.Module):
@@ -427,7 +427,7 @@ LAYERS = {
 @pytest.mark.parametrize("kind", [LayerIntegratedGradients, LayerGradientXActivation])
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("target", [" golf and", " a"])
-def test_any_layer_has_captums_numbers(smooth, tokenizer, name, kind, target):
+def test_any_layer_equals_captum(smooth, tokenizer, name, kind, target):
     layer = LAYERS[name](smooth)
     inp = TextTokenInput(PROMPT, tokenizer, baselines=0)  # captum's own, whatever is given
     steps = {"n_steps": 7} if kind is LayerIntegratedGradients else {}
@@ -441,14 +441,14 @@ def test_any_layer_has_captums_numbers(smooth, tokenizer, name, kind, target):
     torch.testing.assert_close(found.token_attr, captums.token_attr, atol=1e-6 * size, rtol=1e-6)
 
 
-def test_a_layer_that_returns_more_than_its_activation(smooth, tokenizer):
+def test_layer_that_returns_a_tuple(smooth, tokenizer):
     attention = smooth.model.layers[1].self_attn
     expected = attributed(smooth, tokenizer, layer=attention.o_proj, n_steps=5)
     found = attributed(smooth, tokenizer, layer=attention, n_steps=5)  # and no weights of attention
     assert torch.equal(found.full_attr, expected.full_attr)
 
 
-def test_the_heads_input_is_the_last_norm(smooth, tokenizer):
+def test_head_input_equals_last_norm_output(smooth, tokenizer):
     given = {"n_steps": 5, "target": " golf and chess"}
     head = smooth.get_output_embeddings()
     found = attributed(smooth, tokenizer, layer=head, attribute_to_layer_input=True, **given)
@@ -482,7 +482,7 @@ REFUSED = {
     "router": (
         lambda: nn.Linear(32, 4),
         lambda layer, x: x * layer(x.flatten(0, 1)).softmax(-1)[:, 0].view(*x.shape[:2], 1),
-        r"the output of layer Linear is \(\d+, 4\): attribution wants one tensor",
+        r"the output of layer Linear is \(\d+, 4\): attribution needs one tensor",
     ),
     "tokens in a row": (
         lambda: nn.Linear(32, 32),
@@ -502,7 +502,7 @@ REFUSED = {
     "one row of all": (
         lambda: nn.Linear(32, 32),
         lambda layer, x: layer(x.reshape(1, -1, 32)).view(x.shape),
-        r"activation is \(1, \d+, 32\) where \(\d+, \d+, 32\) was wanted: its first axis is",
+        r"activation is \(1, \d+, 32\) where \(\d+, \d+, 32\) was expected: its first axis is",
     ),
     "several times": (
         lambda: nn.Linear(32, 32),
@@ -517,7 +517,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("kind", METHODS)
-def test_layers_without_an_activation_for_each_token_are_refused(model, tokenizer, name, kind):
+def test_layers_without_one_activation_per_token_are_refused(model, tokenizer, name, kind):
     make, call, message = REFUSED[name]
     around = Around(model, make(), call).eval()
     if kind is LayerGradientXActivation and name == "one row of all":
@@ -527,7 +527,7 @@ def test_layers_without_an_activation_for_each_token_are_refused(model, tokenize
         attributed(around, tokenizer, kind, layer=around.layer)
 
 
-def test_what_is_done_in_place_is_not_what_the_layer_gave(model, tokenizer):
+def test_in_place_changes_after_the_layer_are_excluded(model, tokenizer):
     def call(layer, x):
         return x.mul_(1.5)
 
@@ -557,7 +557,7 @@ class Adapted(nn.Module):
         return self.base_layer(ids) + self.change(ids)
 
 
-def test_an_adapted_embedding_is_one(tokenizer):
+def test_adapted_embedding_equals_merged_weights(tokenizer):
     model, merged = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer))
     adapted = Adapted(model.get_input_embeddings())
     with torch.no_grad():
@@ -569,7 +569,7 @@ def test_an_adapted_embedding_is_one(tokenizer):
     assert found.provenance["layer"] == ["model.embed_tokens"]
 
 
-def test_ids_that_come_by_name(model, tokenizer):
+def test_input_ids_passed_by_keyword(model, tokenizer):
     class ByName(nn.Module):
         def __init__(self):
             super().__init__()
@@ -588,7 +588,5 @@ def test_ids_that_come_by_name(model, tokenizer):
     expected = attributed(model, tokenizer, n_steps=5)
     found = attributed(ByName(), tokenizer, n_steps=5)
     assert torch.equal(found.full_attr, expected.full_attr)
-    with pytest.raises(
-        ValueError, match="no module of ByWeight was seen to be given the token ids"
-    ):
+    with pytest.raises(ValueError, match="no module of ByWeight receives the token ids"):
         attributed(ByWeight(), tokenizer)

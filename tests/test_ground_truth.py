@@ -32,7 +32,7 @@ def absent():
 
 @pytest.mark.parametrize("absence", SAME_SLOT)
 @pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations", "Shapley, kernel"])
-def test_same_slot_replacement_names_every_true_cause(known, absent, method, absence):
+def test_same_slot_replacement_finds_every_true_cause(known, absent, method, absence):
     # Other documents than those of the benchmark.
     for document in documents(3, seed=7):
         result = attribute(*known, document, method, absent[absence])
@@ -42,7 +42,7 @@ def test_same_slot_replacement_names_every_true_cause(known, absent, method, abs
 
 
 @pytest.mark.parametrize("absence", SAME_SLOT[:2])
-def test_with_words_as_features_too(known, absence):
+def test_same_slot_replacement_with_word_features(known, absence):
     absent = absences(Grammar(), corpus(), "word")[absence]
     for document in documents(2, seed=8):
         result = attribute(*known, document, "leave-one-out", absent, "word")
@@ -51,7 +51,7 @@ def test_with_words_as_features_too(known, absence):
         assert result.token_attr.shape[1] == len(document.prompt.split())
 
 
-def test_the_last_word_is_caused_by_earlier_output(known, absent):
+def test_last_word_is_attributed_to_earlier_output(known, absent):
     document = documents(1, seed=3)[0]
     result = attribute(*known, document, "leave-one-out", absent[SAME_SLOT[0]])
     segments = document.segments("continuation")
@@ -64,7 +64,7 @@ def test_the_last_word_is_caused_by_earlier_output(known, absent):
 
 
 @pytest.mark.parametrize("method", ["leave-one-out", "Shapley, kernel"])
-def test_deletion_names_far_fewer(known, absent, method):
+def test_deletion_finds_far_fewer_causes(known, absent, method):
     found = [
         value
         for document in documents(4, seed=7)
@@ -75,7 +75,7 @@ def test_deletion_names_far_fewer(known, absent, method):
     assert mean(found) < 0.5
 
 
-def test_metrics_put_the_truth_first_by_the_same_slot_and_not_by_deletion(known, absent):
+def test_same_slot_faithfulness_ranks_the_truth_first(known, absent):
     same_slot = "same slot, `CorpusBaselines`"
     document = documents(1, seed=3)[0]
     results = {

@@ -25,7 +25,7 @@ def _attribute(model, tokenizer, inp, target=TARGET, **arguments):
 # --- groups ---------------------------------------------------------------------------------------
 
 
-def test_tied_spans_are_one_feature_where_the_first_stands(tokenizer):
+def test_tied_spans_form_one_feature_at_the_first_position(tokenizer):
     inp = TextSegmentInput(
         TEXT, tokenizer, groups={"place": ["Austin,", 4, 7], "who": ["Dave", 5]}, baselines="delete"
     )
@@ -39,7 +39,7 @@ def test_tied_spans_are_one_feature_where_the_first_stands(tokenizer):
     assert " Austin, … TX." in unnamed.names
 
 
-def test_groups_are_efficient_and_count_once(model, tokenizer):
+def test_groups_are_efficient_and_counted_once(model, tokenizer):
     groups = [["Austin,", 4, 7], ["Dave", "He"]]
     inp = TextSegmentInput(TEXT, tokenizer, groups=groups, baselines="delete")
     result = _attribute(model, tokenizer, inp)
@@ -57,7 +57,7 @@ def test_groups_are_efficient_and_count_once(model, tokenizer):
     assert result.token_attr[0].tolist() == pytest.approx(shapley_values(value, 5), abs=1e-4)
 
 
-def test_members_of_a_group_draw_from_the_same_place_of_their_lists(tokenizer):
+def test_group_members_draw_at_the_same_list_index(tokenizer):
     cities, states = ["Boise,", "Salem,", "Miami,"], ["ID.", "OR.", "FL."]
     entries = ["Ann", "has", "at", cities, states, "He", "likes", states]
     inp = TextSegmentInput(TEXT, tokenizer, baselines=entries, groups=[["Austin,", 4, 7]])
@@ -76,16 +76,16 @@ def test_members_of_a_group_draw_from_the_same_place_of_their_lists(tokenizer):
 @pytest.mark.parametrize(
     ("groups", "error", "message"),
     [
-        ([["Paris"]], ValueError, "names 'Paris', which is no span: the spans are 'Dave'"),
+        ([["Paris"]], ValueError, "names 'Paris', which is not a span: the spans are 'Dave'"),
         ([["TX."]], ValueError, r"2 spans are: say which by number, one of \[4, 7\]"),
         ([[9]], ValueError, "names span 9: there are 8"),
         ([["Dave", "in"], ["in", "He"]], ValueError, "' in' is in two groups"),
-        ([[]], ValueError, "is no list of spans"),
-        (["Dave"], ValueError, "'Dave' is no list of spans"),
+        ([[]], ValueError, "is not a list of spans"),
+        (["Dave"], ValueError, "'Dave' is not a list of spans"),
         ([[1.5]], TypeError, "holds 1.5"),
     ],
 )
-def test_bad_groups(tokenizer, groups, error, message):
+def test_bad_groups_are_refused(tokenizer, groups, error, message):
     with pytest.raises(error, match=message):
         TextSegmentInput(TEXT, tokenizer, groups=groups, baselines="delete")
 
@@ -94,13 +94,13 @@ def test_bad_groups(tokenizer, groups, error, message):
 
 
 @pytest.mark.parametrize("fixed", [["Dave lives", "He"], [(0, 10), (26, 28)]])
-def test_fixed_text_is_never_switched(tokenizer, fixed):
+def test_fixed_text_is_always_present(tokenizer, fixed):
     inp = TextSegmentInput(TEXT, tokenizer, fixed=fixed, baselines="delete")
     assert inp.names == [" in", " Austin,", " TX.", " likes", " TX."]
     assert tokenizer.decode(_render(inp)) == "<s>Dave lives He"
 
 
-def test_fixed_text_within_a_feature_leaves_the_rest(tokenizer):
+def test_fixed_text_inside_a_feature_keeps_the_rest(tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, "sentence", fixed=["lives in"], baselines="delete")
     assert inp.names == ["Dave ", " Austin, TX.", " He likes TX."]
     tokens = TextSegmentInput(
@@ -109,7 +109,7 @@ def test_fixed_text_within_a_feature_leaves_the_rest(tokenizer):
     assert "".join(tokens.names) == "Dave in"
 
 
-def test_bad_fixed_text(tokenizer):
+def test_bad_fixed_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match="everything is `fixed`"):
         TextSegmentInput(TEXT, tokenizer, fixed=[TEXT], baselines="delete")
     with pytest.raises(TypeError, match="`fixed` is one string"):
@@ -121,7 +121,7 @@ def test_bad_fixed_text(tokenizer):
 # --- levels ---------------------------------------------------------------------------------------
 
 
-def test_levels_sum_their_children(model, tokenizer):
+def test_level_attributions_sum_their_children(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, ("sentence", "word"), baselines="delete")
     result = _attribute(model, tokenizer, inp)
     assert (
@@ -148,7 +148,7 @@ def test_levels_survive_saving(model, tokenizer, tmp_path):
         assert torch.equal(loaded.at_level(name)[1], result.at_level(name)[1])
 
 
-def test_a_group_across_parts_has_no_level(tokenizer):
+def test_group_across_parts_has_no_level(tokenizer):
     with pytest.raises(ValueError, match="different parts of level 'sentence'"):
         TextSegmentInput(
             TEXT, tokenizer, ("sentence", "word"), groups=[["Dave", "He"]], baselines="delete"
@@ -190,7 +190,7 @@ def test_prompts_of_named_parts(model, tokenizer):
             TextSegmentInput.from_parts(bad, tokenizer, baselines="delete")
 
 
-def test_templates_on_token_ids(model, tokenizer):
+def test_template_inputs_on_token_ids(model, tokenizer):
     template, values = "{} lives in {}, {}.", ["Dave", "Palm Coast", "FL"]
     inp = TextSegmentInput.from_template(
         template, values, tokenizer, mask=[0, 1, 1], baselines="delete"
@@ -209,7 +209,7 @@ def test_templates_on_token_ids(model, tokenizer):
         TextSegmentInput.from_template(lambda a: a[::-1], ["xy"], tokenizer, baselines="delete")
 
 
-def test_corpus_baselines_serve_captums_templates(model, tokenizer):
+def test_corpus_baselines_in_captum_templates(model, tokenizer):
     corpus = [f"{n} lives in {c}." for n in ("Ann", "Bob", "Eve") for c in ("Boise", "Salem")] * 9
     inp = TextTemplateInput(
         "{} lives in {}.", values=["Dave", "Austin"], baselines=CorpusBaselines(corpus)
@@ -232,12 +232,12 @@ def test_corpus_baselines_serve_captums_templates(model, tokenizer):
         (between("Q:", "?"), [" a", " c"]),
     ],
 )
-def test_units_of_every_kind(tokenizer, unit, names):
+def test_every_unit_makes_features(tokenizer, unit, names):
     inp = TextSegmentInput("Q: a?\nA: b.\nQ: c?", tokenizer, unit, baselines="delete")
     assert [name.strip() for name in inp.names] == [name.strip() for name in names]
 
 
-def test_names_are_one_per_span(tokenizer):
+def test_one_name_per_span(tokenizer):
     inp = TextSegmentInput("Dave lives", tokenizer, names=["who", "what"], baselines="delete")
     assert inp.names == inp.values == ["who", "what"]
     assert inp.slots[1].text == " lives"

@@ -50,7 +50,7 @@ def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visib
     )
 
 
-def test_with_no_threshold_everything_is_taken_out_alone():
+def test_zero_threshold_ablates_every_feature():
     found, left, rows = play(0.0)
     assert torch.allclose(found.attributions, WEIGHTS)
     assert left == []
@@ -58,7 +58,7 @@ def test_with_no_threshold_everything_is_taken_out_alone():
     assert len(rows) == 1 + 4 + 8 + 2  # the whole; parts and the column beside; their parts; (4, 5)
 
 
-def test_only_parts_that_matter_are_opened_and_the_others_share():
+def test_only_parts_above_the_threshold_are_split():
     found, left, rows = play(0.05)
     assert sorted(group.columns for group in left) == [(0, 1, 2), (7, 8)]
     for group in left:
@@ -74,14 +74,14 @@ def test_only_parts_that_matter_are_opened_and_the_others_share():
     assert len(rows) == 1 + 4 + 3 + 2
 
 
-def test_a_budget_opens_the_largest_first():
+def test_budget_splits_the_largest_parts_first():
     found, left, rows = play(0.0, n_evaluations=8)
     assert len(rows) == 8
     assert (4, 5) in [group.columns for group in left]
     assert torch.allclose(found.attributions[0, [4, 5]], torch.tensor([2.5, 2.5]).double())
 
 
-def test_a_budget_goes_where_most_is_lost_whatever_the_level():
+def test_budget_is_spent_on_the_largest_effect_at_any_level():
     """A word of the best sentence comes before the sentences of a poorer paragraph."""
     found, left, rows = play(0.0, n_evaluations=10)
     assert len(rows) == 1 + 4 + 3 + 2
@@ -89,7 +89,7 @@ def test_a_budget_goes_where_most_is_lost_whatever_the_level():
     assert sorted(group.columns for group in left) == [(0, 1, 2), (7, 8)]
 
 
-def test_the_strongest_are_found_without_what_cannot_be_among_them():
+def test_top_k_search_prunes_parts():
     found, left, rows = play(0.0, top_k=1)
     assert found.attributions.argmax(1).tolist() == [4, 5]
     # Both paragraphs that are left lose less than the strongest column known.
@@ -101,7 +101,7 @@ def test_the_strongest_are_found_without_what_cannot_be_among_them():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_strongest_of_additive_games_are_those_of_all_columns(seed):
+def test_top_k_of_additive_games_equals_leave_one_out(seed):
     """Signs alike: a part then loses at least what each of its columns does."""
     generator = torch.Generator().manual_seed(seed)
     n, width = 240, 6
@@ -126,7 +126,7 @@ def test_the_strongest_of_additive_games_are_those_of_all_columns(seed):
     assert len(plan.masks) < n / 2
 
 
-def test_what_output_does_hides_no_cause_in_the_prompt(setting):
+def test_top_k_search_finds_prompt_causes_beside_output(setting):
     exact = run(setting, FeatureAblation(setting[0]))
     found = run(setting, HierarchicalAblation(setting[0], share=0.0, top_k=1))
     assert found.n_evaluations < exact.n_evaluations
@@ -161,7 +161,7 @@ def run(setting, method, **arguments):
     return GenerationAttribution(method, tokenizer).attribute(inp, target, **arguments)
 
 
-def test_what_was_looked_at_has_the_values_of_feature_ablation(setting):
+def test_split_features_equal_feature_ablation(setting):
     exact = run(setting, FeatureAblation(setting[0]))
     everything = run(setting, HierarchicalAblation(setting[0], share=0.0))
     assert torch.allclose(everything.full_attr, exact.full_attr, atol=1e-10)
@@ -175,7 +175,7 @@ def test_what_was_looked_at_has_the_values_of_feature_ablation(setting):
     assert torch.allclose(found.full_attr[:, seen], exact.full_attr[:, seen], atol=1e-10)
 
 
-def test_the_rule_and_what_was_not_opened_are_told_and_kept(setting, tmp_path):
+def test_rule_and_unsplit_parts_are_recorded(setting, tmp_path):
     found = run(setting, HierarchicalAblation(setting[0], share=0.6))
     assert "0.6 of the largest change" in found.provenance["rule"]
     assert found.provenance["method"] == "HierarchicalAblation"
@@ -190,17 +190,17 @@ def test_the_rule_and_what_was_not_opened_are_told_and_kept(setting, tmp_path):
 
 
 @pytest.mark.parametrize("unit", [None, "word"])
-def test_words_of_several_tokens_are_held_while_they_go_on(setting, unit):
+def test_multi_token_output_words_equal_feature_ablation(setting, unit):
     exact = run(setting, FeatureAblation(setting[0]), output_unit=unit)
     found = run(setting, HierarchicalAblation(setting[0], share=0.0), output_unit=unit)
     assert torch.allclose(found.full_attr, exact.full_attr, atol=1e-10)
 
 
-def test_a_random_baseline_is_drawn_several_times(setting):
+def test_random_baseline_is_drawn_repeatedly(setting):
     model, tokenizer, _, target = setting
-    text, stand_ins = "One two. Three four.\n\nFive six.", ["two", "nine", "eleven"]
+    text, replacement_ids = "One two. Three four.\n\nFive six.", ["two", "nine", "eleven"]
     inp = TextSegmentInput(
-        text, tokenizer, ("paragraph", "sentence", "word"), baselines=[stand_ins] * 6
+        text, tokenizer, ("paragraph", "sentence", "word"), baselines=[replacement_ids] * 6
     )
     found = GenerationAttribution(HierarchicalAblation(model, share=0.0), tokenizer).attribute(
         inp, target, output_unit=None, n_draws=12
@@ -214,7 +214,7 @@ def test_a_random_baseline_is_drawn_several_times(setting):
     assert (error < 6 * (found.token_attr_se + exact.token_attr_se)).all()
 
 
-def test_wrong_use_is_told(setting):
+def test_bad_arguments_are_refused(setting):
     model, tokenizer, _, target = setting
     for share in (-0.1, 2, "much", True):
         with pytest.raises(ValueError, match="`share` is"):

@@ -106,7 +106,7 @@ def numbers(matrix):
 # The file ----------------------------------------------------------------------------------------
 
 
-def test_only_the_standard_library_is_imported():
+def test_page_module_imports_only_the_standard_library():
     for source in SOURCE.parent.glob("*.py"):
         nodes = list(ast.walk(ast.parse(source.read_text(encoding="utf-8"))))
         named = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
@@ -117,7 +117,7 @@ def test_only_the_standard_library_is_imported():
         assert {name.split(".")[0] for name in others} <= sys.stdlib_module_names
 
 
-def test_the_page_asks_for_nothing_elsewhere():
+def test_page_makes_no_external_requests():
     text = html.page(example())
     parsed = Parsed(text)
     assert not [a for _, attributes in parsed.elements for a in attributes if a in {"src", "href"}]
@@ -126,7 +126,7 @@ def test_the_page_asks_for_nothing_elsewhere():
     assert len(ids) == len(set(ids))
 
 
-def test_the_policy_allows_this_script_and_this_style_and_nothing_else():
+def test_content_security_policy_allows_only_own_script_and_style():
     parsed = Parsed(html.page(example()))
     (policy,) = [a["content"] for tag, a in parsed.elements if tag == "meta" and "http-equiv" in a]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -138,7 +138,7 @@ def test_the_policy_allows_this_script_and_this_style_and_nothing_else():
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_text_comes_back_as_text(hostile):
+def test_hostile_text_is_escaped(hostile):
     data = example()
     data["prompt"][1]["text"] = data["input_tokens"][0] = hostile
     data["output"][2]["text"] = data["output_features"][2] = hostile
@@ -158,7 +158,7 @@ def test_hostile_text_comes_back_as_text(hostile):
 
 
 @pytest.mark.parametrize("name", ["token_attr", "token_attr_se", "output_attr", "output_attr_se"])
-def test_numbers_are_those_of_the_data_to_five_digits(name):
+def test_numbers_are_kept_to_five_digits(name):
     data = example(20, 10, seed=3)
     data[name][4][1] = 1.2345678e-9
     data[name][5][2] = -9876543.21
@@ -170,7 +170,7 @@ def test_numbers_are_those_of_the_data_to_five_digits(name):
     )
 
 
-def test_unknown_numbers_are_null():
+def test_nan_is_null():
     data = example()
     data["token_attr"][1][2] = math.nan
     data["token_attr_se"][0][0] = None
@@ -184,7 +184,7 @@ def test_unknown_numbers_are_null():
     assert kept["provenance"]["noise_floor"] is None
 
 
-def test_data_is_stored_once_and_stays_small():
+def test_data_is_embedded_once_and_small():
     data = example(200, 100)
     data["token_attr"][7][3], data["output_attr"][9][2] = 1.2345e77, -5.4321e78
     text = html.page(data)
@@ -193,14 +193,14 @@ def test_data_is_stored_once_and_stays_small():
     assert len(html.fragment(data).encode()) < 1_000_000
 
 
-def test_the_data_is_left_as_it_was():
+def test_input_data_is_unchanged():
     data = example()
     before = json.dumps(data)
     html.page(data)
     assert json.dumps(data) == before
 
 
-def test_a_fragment_is_one_frame_around_the_page():
+def test_fragment_is_one_iframe():
     data = example()
     data["output"][0]["text"] = HOSTILE[1]
     parsed = Parsed(html.fragment(data))
@@ -220,7 +220,7 @@ def test_a_fragment_is_one_frame_around_the_page():
         (["name"], "text"),
     ],
 )
-def test_names_that_would_run_together_are_set_apart(texts, layout):
+def test_adjoining_names_use_the_list_layout(texts, layout):
     data = example(len(texts), 2)
     data["prompt"] = [{"text": text, "feature": i} for i, text in enumerate(texts)]
     assert Parsed(html.page(data)).data["prompt_layout"] == layout
@@ -228,7 +228,7 @@ def test_names_that_would_run_together_are_set_apart(texts, layout):
     assert Parsed(html.page(data)).data["prompt_layout"] == "list"
 
 
-def test_without_pieces_the_names_are_shown():
+def test_missing_pieces_fall_back_to_names():
     data = example(prompt=[], output=[])
     kept = Parsed(html.page(data)).data
     assert kept["output"] == example()["output"]
@@ -239,7 +239,7 @@ def test_without_pieces_the_names_are_shown():
     assert pieces == [{"text": text, "feature": None} for text in fixed["output_tokens"]]
 
 
-def test_the_title_is_the_answer_cut_at_a_word():
+def test_title_is_the_answer_cut_at_a_word():
     data = example(2, 40)
     heading = Parsed(html.page(data)).texts["h1"]
     answer = "".join(piece["text"] for piece in data["output"]).strip()
@@ -249,7 +249,7 @@ def test_the_title_is_the_answer_cut_at_a_word():
 
 
 @pytest.mark.parametrize("role", ["template", None])
-def test_the_title_names_an_answer_that_is_a_special_token_alone(role):
+def test_title_of_an_answer_of_one_special_token(role):
     piece = {"text": "</s>" if role else "", "feature": 0, "role": role}
     data = example(2, 1)
     data = data | {"output": [piece], "output_tokens": ["</s>"]}
@@ -270,7 +270,7 @@ def test_the_title_names_an_answer_that_is_a_special_token_alone(role):
         ({"levels": [{"name": "turn", "parts": ["a"], "part_of": [1] * 6}]}, "one of its 1 parts"),
     ],
 )
-def test_data_that_does_not_fit_together_is_refused(change, message):
+def test_inconsistent_data_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         html.page(example(**change))
 
@@ -390,7 +390,7 @@ def row_values(data, token):
     return data["token_attr"][token], data["output_attr"][token]
 
 
-def test_at_first_the_whole_answer_is_selected(view):
+def test_whole_answer_is_selected_initially(view):
     data = sure(example())
     page = view(data)
     assert page.inner_text("#chosen-name") == "Whole answer"
@@ -410,7 +410,7 @@ def test_at_first_the_whole_answer_is_selected(view):
     assert "--output-unit none" in page.inner_text("#note")  # which is another question
 
 
-def test_causes_are_looked_for_in_the_prompt_in_the_answer_or_in_both(view):
+def test_causes_come_from_prompt_answer_or_both(view):
     data = sure(example())
     page = view(data)
     answer(page, 4).click()
@@ -431,7 +431,7 @@ def test_causes_are_looked_for_in_the_prompt_in_the_answer_or_in_both(view):
     assert page.locator("#top-answer").is_visible()
 
 
-def test_pointing_at_a_token_shows_its_causes_and_only_those(view):
+def test_hovering_a_token_shows_its_causes(view):
     data = sure(example())
     page = view(data)
     answer(page, 3).hover()
@@ -445,7 +445,7 @@ def test_pointing_at_a_token_shows_its_causes_and_only_those(view):
     assert page.inner_text("#chosen-name") == "Whole answer"
 
 
-def test_pointing_at_the_prompt_shows_where_it_mattered(view):
+def test_hovering_a_prompt_part_shows_its_effects(view):
     data = sure(example())
     page = view(data)
     prompt(page, 2).hover()
@@ -457,7 +457,7 @@ def test_pointing_at_the_prompt_shows_where_it_mattered(view):
     assert f"mattered most for “t{most}”" in page.inner_text("#details")
 
 
-def test_a_click_keeps_a_token_and_escape_lets_it_go(view):
+def test_click_pins_a_token_and_escape_releases_it(view):
     data = example()
     page = view(data)
     answer(page, 4).click()
@@ -502,7 +502,7 @@ def shift_arrows(page):
 
 
 @pytest.mark.parametrize("select", [drag, shift_click, shift_arrows])
-def test_a_span_is_the_sum_of_its_rows(view, select):
+def test_span_shows_the_sum_of_its_rows(view, select):
     data = sure(example())
     page = view(data)
     select(page)
@@ -525,7 +525,7 @@ def bridge(page):
 
 
 @pytest.mark.parametrize("tokens", [[3], [0, 1, 2, 3, 4]])
-def test_the_bar_leads_from_empty_to_full(view, tokens):
+def test_bar_runs_from_empty_to_full_value(view, tokens):
     data = example()
     data["full_values"][3] += 0.5  # as of a method that is not efficient
     page = view(data)
@@ -545,7 +545,7 @@ def test_the_bar_leads_from_empty_to_full(view, tokens):
     assert list(bridge(page)) == ["nothing given", "prompt", "answer so far", "everything given"]
 
 
-def test_small_print_of_the_bar_lies_on_none_of_its_marks(view):
+def test_bar_caption_overlaps_no_mark(view):
     page = view(example())
     for width in (1280, 390):
         page.set_viewport_size({"width": width, "height": 800})
@@ -561,7 +561,7 @@ def test_small_print_of_the_bar_lies_on_none_of_its_marks(view):
     page.set_viewport_size({"width": 1280, "height": 720})
 
 
-def test_a_whole_answer_has_its_mean_probability_per_token(view):
+def test_whole_answer_shows_mean_probability_per_token(view):
     data = example(full_values=[math.log(p) for p in (0.5, 0.5, 0.5, 0.5, 0.5)])
     page = view(data)
     assert "(50 % per token on average)" in page.inner_text("#details").replace("\u00a0", " ")
@@ -569,7 +569,7 @@ def test_a_whole_answer_has_its_mean_probability_per_token(view):
     assert "(50 %);" in page.inner_text("#details").replace("\u00a0", " ")
 
 
-def test_nats_are_told_as_a_factor(view):
+def test_nats_are_shown_as_factors(view):
     data = sure(example())
     data["token_attr"][2][1] = 4.78
     page = view(data)
@@ -578,7 +578,7 @@ def test_nats_are_told_as_a_factor(view):
     assert page.inner_text("#details").endswith("= 119 times as probable")
 
 
-def test_scale_and_sign_are_switched(view):
+def test_scale_and_sign_switches(view):
     data = sure(example())
     data["token_attr"][0] = [0.2, -0.2, 0.0, 0.0, 0.0, 0.05]
     data["token_attr"][4][5] = -4.0
@@ -615,14 +615,14 @@ def at_level(row, level):
     return sums
 
 
-def test_without_levels_there_is_no_switch(view):
+def test_level_switch_is_absent_without_levels(view):
     page = view(example(levels=[]))
     for side in ("prompt", "answer"):
         assert page.locator(f"#{side}-levels").count() == 1
         assert not page.locator(f"#{side}-levels").is_visible()
 
 
-def test_the_first_view_has_the_largest_parts_and_keys_look_closer(view):
+def test_first_view_is_the_coarsest_level_and_keys_refine_it(view):
     """A level of a single part, as the turn here, tells nothing."""
     page = view(example(levels=LEVELS))
     switch = page.get_by_role("group", name="Prompt by")
@@ -638,7 +638,7 @@ def test_the_first_view_has_the_largest_parts_and_keys_look_closer(view):
 
 
 @pytest.mark.parametrize("level", LEVELS[1:], ids=lambda level: level["name"])
-def test_a_coarser_level_sums_the_parts_of_the_prompt(view, level):
+def test_coarser_level_sums_prompt_parts(view, level):
     data = sure(example(levels=LEVELS))
     page = view(data)
     answer(page, 3).click()
@@ -657,7 +657,7 @@ def test_a_coarser_level_sums_the_parts_of_the_prompt(view, level):
     assert levels(page, "prompt") == scaled(of_prompt)
 
 
-def test_a_part_of_the_prompt_shows_where_it_mattered_and_is_kept_across_levels(view):
+def test_pinned_prompt_part_is_kept_across_levels(view):
     data = sure(example(levels=LEVELS))
     page = view(data)
     page.get_by_role("radio", name="finest").check()
@@ -672,7 +672,7 @@ def test_a_part_of_the_prompt_shows_where_it_mattered_and_is_kept_across_levels(
     assert page.inner_text("#chosen-name") == "“p4”"
 
 
-def test_errors_of_a_part_add_up_as_if_independent(view):
+def test_unknown_covariance_adds_errors_in_quadrature(view):
     data = example(levels=LEVELS)
     data["token_attr"][2], data["token_attr_se"][2] = [3.0] * 6, [0.3, 0.4, 1.2, 0.1, 3.0, 4.0]
     page = view(data)
@@ -689,7 +689,7 @@ def test_errors_of_a_part_add_up_as_if_independent(view):
 
 
 @pytest.mark.parametrize(("errors", "estimate"), [(0.0, True), (None, False), (0.25, True)])
-def test_errors_are_spoken_of_where_there_are_any(view, errors, estimate):
+def test_errors_are_mentioned_only_if_present(view, errors, estimate):
     """Not for what is exact, nor where nothing is estimated."""
     data = example(estimate=estimate)
     for name in ("token_attr", "output_attr"):
@@ -700,7 +700,7 @@ def test_errors_are_spoken_of_where_there_are_any(view, errors, estimate):
     assert ("±" in shown) == bool(errors)
 
 
-def test_the_common_scale_and_the_bar_follow_the_level(view):
+def test_common_scale_and_bar_follow_the_level(view):
     data = sure(example(levels=LEVELS))
     page = view(data)
     answer(page, 1).click()
@@ -715,7 +715,7 @@ def test_the_common_scale_and_the_bar_follow_the_level(view):
     assert levels(page, "prompt") == scaled(at_level(data["token_attr"][1], LEVELS[1]), most)
 
 
-def test_fixed_text_stands_between_the_pieces_of_a_part(view):
+def test_fixed_text_stands_between_pieces_of_a_part(view):
     data = example(levels=LEVELS)
     data["prompt"].insert(3, {"text": " held", "feature": None})
     page = view(data)
@@ -726,7 +726,7 @@ def test_fixed_text_stands_between_the_pieces_of_a_part(view):
     assert having(page, "prompt", "chosen") == [0, 1]
 
 
-def test_signs_can_be_read_without_colour(view):
+def test_signs_are_readable_without_colour(view):
     data = sure(example())
     data["token_attr"][0] = [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]
     page = view(data)
@@ -740,7 +740,7 @@ def test_signs_can_be_read_without_colour(view):
     assert [value[0] for value in values[:2]] == ["+", "−"]
 
 
-def test_what_lies_within_its_error_is_pale(view):
+def test_attributions_within_their_error_are_pale(view):
     data = example()
     data["token_attr"][0] = [1.0, 1.0, -0.5, 0.0, 0.0, 0.0]
     data["token_attr_se"][0] = [0.1, 0.52, None, 0.0, 0.0, 0.0]
@@ -757,7 +757,7 @@ def test_what_lies_within_its_error_is_pale(view):
     assert page.inner_text("#details").endswith("could be noise")
 
 
-def test_many_cells_looked_at_together_ask_for_more(view):
+def test_multiple_comparison_threshold_is_used(view):
     data = example(marked_beyond=3.0)
     data["token_attr"][0] = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     data["token_attr_se"][0] = [0.3, 0.4, 0.0, 0.0, 0.0, 0.0]
@@ -794,7 +794,7 @@ def test_estimates_of_unknown_error_are_no_causes(view):
     assert page.locator("#links path").count() > 0
 
 
-def test_everything_works_from_the_keyboard(view):
+def test_keyboard_reaches_every_function(view):
     page = view(example())
     reached = []
     for _ in range(12):
@@ -816,7 +816,7 @@ def test_everything_works_from_the_keyboard(view):
     assert page.inner_text("#chosen-name") == "“p1”"
 
 
-def test_roles_and_names_are_those_of_a_reader(view):
+def test_aria_roles_and_names(view):
     data = example()
     data["output"][1]["text"] = "\n"
     page = view(data)
@@ -846,7 +846,7 @@ def violations(page, axe):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_accessible(view, axe, scheme):
+def test_page_passes_accessibility_audit(view, axe, scheme):
     data = sure(example(levels=LEVELS))
     data["token_attr"][2] = [1.0, -1.0, 0.5, -0.5, 1.0, -1.0]
     data["output_attr"][2][:2] = [1.0, -1.0]
@@ -861,7 +861,7 @@ def test_the_page_is_accessible(view, axe, scheme):
     assert violations(page, axe) == []
 
 
-def test_markup_stays_text_and_white_space_stays(view):
+def test_markup_is_escaped_and_white_space_kept(view):
     data = example(len(HOSTILE), 3)
     for i, text in enumerate(HOSTILE):
         data["prompt"][i + 1]["text"] = data["input_tokens"][i] = text
@@ -878,7 +878,7 @@ def test_markup_stays_text_and_white_space_stays(view):
     ) == ["undefined", 0]
 
 
-def test_pieces_of_one_feature_light_up_together(view):
+def test_pieces_of_one_feature_are_highlighted_together(view):
     data = sure(example(2, 4))
     data["prompt"] = [
         {"text": " Palm", "feature": 0},
@@ -898,7 +898,7 @@ def test_pieces_of_one_feature_light_up_together(view):
     assert levels(page, "answer") == [1, 1, 0, 0]
 
 
-def test_an_answer_held_fixed_is_no_cause(view):
+def test_fixed_answer_is_no_cause(view):
     data = sure(example(output_features=None, output_attr=None))
     data["output"] = [piece | {"feature": None} for piece in data["output"]]
     page = view(data)
@@ -940,7 +940,7 @@ def chat():
     return data
 
 
-def test_long_lines_of_a_template_are_folded_until_clicked(view):
+def test_long_template_text_is_folded_until_clicked(view):
     data = chat()
     data["prompt"][0]["text"] = "<|system|>\nYou are a helpful assistant.\nBe kind.\n"
     page = view(data)
@@ -951,7 +951,7 @@ def test_long_lines_of_a_template_are_folded_until_clicked(view):
     assert line.bounding_box()["height"] > 2 * height
 
 
-def test_chat_turns_are_bubbles_and_the_template_is_grey(view, axe):
+def test_chat_turns_are_bubbles_with_grey_template(view, axe):
     page = view(chat())
     turns = page.locator("#prompt .turn")
     assert turns.evaluate_all("all => all.map(e => [e.dataset.role, e.textContent])") == [
@@ -978,7 +978,7 @@ def test_chat_turns_are_bubbles_and_the_template_is_grey(view, axe):
 OUTPUT_LEVELS = [{"name": "word", "part_of": [0, 0, 1, 2, 2]}]
 
 
-def test_the_answer_is_read_by_larger_parts(view):
+def test_answer_is_grouped_by_larger_units(view):
     data = sure(example(output_levels=OUTPUT_LEVELS))
     page = view(data)
     switch = page.get_by_role("group", name="Answer by")
@@ -997,12 +997,12 @@ def test_the_answer_is_read_by_larger_parts(view):
     assert levels(page, "answer") == scaled(words)
 
 
-def test_the_answer_is_read_by_words_first_where_it_says_so(view):
+def test_output_level_of_the_data_is_shown_first(view):
     page = view(example(output_levels=OUTPUT_LEVELS, answer_unit="word"))
     assert page.locator("#answer .piece").all_text_contents() == [" t0 t1", " t2", " t3 t4"]
 
 
-def test_a_kept_word_is_widened_to_its_sentence(view):
+def test_pinned_word_can_be_widened_to_its_sentence(view):
     said = [{"name": "sentence", "part_of": [0, 0, 0, 1, 1]}]
     data = sure(example(levels=LEVELS, output_levels=said))
     page = view(data)
@@ -1021,7 +1021,7 @@ def test_a_kept_word_is_widened_to_its_sentence(view):
     assert page.inner_text("#chosen-name") == "“t3 t4”"
 
 
-def test_fragments_are_shown_within_their_word(view):
+def test_token_fragments_are_shown_within_their_word(view):
     around = {"prompt": [["", ""]] * 6, "output": [["", ""], ["c", "o"], *[["", ""]] * 3]}
     page = view(sure(example(around=around)))
     cell = page.locator("#top-answer tbody tr:has(.where:text-is('#2')) .what button")
@@ -1030,7 +1030,7 @@ def test_fragments_are_shown_within_their_word(view):
     )
 
 
-def test_the_heat_map_has_every_cell_that_is_told_from_noise(view):
+def test_heat_map_has_every_marked_cell(view):
     data = sure(example())
     data["token_attr_se"][2][0] = 99.0
     page = view(data)
@@ -1058,7 +1058,7 @@ def test_the_heat_map_has_every_cell_that_is_told_from_noise(view):
     assert page.inner_text("#chosen-name") == "“t2”"
 
 
-def test_what_follows_the_pointer_covers_no_text(view):
+def test_tooltip_covers_no_text(view):
     data = sure(example(120, 60))
     page = view(data)
     page.set_viewport_size({"width": 1100, "height": 600})
@@ -1074,7 +1074,7 @@ def test_what_follows_the_pointer_covers_no_text(view):
     assert covered == []
 
 
-def test_paper_has_all_and_speaks_of_no_lines(view):
+def test_print_view_is_complete_without_links(view):
     data = sure(example(narrative=["It was so."], about=["model", "method"]))
     page = view(data)
     page.emulate_media(media="print")
@@ -1088,7 +1088,7 @@ def test_paper_has_all_and_speaks_of_no_lines(view):
     page.emulate_media(media="screen")
 
 
-def test_links_lead_from_the_strongest_causes_and_can_be_switched_off(view):
+def test_links_start_at_the_strongest_causes_and_can_be_hidden(view):
     data = sure(example())
     data["token_attr"][3] = [4.0, -2.0, 0.1, 0.0, 0.0, 0.0]
     data["output_attr"][3][1:3] = [1.0, 0.0]
@@ -1105,7 +1105,7 @@ def test_links_lead_from_the_strongest_causes_and_can_be_switched_off(view):
     assert page.locator("#links path").count() == 0
 
 
-def test_a_kept_token_tells_what_it_led_to(view):
+def test_pinned_token_shows_its_effects(view):
     data = sure(example())
     for t, value in [(2, 0.5), (3, -2.0), (4, 1.0)]:
         data["output_attr"][t][1] = value
@@ -1119,7 +1119,7 @@ def test_a_kept_token_tells_what_it_led_to(view):
     assert not page.locator("#effects").is_visible()
 
 
-def test_without_scripts_the_causes_are_told_as_text(tab):
+def test_causes_are_text_without_javascript(tab):
     data = sure(example(about=["tiny", "KernelShap"], narrative=["Mostly p2."]))
     data["token_attr"][1] = [0.0, 0.0, 7.5, 0.0, -6.25, 0.0]
     data["token_attr_se"][1][2] = 0.5
@@ -1145,13 +1145,13 @@ def test_without_scripts_the_causes_are_told_as_text(tab):
 
 
 @pytest.mark.parametrize("floor", [3e-5, 0.2])
-def test_noise_is_told_where_digits_show_it(view, floor):
+def test_noise_floor_is_mentioned_where_digits_show_it(view, floor):
     page = view(sure(example(noise_floor=floor)))
     answer(page, 3).click()
     assert ("noise of the model's own" in page.inner_text("#note")) == (floor > 0.1)
 
 
-def test_what_was_not_told_apart_or_is_noise_says_so(view):
+def test_unresolved_or_noisy_features_say_so(view):
     data = sure(example(unresolved=[[0, 1, 6]], noise_floor=0.2))
     data["token_attr"][3] = [1.0, 1.0, 0.1, 0.0, 0.0, 0.0]
     page = view(data)
@@ -1166,7 +1166,7 @@ def test_what_was_not_told_apart_or_is_noise_says_so(view):
     assert "3 features were not told apart" in page.inner_text("#note")
 
 
-def test_text_that_runs_to_the_left_is_walked_to_the_left(view):
+def test_arrow_keys_follow_right_to_left_text(view):
     data = example(2, 2)
     for i, text in enumerate(["مرحبا", " بك"]):
         data["prompt"][i + 1]["text"] = data["input_tokens"][i] = text
@@ -1186,7 +1186,7 @@ def contrast(**changes):
     return data | {"attr_target": "contrast", "foils": foils, "other": beside} | changes
 
 
-def test_the_page_switches_between_both_values(view):
+def test_value_switch(view):
     data = contrast()
     page = view(data)
     labels = page.locator("#values label")
@@ -1207,7 +1207,7 @@ def test_the_page_switches_between_both_values(view):
     assert having(page, "answer", "chosen") == [3]
 
 
-def test_foils_are_told_on_hover_and_for_what_is_kept(view):
+def test_foils_are_shown_on_hover_and_pin(view):
     page = view(contrast())
     answer(page, 0).hover()
     assert page.inner_text("#chosen-place") == (
@@ -1228,12 +1228,12 @@ def test_foils_are_told_on_hover_and_for_what_is_kept(view):
         ({"other": {"full_values": [0.0]}}, "`full_values` has 1 entries"),
     ],
 )
-def test_another_value_has_to_fit_as_well(changes, message):
+def test_second_value_is_validated(changes, message):
     with pytest.raises(ValueError, match=message):
         html.page(contrast(**changes))
 
 
-def test_errors_of_the_whole_answer_are_those_that_were_told(view):
+def test_whole_answer_errors_are_those_given(view):
     whole = [
         {"side": "prompt", "level": None, "spans": [[0, 5]], "se": [[0.5] * 6]},
         {"side": "answer", "level": None, "spans": [[0, 5]], "se": [[0.25] * 5]},
@@ -1257,7 +1257,7 @@ def test_errors_of_the_whole_answer_are_those_that_were_told(view):
     assert html.page(data)  # says nothing
 
 
-def test_errors_of_parts_and_spans_that_are_known_are_shown(view):
+def test_known_errors_of_parts_and_spans_are_shown(view):
     spans = [[t, t + 1] for t in range(5)] + [[1, 3]]
     told = [
         {"side": "prompt", "level": "sentence", "spans": spans, "se": [[0.125, 9.0, 9.0]] * 6},
@@ -1286,7 +1286,7 @@ def test_errors_of_parts_and_spans_that_are_known_are_shown(view):
     assert "approximate" not in page.inner_text("#note")
 
 
-def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
+def test_large_results_have_few_elements_and_a_ruler(view):
     data = example(600, 120)
     page = view(data)
     assert page.locator("*").count() < 4 * (600 + 120) + 300  # 72,000 cells
@@ -1303,7 +1303,7 @@ def test_there_is_no_element_per_cell_and_long_texts_get_a_ruler(view):
     )
 
 
-def test_two_fragments_share_a_page_without_touching_each_other(view):
+def test_fragments_on_one_page_are_independent(view):
     first, second = example(seed=1), example(seed=2)
     frames = html.fragment(first) + html.fragment(second)
     page = view.text(f"<!DOCTYPE html><h1>Notebook</h1>{frames}")
@@ -1320,14 +1320,14 @@ def test_two_fragments_share_a_page_without_touching_each_other(view):
     assert all(inner <= outer for outer, inner in heights)
 
 
-def test_the_escaped_page_is_the_page():
+def test_iframe_holds_the_escaped_page():
     data = example()
     assert html.page(data) == escapes.unescape(
         html.fragment(data).split('srcdoc="')[1][: -len('"></iframe>')]
     )
 
 
-def test_a_text_stands_beside_the_frame_for_viewers_that_strip_it():
+def test_fragment_has_fallback_text():
     beside = html.fragment(example(), "t1  ←  p2 +1.00 <b>").split("</iframe>")[1]
     assert "<pre>t1  ←  p2 +1.00 &lt;b&gt;</pre>" in beside
     cause = {"name": "p2", "text": "p2", "attribution": -1.0, "standard_error": 0.1, "marked": True}
@@ -1337,7 +1337,7 @@ def test_a_text_stands_beside_the_frame_for_viewers_that_strip_it():
     assert "−1.00" in beside.split("</summary>")[0]
 
 
-def test_marks_of_line_breaks_are_for_what_can_be_chosen(view):
+def test_newline_marks_are_shown_in_features_only(view):
     prompt = [
         {"text": "one", "feature": 0},
         {"text": "\n\n", "feature": None},
@@ -1349,7 +1349,7 @@ def test_marks_of_line_breaks_are_for_what_can_be_chosen(view):
     assert page.locator("#prompt .piece .newline").count() == 1
 
 
-def test_a_template_runs_to_the_right_beside_text_that_runs_to_the_left(view):
+def test_template_is_left_to_right_beside_right_to_left_text(view):
     prompt = [
         {"text": "<|user|>", "feature": None, "role": "template"},
         {"text": "أين تعيش", "feature": 0, "role": "user"},
@@ -1364,7 +1364,7 @@ def test_a_template_runs_to_the_right_beside_text_that_runs_to_the_left(view):
     assert told == ["ltr", "isolate"]
 
 
-def test_names_of_several_words_are_seen_whole_in_the_panel(view):
+def test_panel_shows_long_names_completely(view):
     name = "How deep is Lake Baikal?"
     names = [name, *(f" p{i}" for i in range(1, 6))]
     pieces = [{"text": own, "feature": i} for i, own in enumerate(names)]
@@ -1375,7 +1375,7 @@ def test_names_of_several_words_are_seen_whole_in_the_panel(view):
     )
 
 
-def test_how_it_was_computed_is_told_in_words():
+def test_provenance_section_is_in_words():
     noted = {
         "generation": {"eos_token_id": "2", "max_new_tokens": "28", "do_sample": "False"},
         "probe": {"dtype": "float32", "n_before": 0, "sees_ahead": False, "packs_rows": True},

@@ -53,7 +53,7 @@ def chains(page):
 
 
 @pytest.mark.parametrize("level", ["paragraph", "sentence"])
-def test_shares_are_those_of_the_total(view, rag, level):  # noqa: F811
+def test_shares_equal_the_total_attribution(view, rag, level):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, level, "token")
     found = rag.total(level=level)
@@ -77,7 +77,7 @@ def by_size(shares, errors):
     return sorted((one for one in both if one[0] > 0), reverse=True)
 
 
-def test_errors_of_shares_are_those_of_words_and_of_what_they_led_to(view, rag):  # noqa: F811
+def test_share_errors_follow_words_and_their_effects(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, "paragraph", "word")
     total, seen = rag.total(level="paragraph"), []
@@ -99,7 +99,7 @@ def test_errors_of_shares_are_those_of_words_and_of_what_they_led_to(view, rag):
     assert any("±" in share for share in seen)
 
 
-def test_of_tokens_that_are_no_part_of_the_answer_no_error_is_told(view, rag):  # noqa: F811
+def test_spans_with_special_tokens_have_no_error(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, "paragraph", "token")
     assert "± is one standard error" in page.inner_text("#note")
@@ -109,7 +109,7 @@ def test_of_tokens_that_are_no_part_of_the_answer_no_error_is_told(view, rag):  
     assert "no error is told" in page.inner_text("#note")
 
 
-def test_chains_to_a_token_are_those_of_the_result(view, rag):  # noqa: F811
+def test_chains_equal_the_result(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, "sentence", "token")
     for t in (8, 10, 11, 17, 23):
@@ -140,7 +140,7 @@ def all_chains(total, t):
     return to(rows["tokens"][t])
 
 
-def test_the_share_of_a_way_by_words_is_that_of_all_chains_within_it(view):  # noqa: F811
+def test_word_path_share_sums_its_token_chains(view):  # noqa: F811
     result = load("chat")  # "Bruno" is three tokens
     page = view.text(result.to_html())
     choose(page, "turn", "word")
@@ -164,7 +164,7 @@ def test_the_share_of_a_way_by_words_is_that_of_all_chains_within_it(view):  # n
             assert way.split(" → ")[1:] == [named[part] for part in (*parts, word)]
 
 
-def test_pointing_focus_and_tap_tell_the_strongest_chain(view, rag):  # noqa: F811
+def test_hover_focus_and_tap_show_the_strongest_chain(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     assert page.locator("#route").is_hidden()  # of the whole answer there is no one chain
     said = page.locator("#route")
@@ -185,7 +185,7 @@ def test_pointing_focus_and_tap_tell_the_strongest_chain(view, rag):  # noqa: F8
     assert page.locator("#links path").count() == 1  # the one chain, here of one link
 
 
-def test_a_chain_is_drawn_link_by_link(view, rag):  # noqa: F811
+def test_chain_is_drawn_link_by_link(view, rag):  # noqa: F811
     page = view.text(rag.to_html())
     choose(page, "sentence", "token")
     routes = [rag.route(t, 1) for t in range(28)]
@@ -211,7 +211,7 @@ def test_shares_have_errors_and_no_signs(view, rag):  # noqa: F811
     assert "±" in page.inner_text("#panel")
 
 
-def test_a_share_that_could_be_noise_is_pale_and_says_so(view):  # noqa: F811
+def test_share_within_its_error_is_pale(view):  # noqa: F811
     result = load("summary")
     page = view.text(result.to_html())
     choose(page, "paragraph", "token")
@@ -224,7 +224,7 @@ def test_a_share_that_could_be_noise_is_pale_and_says_so(view):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["rag", "summary", "chat"])
-def test_direct_effects_are_seen_first_unless_they_do_not_tell_the_first(view, name):  # noqa: F811
+def test_direct_effects_are_the_first_view_unless_undecided(view, name):  # noqa: F811
     result = load(name)
     page = view.text(result.to_html())
     certain = "two causes is certain" in result.narrative()
@@ -244,7 +244,7 @@ def test_direct_effects_are_seen_first_unless_they_do_not_tell_the_first(view, n
         assert page.locator("#narrative").is_visible()
 
 
-def test_without_chains_there_is_no_switch(view):  # noqa: F811
+def test_effect_switch_is_absent_without_chains(view):  # noqa: F811
     page = view(example())
     assert page.locator("#effect").is_hidden()
     answer(page, 2).hover()
@@ -252,7 +252,7 @@ def test_without_chains_there_is_no_switch(view):  # noqa: F811
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
+def test_share_view_passes_accessibility_audit(view, axe, scheme):  # noqa: F811
     page = view.text(load("chat").to_html())  # shares come first
     page.emulate_media(color_scheme=scheme)
     assert violations(page, axe) == []
@@ -260,7 +260,7 @@ def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
     assert violations(page, axe) == []
 
 
-def test_the_first_line_is_in_the_order_of_the_effect_on_the_whole_answer():
+def test_first_line_is_ordered_by_whole_answer_effect():
     # Exact Shapley values of deleted paragraphs and turns, in plain float64 passes over the answers
     # of these files: passages 24.8, question 16.5, another passage 10.6; turns 12.2 and 5.6 nats.
     first = re.findall(r"[←⇐]  paragraph (\d).*, paragraph (\d)", str(load("rag")).splitlines()[1])
@@ -269,7 +269,7 @@ def test_the_first_line_is_in_the_order_of_the_effect_on_the_whole_answer():
     assert first == [("2", "3")]
 
 
-def test_the_whole_in_the_end_is_told_alike_in_all_first_lines():
+def test_whole_answer_shares_agree_in_page_table_and_json():
     result = load("chat")
     total = result.total(level="turn")
     told = [percent(*one) for one in by_size(total.span()[0], total.span_se()[0])][:2]
@@ -308,7 +308,7 @@ def change(**changes):
     } | changes
 
 
-def test_what_would_have_changed_a_token_is_said_of_it_and_of_the_whole(view):  # noqa: F811
+def test_counterfactuals_are_shown_for_token_and_answer(view):  # noqa: F811
     page = view(example(counterfactuals=[change()]))
     box = page.locator("#counterfactuals")
     text = box.inner_text().replace("\u00a0", " ")
@@ -329,23 +329,23 @@ def test_what_would_have_changed_a_token_is_said_of_it_and_of_the_whole(view):  
     assert "“q1”" not in box.inner_text()
 
 
-def test_shares_near_one_are_written_as_people_do():
+def test_shares_near_one_are_formatted():
     text = html.page(example(counterfactuals=[change(values=[-1e-4, -3.0, -2e-3])]))
     assert "“t9” (100 %) is likelier than “t2” (5 %, was 100 %)" in text
 
 
-def test_a_page_without_any_speaks_of_none(view):  # noqa: F811
+def test_counterfactual_section_is_hidden_if_empty(view):  # noqa: F811
     page = view(example())
     assert page.locator("#counterfactuals").is_hidden()
 
 
 @pytest.mark.parametrize("wrong", [{"token": 5}, {"old_answer": " something else"}])
-def test_what_is_about_another_answer_is_refused(wrong):
+def test_counterfactuals_of_another_answer_are_refused(wrong):
     with pytest.raises(ValueError, match="search with the target that was attributed"):
         html.page(example(counterfactuals=[change(**wrong)]))
 
 
-def test_without_scripts_changes_are_told_too():
+def test_counterfactuals_are_text_without_javascript():
     text = html.page(example(counterfactuals=[change(proven_minimal=False)]))
     plain = text.split("<noscript>")[1].split("</noscript>")[0]
     assert "fewer might do it" in plain

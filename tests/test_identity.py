@@ -167,7 +167,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_a_model_holds_makes_it_another(own, tokenizer, tmp_path, name):
+def test_digest_covers_everything_a_model_holds(own, tokenizer, tmp_path, name):
     make, change, where = CHANGES[name]
     make(own)
     before = model_identity(own)
@@ -188,7 +188,7 @@ def test_what_a_model_holds_makes_it_another(own, tokenizer, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*")
-def test_packed_integers_of_another_scale_are_another_model(own):
+def test_digest_covers_quantisation_scales(own):
     quantised(own)
     before = model_identity(own)
     assert model_identity(own) == before
@@ -196,7 +196,7 @@ def test_packed_integers_of_another_scale_are_another_model(own):
     assert "`weights`" in differences(before, model_identity(own))
 
 
-def test_the_same_numbers_of_another_type_or_shape_are_another_model(own):
+def test_digest_covers_dtype_and_shape(own):
     before = model_identity(own)
     norm = own.model.norm
     norm.weight.data = norm.weight.data.double()  # one alone, and all of them are 1
@@ -207,14 +207,14 @@ def test_the_same_numbers_of_another_type_or_shape_are_another_model(own):
     assert model_identity(own) == before
 
 
-def test_what_cannot_be_read_is_told(own):
+def test_unreadable_state_is_reported(own):
     norm = own.model.norm
     norm.weight = nn.Parameter(norm.weight.to("meta"), False)
     with pytest.warns(UserWarning, match=r"1 tensors .* cannot be read \(model\.norm\.weight\)"):
         assert model_identity(own)["unread"] == ["model.norm.weight"]
 
 
-def test_rotary_embeddings_that_grow_are_the_same_model(tokenizer):
+def test_digest_ignores_growing_rotary_caches(tokenizer):
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     model = tiny.llama(len(tokenizer), rope_parameters=scaling, max_position_embeddings=8)
     before = model_identity(model)
@@ -242,7 +242,7 @@ def swapped(model):
 @pytest.mark.filterwarnings("ignore:3 steps are too few")
 @pytest.mark.parametrize("change", [steered, swapped])
 @pytest.mark.parametrize("attr_target", ["log_prob", "prob", "logit"])
-def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
+def test_rescored_row_detects_changes_the_digest_misses(
     own, tokenizer, tmp_path, change, attr_target
 ):
     attribution = GenerationAttribution(FeatureAblation(own), tokenizer, attr_target)
@@ -271,7 +271,7 @@ def test_what_no_digest_shows_is_seen_in_a_row_that_is_scored_anew(
         assert (report.n_skipped, report.n_written) == (1, 1)
 
 
-def test_a_switch_that_attention_alone_shows_is_seen_in_a_checkpoint(own, tokenizer, tmp_path):
+def test_checkpoint_detects_a_changed_attention_switch(own, tokenizer, tmp_path):
     """A row of one id before the target attends to that alone, whatever its queries are."""
     attention, inp = (
         own.model.layers[0].self_attn,
@@ -287,9 +287,7 @@ def test_a_switch_that_attention_alone_shows_is_seen_in_a_checkpoint(own, tokeni
         attribution.attribute(inp, [5], checkpoint=path)
 
 
-def test_another_configuration_of_generation_counts_where_something_is_generated(
-    own, tokenizer, tmp_path
-):
+def test_generation_config_counts_if_text_is_generated(own, tokenizer, tmp_path):
     attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
     options = {"gen_args": {"max_new_tokens": 2}}
     written = [{"prompt": PROMPT}]
@@ -312,7 +310,7 @@ def test_another_configuration_of_generation_counts_where_something_is_generated
         attribute_dataset(both, attribution, tmp_path / "given")
 
 
-def test_adapters_of_peft(own, tokenizer):
+def test_peft_adapters(own, tokenizer):
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(own, settings, adapter_name="one")

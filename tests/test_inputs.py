@@ -51,7 +51,7 @@ def _input_or_skip(text, tokenizer, unit, **arguments):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=170, deadline=None)  # 12 combinations: more than 2,000 cases
 @given(TEXTS, st.randoms(use_true_random=False))
-def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
+def test_rendering_changes_only_absent_features(name, unit, text, rng):
     tokenizer = TOKENIZERS[name]
     # Ids that no vocabulary has mark what stands where.
     inp = _input_or_skip(text, tokenizer, unit, baselines=lambda slot, _: [10**6 + slot.index])
@@ -76,7 +76,7 @@ def test_rendering_touches_only_the_absent_features(name, unit, text, rng):
 @pytest.mark.parametrize("unit", ["word", "sentence"])
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from("Dave lives. FL,\n\té🙂ñ!"), min_size=1).filter(str.strip))
-def test_a_features_ids_are_the_text_of_the_feature(unit, text):
+def test_feature_ids_decode_to_feature_text(unit, text):
     # In scripts without spaces a byte-level token may hold the end of one character and the
     # beginning of the next: it then belongs to the first.
     tokenizer = TOKENIZERS["byte-level"]
@@ -93,7 +93,7 @@ def test_names_spell_the_features(name):
     assert "".join(piece.text for piece in inp.pieces).removeprefix("<s>") == text
 
 
-def test_special_tokens_are_features_only_when_asked_for(tokenizer):
+def test_special_tokens_are_features_on_request(tokenizer):
     assert TextSegmentInput("Dave lives", tokenizer, baselines="delete").names == ["Dave", " lives"]
     inp = TextSegmentInput(
         "Dave lives", tokenizer, special_tokens_are_features=True, baselines="delete"
@@ -106,7 +106,7 @@ def test_special_tokens_are_features_only_when_asked_for(tokenizer):
     assert marked.names == ["<s>", "Dave", "</s>", " lives"]
 
 
-def test_special_tokens_in_the_text_belong_to_the_features_that_they_are_in(tokenizer):
+def test_special_tokens_in_text_belong_to_their_feature(tokenizer):
     text = "Dave</s> lives.<s>\n Go</s>"
     for unit in ("token", "word", "sentence", [(0, 8), (8, len(text))], [(4, 8), (15, 18)]):
         inp = TextSegmentInput(text, tokenizer, unit, baselines="delete")
@@ -119,14 +119,14 @@ def test_special_tokens_in_the_text_belong_to_the_features_that_they_are_in(toke
         assert "".join(piece.text for piece in inp.pieces) == "<s>" + text
 
 
-def test_words_that_the_vocabulary_does_not_know_are_features():
+def test_unknown_words_are_features():
     tokenizer = TOKENIZERS["word piece"]
     inp = TextSegmentInput("Dave ☃ lives", tokenizer, baselines="delete")
     assert inp.names == ["Dave", " ☃", " lives"]
     assert inp.slots[1].ids == (tokenizer.unk_token_id,)
 
 
-def test_a_sentence_is_absent_with_the_special_tokens_in_it(tokenizer):
+def test_sentence_is_absent_with_its_special_tokens(tokenizer):
     inp = TextSegmentInput(
         "Dave</s> lives. Go.", tokenizer, "sentence", baselines=lambda s, g: [7, 8]
     )
@@ -162,7 +162,7 @@ def test_replacement_text_is_tokenised_in_place(name):
     )
 
 
-def test_draws_follow_the_generator_and_the_draw_number(tokenizer):
+def test_draws_follow_generator_and_draw_number(tokenizer):
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines=[["Ann", "Bob", "Eve"], "x", "y"])
     masks = torch.tensor([[False, True, True]] * 40)
     rows = [row.ids for row in inp.render(masks, _generator())]
@@ -181,7 +181,7 @@ def test_draws_follow_the_generator_and_the_draw_number(tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["token", ("paragraph", "sentence", "word")])
-def test_a_long_prompt_takes_no_quadratic_time(tokenizer, unit):
+def test_long_prompt_takes_no_quadratic_time(tokenizer, unit):
     # 100,000 characters and 22,000 words: a quadratic step would run for minutes.
     text = "Dave lives in Palm Coast, FL and is a lawyer. " * 2200
     inp = TextSegmentInput(
@@ -191,7 +191,7 @@ def test_a_long_prompt_takes_no_quadratic_time(tokenizer, unit):
     assert _render(inp, [True] * inp.n_features) == inp.ids
 
 
-def test_works_as_an_interpretable_input_of_captum(tokenizer):
+def test_input_is_a_captum_interpretable_input(tokenizer):
     inp = TextSegmentInput("Dave lives in", tokenizer, baselines="delete")
     assert torch.equal(inp.to_tensor(), torch.ones(1, 3))
     assert inp.to_model_input().tolist() == [tokenizer.encode("Dave lives in")]
@@ -202,7 +202,7 @@ def test_works_as_an_interpretable_input_of_captum(tokenizer):
     assert inp.format_attr(attr) is attr
 
 
-def test_tokens_that_run_across_words_make_one_feature(tokenizer):
+def test_words_sharing_a_token_form_one_feature(tokenizer):
     class Crossing(tiny.NoOffsets):
         is_fast = True
 
@@ -227,18 +227,18 @@ def test_tokens_that_run_across_words_make_one_feature(tokenizer):
         ({"baselines": ["a"]}, ValueError, "has 1 entries for 3 features"),
         ({"baselines": ["a", "b", []]}, ValueError, r"baselines\[2\]` is an empty list"),
         ({"baselines": ["a", "b", 3]}, TypeError, r"baselines\[2\]` is 3"),
-        ({"baselines": "nonsense"}, ValueError, "no token of this vocabulary"),
+        ({"baselines": "nonsense"}, ValueError, "not a token of this vocabulary"),
         ({"baselines": {"Dave": "Ann"}}, ValueError, "has nothing for"),
         ({"baselines": 1.5}, TypeError, "`baselines` is a float"),
     ],
 )
-def test_bad_inputs_say_what_to_do(tokenizer, arguments, error, message):
+def test_bad_inputs_are_refused(tokenizer, arguments, error, message):
     settings = {"text": "Dave lives in", "tokenizer": tokenizer} | arguments
     with pytest.raises(error, match=message):
         TextSegmentInput(**settings)
 
 
-def test_a_baseline_that_returns_nonsense_is_named(tokenizer):
+def test_bad_baseline_output_is_refused_by_name(tokenizer):
     inp = TextSegmentInput("Dave lives", tokenizer, baselines=lambda slot, generator: None)
     with pytest.raises(TypeError, match="the baseline returned None for 'Dave'"):
         _render(inp, [False, True])
@@ -253,7 +253,7 @@ def _generated(tokenizer, text, unit):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_words_of_the_output_are_whole_tokens(name):
+def test_output_words_are_whole_tokens(name):
     generated, ids = _generated(TOKENIZERS[name], " golf, chess and golf.", "word")
     texts = ["".join(p.text for p in generated.pieces if p.feature == g) for g in range(4)]
     assert [text.strip().replace(" ,", ",").replace(" .", ".") for text in texts] == [
@@ -272,13 +272,13 @@ def test_words_of_the_output_are_whole_tokens(name):
         assert own == (None if t in firsts else group)
 
 
-def test_special_tokens_of_the_output_are_words_of_their_own(tokenizer):
+def test_output_special_tokens_are_separate_words(tokenizer):
     ids = [*tokenizer.encode(" golf.", add_special_tokens=False), 2]
     generated = GeneratedText(ids, tokenizer, "word")
     assert generated.names == [" golf.", "</s>"]
 
 
-def test_fixed_stretches_between_spans_of_the_output(tokenizer):
+def test_fixed_text_between_output_spans(tokenizer):
     generated, ids = _generated(tokenizer, " golf and chess", [(10, 15)])
     assert generated.names == [" chess"] or generated.names == ["chess"]
     assert generated.groups.count(None) + generated.groups.count(0) == len(ids)
@@ -288,7 +288,7 @@ def test_fixed_stretches_between_spans_of_the_output(tokenizer):
     assert rows[0].positions[: len(kept) + 1] == list(range(len(kept) + 1))
 
 
-def test_nothing_left_before_the_target_begins_with_bos(tokenizer):
+def test_empty_row_begins_with_bos(tokenizer):
     generated, ids = _generated(tokenizer, " golf", "token")
     rows = generated.render(
         [RenderedPrompt(())], torch.ones(1, generated.n_features, dtype=torch.bool), _generator()
@@ -323,7 +323,7 @@ class Staying:
         (Bonds(phrases=[[2, 3]], ties=[[1, 2]]), [0, 4]),
     ],
 )
-def test_what_stays_in_place_unless_its_neighbours_go_may_change(bonds, expected, tokenizer):
+def test_unchanging_features_follow_phrases(bonds, expected, tokenizer):
     inp = TextSegmentInput("Dave lives in Palm Coast", tokenizer, baselines=Staying(bonds))
     assert inp.n_features == 5
     assert inp.unchanging() == expected

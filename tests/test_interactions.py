@@ -62,7 +62,7 @@ def terms(n: int, seed: int, n_terms: int, longest: int) -> tuple[object, Tensor
 
 
 @pytest.mark.parametrize("kind", ["product", "local"])
-def test_covariances_are_those_of_the_games_that_the_kernel_stands_for(kind):
+def test_covariances_equal_those_of_the_kernels_games(kind):
     """Every interaction is a game of its own, with Shapley values by enumeration."""
     n = 6
     generator = seeded(0)
@@ -108,7 +108,7 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
-def test_interactions_beat_the_regression_and_cost_what_they_may(share):
+def test_interaction_correction_is_more_accurate_within_its_cost(share):
     """With a third of the effort, a part of the rows is fitted and the others correct it."""
     n, ratios = 40, []
     full = cost(8 * n - 1, 8 * n - 1, n)
@@ -124,7 +124,7 @@ def test_interactions_beat_the_regression_and_cost_what_they_may(share):
     assert sorted(ratios)[3] < 0.75
 
 
-def test_which_features_interact_is_learnt_from_the_values():
+def test_interacting_features_are_learnt_from_values():
     """Most features matter together alone: what single features do gives little of it away."""
     n, ratios = 36, []
     for seed in range(7):
@@ -162,7 +162,7 @@ def test_which_features_interact_is_learnt_from_the_values():
     assert sorted(ratios)[3] < 0.8
 
 
-def test_rows_that_are_not_fitted_still_count():
+def test_unfitted_rows_correct_the_estimate():
     n = 30
     worth, truth = terms(n, 3, n_terms=20, longest=4)
     plan = anchored(plan_pairs(n, 40 * n, generator=seeded(3)))
@@ -189,7 +189,7 @@ def test_rows_that_are_not_fitted_still_count():
 @pytest.mark.parametrize("kind", ["pairs", "permutations"])
 @pytest.mark.parametrize("multiple", [8, 16])
 @pytest.mark.parametrize("longest", [3, 8])
-def test_intervals_cover_at_small_budgets(kind, multiple, longest):
+def test_intervals_have_coverage_at_small_budgets(kind, multiple, longest):
     """1.96 standard errors cover .90 to .98 of the truth, at 8n and at 16n."""
     n, covered = 40, []
     for seed in range(10):
@@ -208,7 +208,7 @@ def test_intervals_cover_at_small_budgets(kind, multiple, longest):
     assert sum(covered) / len(covered) < 0.995
 
 
-def test_what_rests_on_tame_observations_is_less_certain():
+def test_errors_account_for_uneven_residuals():
     """Expected left-out errors are 1; the game keeps to a quarter of that on half of the rows."""
     surprise = torch.tensor([0.25, 0.25, 1.75, 1.75])
     everywhere, tame, wild = torch.ones(4), surprise.lt(1).float(), surprise.gt(1).float()
@@ -239,7 +239,7 @@ def brute_force_share(worth: object, n: int) -> float:
     return float(1 - (weights * left.square()).sum() / (weights * (y - mean).square()).sum())
 
 
-def test_additive_fit_is_the_share_explained_where_everything_was_scored():
+def test_additive_fit_equals_explained_variance_of_all_coalitions():
     n = 6
     worth, _ = terms(n, 2, n_terms=5, longest=4)
     expected = brute_force_share(worth, n)
@@ -250,7 +250,7 @@ def test_additive_fit_is_the_share_explained_where_everything_was_scored():
         assert float(share) == pytest.approx(expected, abs=1e-9)
 
 
-def test_additive_fit_of_a_sample_approaches_that_of_all_coalitions():
+def test_additive_fit_of_a_sample_converges():
     n = 12
     shares, expected = [], []
     for seed in range(8):
@@ -261,7 +261,7 @@ def test_additive_fit_of_a_sample_approaches_that_of_all_coalitions():
     assert shares == pytest.approx(expected, abs=0.06)
 
 
-def test_few_coalitions_do_not_look_additive():
+def test_additive_fit_is_not_inflated_by_few_coalitions():
     """As many unknowns as observations fit anything; left out, noise is not predicted."""
     n = 40
     plan = anchored(plan_pairs(n, 2 * n, generator=seeded(0)))
@@ -270,7 +270,7 @@ def test_few_coalitions_do_not_look_additive():
     assert float(additive_fit(plan, noise, scope).mean()) < 0.05
 
 
-def test_additive_games_and_constants_are_additive():
+def test_additive_fit_of_additive_and_constant_games():
     n = 10
     plan = anchored(plan_pairs(n, 100, generator=seeded(0)))
     values = torch.stack(
@@ -292,7 +292,7 @@ def either(masks: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("n", [9, 30])
-def test_redundant_features_are_found_and_needed_ones_are_not(n):
+def test_redundant_features_are_detected(n):
     plan = plan_exact(n) if n < 12 else plan_pairs(n, 16 * n, generator=seeded(1))
     plan = anchored(plan)
     (pairs,) = redundant_pairs(plan, either(plan.masks)[:, None], whole(n))
@@ -307,7 +307,7 @@ def test_redundant_features_are_found_and_needed_ones_are_not(n):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_redundant_in_additive_games_and_noise(seed):
+def test_no_redundancy_in_additive_games_and_noise(seed):
     n = 25
     plan = anchored(plan_pairs(n, 12 * n, generator=seeded(seed)))
     weights = torch.randn(n, generator=seeded(seed)).double()
@@ -319,7 +319,7 @@ def test_nothing_is_redundant_in_additive_games_and_noise(seed):
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_very_few_features_have_no_redundancy_and_are_additive(n):
+def test_very_few_features_have_no_redundancy(n):
     plan = anchored(plan_permutations(n, 2, generator=seeded(0)))
     values = plan.masks.double().sum(1, keepdim=True)
     assert redundant_pairs(plan, values, whole(n)) == [[]]
@@ -328,7 +328,7 @@ def test_very_few_features_have_no_redundancy_and_are_additive(n):
 
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
-def test_gradients_of_relevances_are_those_of_automatic_differentiation(local, paired):
+def test_relevance_gradients_equal_autograd(local, paired):
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(60, 9, generator=generator) < torch.rand(60, 1, generator=generator)
     x = masks.double() - masks.double().mean(1, keepdim=True)

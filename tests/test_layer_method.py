@@ -34,14 +34,14 @@ IDS = torch.tensor([[1, 2, 3]])
         (1, None, "the model does not expose which one embeds token ids"),
     ],
 )
-def test_a_layer_that_cannot_be_explained(runs, layer, message):
+def test_unsupported_layer_is_refused(runs, layer, message):
     net = Net(runs)
     method = LayerSaliency(net, layer and getattr(net, layer))
     with pytest.raises(ValueError, match=message):
         method.attribute(IDS, target=1)
 
 
-def test_the_input_of_a_layer_is_the_output_of_the_one_before():
+def test_layer_input_equals_previous_layer_output():
     net = Net()
     inputs = LayerSaliency(net, net.first).attribute(IDS, target=1, attribute_to_layer_input=True)
     outputs = LayerSaliency(net, net.embedding).attribute(IDS, target=1)
@@ -50,7 +50,7 @@ def test_the_input_of_a_layer_is_the_output_of_the_one_before():
     assert torch.allclose(inputs[0], weights.norm().expand(3), atol=1e-6)
 
 
-def test_ids_have_no_gradients():
+def test_gradient_of_token_ids_is_refused():
     net = Net()
     method = LayerSaliency(net, net.embedding)
     with pytest.raises(ValueError, match="layer Embedding gives no numbers that have gradients"):

@@ -91,7 +91,7 @@ def close(found, expected, atol=1e-12):
 # Curves on any game ------------------------------------------------------------------------------
 
 
-def test_a_linear_games_curves_are_sums_of_its_weights():
+def test_curves_of_a_linear_game_are_sums_of_weights():
     weights = [0.5, 3.0, -1.0, 2.0, 0.0]
     down = [4.5 + 1.0, 2.5, 0.5, 0.0, 0.0, 1.0]  # base 1, from all: 3, 2, .5, 0, -1 are taken out
     game = linear(weights, base=1.0)
@@ -113,7 +113,7 @@ def test_a_linear_games_curves_are_sums_of_its_weights():
     assert not upwards.area.higher_is_better
 
 
-def test_curves_and_their_reference_are_those_of_a_loop_over_orders():
+def test_curves_and_reference_equal_a_plain_loop():
     n, game = 4, tabled(4)
     attr = [0.3, -0.2, 0.9, 0.1]
     order = [2, 0, 3, 1]
@@ -151,14 +151,14 @@ def test_scores_of_few_features():
     assert str(lost).startswith("comprehensiveness@2 5.00 (random order: ")
 
 
-def test_the_sign_of_attributions_counts():
+def test_curves_use_signed_attributions():
     # By magnitude the feature that lowers the value would go first, and the value rise.
     weights = [1.0, -5.0, 2.0]
     values = perturbation_curve(weights, linear(weights)).values.value
     close(values, [-2.0, -4.0, -5.0, 0.0])
 
 
-def test_many_features_go_several_at_a_time():
+def test_many_features_are_removed_in_steps():
     n = 101
     weights = np.random.default_rng(0).normal(size=n)
     recorded = Recorded(linear(weights), n)
@@ -170,14 +170,14 @@ def test_many_features_go_several_at_a_time():
     close(curve.values.value, down[curve.sizes], atol=1e-10)
 
 
-def test_equal_coalitions_are_asked_once():
+def test_equal_coalitions_are_evaluated_once():
     recorded = Recorded(tabled(3), 3)
     perturbation_curve([3.0, 2.0, 1.0], recorded, n_orders=50)
     (masks,) = recorded.calls
     assert len(masks) == len(np.unique(masks, axis=0)) == 8
 
 
-def test_areas_have_no_share_where_features_together_raise_nothing():
+def test_normalised_area_is_undefined_without_total_effect():
     for weights in ([1.0, -1.0], [-1.0, -2.0]):
         curve = perturbation_curve(weights, linear(weights))
         assert np.isnan(float(curve.normalized_area))
@@ -186,7 +186,7 @@ def test_areas_have_no_share_where_features_together_raise_nothing():
     assert np.isnan(float(rounding.normalized_area))
 
 
-def test_areas_have_no_share_where_full_and_empty_differ_within_their_error():
+def test_normalised_area_is_undefined_within_error():
     class Drawn(Recorded):
         def draw_values(self, masks):
             return np.stack([masks.sum(1) * slope for slope in slopes])
@@ -200,7 +200,7 @@ def test_areas_have_no_share_where_full_and_empty_differ_within_their_error():
     assert float(sure.value.standard_error) == pytest.approx(0.0, abs=1e-12)
 
 
-def test_equal_attributions_are_judged_by_no_place():
+def test_tied_attributions_do_not_depend_on_position():
     # One feature of twelve matters; where no attribution says so, on average it goes in the middle.
     n, areas = 12, []
     game = linear(np.eye(n)[0])
@@ -210,7 +210,7 @@ def test_equal_attributions_are_judged_by_no_place():
     assert abs(np.mean(areas) - 0.5) < 4 * 0.037
 
 
-def test_random_attributions_are_as_good_as_the_reference():
+def test_random_attributions_score_as_the_reference():
     n, game = 8, tabled(8, seed=3)
     gains = {"removal": [], "comprehensiveness": [], "lds": []}
     for seed in range(40):
@@ -226,7 +226,7 @@ def test_random_attributions_are_as_good_as_the_reference():
 
 
 @pytest.mark.parametrize("n", [4, 30])
-def test_the_score_of_a_linear_games_weights_is_one(n):
+def test_lds_of_linear_game_weights_is_one(n):
     weights = np.random.default_rng(1).normal(size=n)
     weights[-2:] = 0.0  # so that sums of other features tie
     score = linear_datamodeling_score(weights, linear(weights, base=-3.0))
@@ -237,7 +237,7 @@ def test_the_score_of_a_linear_games_weights_is_one(n):
     assert float(reverse) == pytest.approx(-1.0, abs=1e-12)
 
 
-def test_ranks_correlate_as_scipy_says():
+def test_rank_correlation_equals_scipy():
     draw = np.random.default_rng(0)
     x, y = draw.integers(0, 5, size=(3, 40)), draw.normal(size=(3, 40)).round(1)
     found = spearman(torch.tensor(x).double(), torch.tensor(y))
@@ -245,7 +245,7 @@ def test_ranks_correlate_as_scipy_says():
     assert spearman(torch.zeros(1, 4).double(), torch.rand(1, 4).double()).isnan().all()
 
 
-def test_the_score_is_scipys_over_the_coalitions_asked():
+def test_lds_equals_scipy_over_its_coalitions():
     n = 9
     recorded = Recorded(tabled(n, seed=2), n)
     attr = np.random.default_rng(4).normal(size=n)
@@ -259,7 +259,7 @@ def test_the_score_is_scipys_over_the_coalitions_asked():
     assert abs(float(some) - float(score)) < 4 * float(some.value.standard_error)
 
 
-def test_the_jackknife_tells_how_scores_of_other_coalitions_differ():
+def test_jackknife_error_equals_spread_over_coalition_samples():
     n, game = 12, tabled(12, seed=5)
     weights = np.random.default_rng(6).normal(size=n)
 
@@ -274,7 +274,7 @@ def test_the_jackknife_tells_how_scores_of_other_coalitions_differ():
     assert all(float(run.value.standard_error) > 0 for run in few)
 
 
-def test_numbers_of_other_packages_are_measured_side_by_side():
+def test_attributions_of_other_packages_are_measured():
     weights = [3.0, 1.0, -2.0, 0.5]
     recorded = Recorded(linear(weights), 4)
     given = {"right": weights, "wrong": [-w for w in weights]}
@@ -300,7 +300,7 @@ def test_numbers_of_other_packages_are_measured_side_by_side():
 # Standard errors ---------------------------------------------------------------------------------
 
 
-def test_the_jackknife_of_a_mean_is_its_textbook_error():
+def test_jackknife_of_a_mean_is_its_standard_error():
     values = torch.tensor(np.random.default_rng(0).normal(size=(7, 3)))
     mean, left_out = average(values)
     found = Estimate(mean, {"draws": left_out})
@@ -311,7 +311,7 @@ def test_the_jackknife_of_a_mean_is_its_textbook_error():
     assert str(Estimate(torch.tensor(-1e-9))) == "0.00"
 
 
-def test_what_two_have_in_common_cancels():
+def test_paired_difference_cancels_common_noise():
     noise = torch.tensor(np.random.default_rng(0).normal(size=(9,)))
     first = Estimate(*(lambda m, o: (m, {"draws": o}))(*average(noise + 1.0)))
     second = Estimate(*(lambda m, o: (m, {"draws": o}))(*average(noise)))
@@ -323,7 +323,7 @@ def test_what_two_have_in_common_cancels():
     close(exact.standard_error, first.standard_error)
 
 
-def test_draws_of_a_game_tell_errors(model, tokenizer):
+def test_game_draws_give_errors(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CHOICES)
     attribution = GenerationAttribution(ShapleyValues(model), tokenizer)
     game = attribution.to_game(inp, TARGET, n_draws=5)
@@ -363,7 +363,7 @@ def test_draws_of_a_game_tell_errors(model, tokenizer):
     ],
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_mistakes_are_told(call, message):
+def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(Recorded(linear([1.0, 2.0, 3.0]), 3))
 
@@ -372,7 +372,7 @@ def test_mistakes_are_told(call, message):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_values_are_those_of_plain_forwards(model, tokenizer):
+def test_values_equal_plain_forwards(model, tokenizer):
     unknown = tokenizer.unk_token_id
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=unknown)
     attribution = GenerationAttribution(ShapleyValues(model), tokenizer)
@@ -409,7 +409,7 @@ def test_values_are_those_of_plain_forwards(model, tokenizer):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_the_whole_target_is_measured_by_the_prompt(model, tokenizer):
+def test_whole_target_is_measured_on_prompt_features(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=tokenizer.unk_token_id)
     for attr_target in ("log_prob", "prob"):
         attribution = GenerationAttribution(
@@ -448,7 +448,7 @@ def test_spans_and_words(model, tokenizer):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_captums_inputs_and_gradients(model, tokenizer):
+def test_captum_inputs_and_gradient_results(model, tokenizer):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     # Columns of one group show one score: it is one player.
     template = TextTemplateInput(
@@ -475,7 +475,7 @@ def test_captums_inputs_and_gradients(model, tokenizer):
     )
 
 
-def test_the_absence_is_told_and_warned_of(model, tokenizer):
+def test_baselines_are_reported_and_deletion_warns(model, tokenizer):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     for baselines, output, told in [
         (None, None, "deleted"),
@@ -502,7 +502,7 @@ def test_the_absence_is_told_and_warned_of(model, tokenizer):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_what_does_not_fit_is_refused(model, tokenizer):
+def test_mismatched_results_are_refused(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=3)
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     result = attribution.attribute(inp, TARGET)
@@ -534,7 +534,7 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
     logits = GenerationAttribution(FeatureAblation(model), tokenizer, attr_target="logit")
     refused("'FeatureAblation' explains 'log_prob', `attribution` scores 'logit'", of=logits)
     refused("`output_unit` and `output_baselines` have no meaning", output_unit="word")
-    refused("there is no token 9", token=9)
+    refused("there is no target token 9", token=9)
     refused("0 target tokens are 'chess'", token="chess")
     refused("which is empty", token=(2, 2))
     refused("`token` is 1.5: give the position or the text", TypeError, token=1.5)
@@ -553,7 +553,7 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_a_result_of_another_model_is_told(model, tokenizer, smooth):
+def test_result_of_another_model_warns(model, tokenizer, smooth):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=3)
     result = GenerationAttribution(FeatureAblation(smooth), tokenizer).attribute(inp, TARGET)
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -577,7 +577,7 @@ def demo():
     return attribution, inp, results, report
 
 
-def test_the_citys_attribution_is_faithful_and_that_of_deletion_is_not(demo):
+def test_same_slot_attribution_is_more_faithful_than_deletion(demo):
     *_, report = demo
     assert isinstance(report, FaithfulnessReport)
     assert report.absence == "corpus"
@@ -597,13 +597,13 @@ def test_the_citys_attribution_is_faithful_and_that_of_deletion_is_not(demo):
 
 
 @pytest.mark.filterwarnings(OFF)
-def test_measured_by_deletion_it_is_the_other_way_round(demo):
+def test_deletion_metric_reverses_the_order(demo):
     attribution, inp, results, _ = demo
     report = measure_faithfulness(attribution, inp.with_baselines(None), results, token="surfing")
     assert float(report.difference("corpus", "deleted")["area_between"]) < 0
 
 
-def test_reports_are_the_same_again_and_draws_are_their_own(demo):
+def test_reports_are_reproducible_with_independent_draws(demo):
     attribution, inp, results, report = demo
     again = measure_faithfulness(attribution, inp, results, token="surfing", seed=1)
     assert again.to_dict() == report.to_dict()
@@ -611,7 +611,7 @@ def test_reports_are_the_same_again_and_draws_are_their_own(demo):
     assert float(report.empty) != pytest.approx(game.empty_coalition_value)
 
 
-def test_reports_as_text_data_and_pictures(demo, monkeypatch):
+def test_report_text_dict_and_plots(demo, monkeypatch):
     *_, report = demo
     lines = str(report).splitlines()
     assert lines[0] == repr(report)
@@ -642,7 +642,7 @@ def test_reports_as_text_data_and_pictures(demo, monkeypatch):
         report.plot("deletion")
 
 
-def test_areas_in_nats_are_shown_where_there_is_no_share(model, tokenizer):
+def test_areas_in_nats_are_shown_without_normalisation(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, baselines=CHOICES)
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     shares = set()
@@ -654,7 +654,7 @@ def test_areas_in_nats_are_shown_where_there_is_no_share(model, tokenizer):
     assert shares == {True, False}
 
 
-def test_a_callable_that_is_called_like_a_known_value_is_measured_by_itself(model, tokenizer):
+def test_callable_named_like_an_attr_target_is_measured(model, tokenizer):
     def log_prob(logits, target):
         return logits[:, range(len(target)), target]
 
@@ -671,7 +671,7 @@ def test_a_callable_that_is_called_like_a_known_value_is_measured_by_itself(mode
         measure_faithfulness(plain, inp, result)
 
 
-def test_a_corpus_of_another_kind_is_warned_of_as_deletion_is():
+def test_unrelated_corpus_warns_as_deletion():
     model, tokenizer, texts = load_demo()
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     rng = random.Random(0)
@@ -684,8 +684,8 @@ def test_a_corpus_of_another_kind_is_warned_of_as_deletion_is():
     measure_faithfulness(attribution, related, result, **counts)  # warnings are errors here
     unrelated = related.with_baselines(CorpusBaselines(news))
     with (
-        pytest.warns(UserWarning, match="have no place like theirs in this corpus"),
-        pytest.warns(UserWarning, match="any text of a corpus of another kind") as warned,
+        pytest.warns(UserWarning, match="have no similar context in this corpus"),
+        pytest.warns(UserWarning, match="arbitrary text of an unrelated corpus") as warned,
     ):
         measure_faithfulness(attribution, unrelated, result, **counts)
     assert any(w.filename == __file__ for w in warned)

@@ -81,7 +81,7 @@ def next_word(demo, text, word):
         ("lawyer", ".", "Ġ[a-z]+"),
     ],
 )
-def test_draws_are_of_the_models_own_distribution(demo, word, after, pattern):
+def test_draws_follow_the_models_distribution(demo, word, after, pattern):
     """Its own text included, over all words of its kind, given the text before and the next words.
 
     By a plain forward pass per word.
@@ -127,7 +127,7 @@ def test_draws_are_of_the_models_own_distribution(demo, word, after, pattern):
         ("Dave lives in Palm Coast, FL and is a lawyer. He", " lives", "Ġ[a-z].*"),
     ],
 )
-def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt, said, pattern):
+def test_candidates_are_weighted_by_answer_likelihood(demo, prompt, said, pattern):
     """Each candidate by how likely a word like the answer comes after it, and close to the answer
     by what follows such a word: plain forward passes."""
     model, tokenizer = demo
@@ -196,7 +196,7 @@ def test_what_may_stand_there_is_weighed_by_the_kind_of_the_answer(demo, prompt,
     assert (n_far > 0) == ("lawyer" in prompt)
 
 
-def test_what_is_weighed_once_is_not_weighed_again(demo):
+def test_candidate_weights_are_cached(demo):
     inp = words(PROMPT, demo[1], ModelBaselines())
     fits = []
 
@@ -211,7 +211,7 @@ def test_what_is_weighed_once_is_not_weighed_again(demo):
     assert len(fits) == 1
 
 
-def test_what_grammar_determines_is_not_blamed():
+def test_grammatically_determined_words_get_no_attribution():
     """Of a pronoun "because" says that it comes, "Anna" which one."""
     names = {"Anna": "she", "Mary": "she", "Tom": "he", "Raj": "he"}
     endings = ("because {} won", "in Oslo", "in Rome", "at Lima")
@@ -226,7 +226,7 @@ def test_what_grammar_determines_is_not_blamed():
         assert max(abs(verb), abs(conjunction)) < name / 5
 
 
-def test_what_comes_after_a_word_tells_its_sort():
+def test_right_context_selects_candidates():
     """Four other words are likelier after "was", and none of them makes anybody eat."""
     moods = ("hungry", "tired", "sad", "bored")
     states = ("born", "killed", "hired", "married")
@@ -312,7 +312,7 @@ def lists():
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_what_the_answer_says_is_said_of_nothing_else(lists, place):
+def test_answer_word_is_no_candidate_elsewhere(lists, place):
     """Where it stands for another member of the list, the answer is that one."""
     model, tokenizer = lists
     own = ["cup", "hat", "pen"]
@@ -328,7 +328,7 @@ def test_what_the_answer_says_is_said_of_nothing_else(lists, place):
         assert ("key" in said) == (name.strip(" ,.") == "key"), name
 
 
-def test_another_ending_is_the_same_word(lists):
+def test_inflected_answer_word_is_no_candidate(lists):
     model, tokenizer = lists
     asked = bound((model, tokenizer))
 
@@ -375,10 +375,10 @@ class Asks(Likelihood):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.asked = []
+        self.continuation_ids = []
 
     def log_probs_between(self, beginnings, texts, rests):
-        self.asked += beginnings
+        self.continuation_ids += beginnings
         return super().log_probs_between(beginnings, texts, rests)
 
 
@@ -402,7 +402,7 @@ class Asks(Likelihood):
         ),
     ],
 )
-def test_no_word_is_tried_that_cannot_matter(counts, kept, asked):
+def test_negligible_candidates_are_not_scored(counts, kept, asked):
     """Of "hungry" in its place, by the counts of a world in which "!" is said to be no mood."""
     sentences = [
         f"Anna was {word[:-1]} in May." if word.endswith("!") else f"Anna was {word}, so she left."
@@ -412,10 +412,10 @@ def test_no_word_is_tried_that_cannot_matter(counts, kept, asked):
     model = Asks(*counting(sentences))
     text = "Anna was hungry, so"
     alternatives = Alternatives(text, model, 4, (0, len(text)))
-    del model.asked[:]
+    del model.continuation_ids[:]
     place = text.index("hungry"), text.index(",")
     found = alternatives.fitting(place)
-    assert {word.removeprefix("Anna was ") for word in model.asked} == asked
+    assert {word.removeprefix("Anna was ") for word in model.continuation_ids} == asked
     # What is as good as nothing is left out where texts are drawn.
     shares = {word: share / sum(found.values()) for word, share in found.items()}
     assert {word for word, share in shares.items() if share > 0.01} == kept
@@ -425,7 +425,7 @@ def test_no_word_is_tried_that_cannot_matter(counts, kept, asked):
 
 
 @pytest.mark.parametrize("city", ["Salt Lake City", "Mary Ann Creek"])
-def test_names_after_a_word_do_not_make_it_certain(city):
+def test_later_words_of_a_name_do_not_determine_it(city):
     """Words of a name would each be certain from the others."""
     others = ("Boston", "Reno", "Palm Coast")
     model, tokenizer = counting([f"Tom lives in {c} and is fine." for c in (city, *others)])
@@ -435,7 +435,7 @@ def test_names_after_a_word_do_not_make_it_certain(city):
     assert first.determined < 0.5
 
 
-def test_what_the_text_before_determines_stays(demo):
+def test_word_determined_by_left_context_stays(demo):
     baselines = bound(demo)
     found = baselines.matches(words(PROMPT, demo[1], baselines))
     matches = dict(zip(PROMPT.split(), found, strict=True))
@@ -443,7 +443,7 @@ def test_what_the_text_before_determines_stays(demo):
     assert not any(matches[word].constant for word in ("Dave", "Palm", "FL", "lawyer."))
 
 
-def test_words_of_a_phrase_are_absent_together(demo):
+def test_phrase_words_are_absent_together(demo):
     """Without "Palm" nothing says "Coast": whichever of the two is absent, both are."""
     inp = words(PROMPT, demo[1], ModelBaselines()).with_model(Likelihood(*demo))
     masks = torch.ones(60, inp.n_features, dtype=torch.bool)
@@ -458,7 +458,7 @@ def test_words_of_a_phrase_are_absent_together(demo):
 
 
 @pytest.mark.parametrize("method", [FeatureAblation, KernelShap])
-def test_causes_are_named_from_a_prompt_alone(demo, method):
+def test_causes_are_found_without_a_corpus(demo, method):
     """The grammar of the little model: hobbies come of the job, the city, and state and job."""
     model, tokenizer = demo
     inp = words(PROMPT, tokenizer, ModelBaselines())
@@ -474,7 +474,7 @@ def test_causes_are_named_from_a_prompt_alone(demo, method):
     assert strongest["history"] == {"FL", "lawyer"}
 
 
-def test_equal_seeds_draw_equally(demo):
+def test_equal_seeds_give_equal_draws(demo):
     inp = words(PROMPT, demo[1], ModelBaselines())
     masks = torch.rand(20, inp.n_features, generator=torch.Generator().manual_seed(1)) > 0.5
     first, again, other = (
@@ -484,7 +484,7 @@ def test_equal_seeds_draw_equally(demo):
     assert first == again != other
 
 
-def test_of_several_words_candidates_end_where_the_feature_does(demo):
+def test_multi_word_candidates_end_with_the_feature(demo):
     baselines = bound(demo)
     text = "Anna lives in Palm Coast, FL and is a nurse."
     inp = words(text, demo[1], baselines, [(text.index("Palm"), text.index(","))])
@@ -508,7 +508,7 @@ def test_of_several_words_candidates_end_where_the_feature_does(demo):
     ],
 )
 @pytest.mark.parametrize("make", [tiny.byte_level, tiny.metaspace, tiny.word_piece])
-def test_any_text(text, make):
+def test_any_text_is_supported(text, make):
     tokenizer = make()
     model = tiny.llama(len(tokenizer))
     inp = words(text, tokenizer, ModelBaselines(n_candidates=3)).with_model(
@@ -554,12 +554,12 @@ def scripts_of(texts):
         ("2b", "a", False),
     ],
 )
-def test_a_letter_of_several_scripts_is_none_of_a_script(text, own, keeps):
+def test_common_script_letters_match_any_script(text, own, keeps):
     assert keeps_script(text, own) == keeps
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_word_keeps_its_script(script):
+def test_replacement_keeps_the_script(script):
     """Where nothing comes before a word, all scripts are as likely; so they are as answers."""
     model, tokenizer = counting([text for own in SCRIPTS.values() for text in own])
     first = {text.split()[0] for text in SCRIPTS[script]}
@@ -572,10 +572,10 @@ def test_a_word_keeps_its_script(script):
 
 
 @pytest.mark.parametrize("text", ["... ?!", "東京は日本の首都です。", "باريس هي عاصمة", "🙂🙂 🙂"])
-def test_where_no_other_text_is_known_nothing_is_absent_and_that_is_told(demo, text):
+def test_feature_without_candidates_stays_and_warns(demo, text):
     model, tokenizer = demo
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
-    with pytest.warns(UserWarning, match="no other text of its kind for any of the") as told:
+    with pytest.warns(UserWarning, match="no alternative for any of the") as told:
         result = attribution.attribute(TextSegmentInput(text, tokenizer), " golf")
     assert told[0].filename == __file__
     prompt = result.provenance["matches"]["prompt"]
@@ -584,7 +584,7 @@ def test_where_no_other_text_is_known_nothing_is_absent_and_that_is_told(demo, t
     assert not result.token_attr.any()
 
 
-def test_a_model_that_says_one_word_everywhere(demo):
+def test_model_with_constant_prediction(demo):
     """Whatever is absent, "golf" stands there, and the answer is as likely as ever."""
     model, tokenizer = copy.deepcopy(demo[0]), demo[1]
     head = model.get_output_embeddings()
@@ -599,7 +599,7 @@ def test_a_model_that_says_one_word_everywhere(demo):
     assert result.token_attr.abs().max() < 1e-5  # float32 logits of 30
 
 
-def test_another_model_may_propose(demo):
+def test_separate_proposal_model(demo):
     """With a tokenizer of its own."""
     tokenizer = tiny.byte_level()
     model = tiny.llama(len(tokenizer))
@@ -622,7 +622,7 @@ def masked(**config):
     return BertForMaskedLM(config).eval(), tokenizer
 
 
-def test_a_masked_model_proposes_by_both_sides(demo):
+def test_masked_model_proposes_from_both_sides(demo):
     """Held against a plain pass over the text with the word, and the next one, masked."""
     model, tokenizer = masked()
     text = "Dave lives in Austin, TX and is a nurse."
@@ -648,7 +648,7 @@ def test_a_masked_model_proposes_by_both_sides(demo):
     assert dict(other.matches()[number].candidates) != shares
 
 
-def test_a_masked_model_tells_how_likely_a_word_is_between_others():
+def test_masked_model_likelihood_in_context():
     model, tokenizer = masked()
     beginning, words_between, rest = "Dave lives in", [" Austin", " is a"], ", TX and"
     found = MaskedProposer(model, tokenizer).log_probs_between(
@@ -670,7 +670,7 @@ def test_a_masked_model_tells_how_likely_a_word_is_between_others():
 
 
 @pytest.mark.parametrize("positions", [512, 12])
-def test_a_masked_model_proposes_for_any_prompt(demo, positions):
+def test_masked_model_proposes_for_any_prompt(demo, positions):
     """Also for one longer than its positions."""
     model, tokenizer = masked(max_position_embeddings=positions)
     inp = words(f"{PROMPT}: 3.5 km, 東京 and (no) …", demo[1], ModelBaselines((model, tokenizer)))
@@ -679,7 +679,7 @@ def test_a_masked_model_proposes_for_any_prompt(demo, positions):
     assert result.token_attr.abs().max() > 0
 
 
-def test_a_proposer_may_have_fewer_positions_than_the_prompt(demo):
+def test_proposal_model_with_fewer_positions_than_the_prompt(demo):
     """It then goes by the text before a place, as far as it can."""
     tokenizer = tiny.byte_level()
     model = tiny.llama(len(tokenizer), max_position_embeddings=16)
@@ -699,22 +699,22 @@ def test_a_proposer_may_have_fewer_positions_than_the_prompt(demo):
         (lambda: tiny.llama(7), r"give `\(proposer, its tokenizer\)`"),
         (lambda: (tiny.llama(), tiny.byte_level(), 1), r"a tuple: give `\(model, tokenizer\)`"),
         (lambda: (tiny.llama(max_position_embeddings=1), tiny.byte_level()), "room for 1 tokens"),
-        (lambda: masked(max_position_embeddings=2), "room for 2 tokens at a time, and 3"),
+        (lambda: masked(max_position_embeddings=2), "room for 2 tokens; at least 3"),
     ],
 )
-def test_what_cannot_propose_is_told(demo, proposer, told):
+def test_unusable_proposal_models_are_refused(demo, proposer, told):
     inp = words(PROMPT, demo[1], ModelBaselines(proposer()))
     with pytest.raises((TypeError, ValueError), match=told):
         inp.with_model(Likelihood(*demo))
 
 
-def test_a_model_of_this_process_proposes_for_one_behind_an_api(demo):
+def test_local_model_proposes_for_a_remote_one(demo):
     baselines = ModelBaselines(demo).with_model(RemoteLikelihood(None, demo[1]))
     assert not baselines.matches(words(PROMPT, demo[1], baselines))[0].constant
 
 
 @pytest.mark.parametrize("method", [FeatureAblation, KernelShap])
-def test_nothing_said_is_what_the_model_would_have_written(demo, method):
+def test_default_baselines_equal_model_baselines(demo, method):
     model, tokenizer = demo
     attribution = GenerationAttribution(method(model), tokenizer)
     said = attribution.attribute(words(PROMPT, tokenizer, ModelBaselines()), "poker")
@@ -734,7 +734,7 @@ def test_nothing_said_is_what_the_model_would_have_written(demo, method):
 
 
 @pytest.mark.parametrize("baselines", ["delete", None, "<unk>", [""] * 14])
-def test_deletion_and_one_token_are_warned_of_once(demo, baselines):
+def test_deletion_and_single_token_baselines_warn_once(demo, baselines):
     attribution = GenerationAttribution(FeatureAblation(demo[0]), demo[1])
     with pytest.warns(UserWarning, match="texts that the model never saw.*ModelBaselines") as told:
         attribution.attribute(words(PROMPT, demo[1], baselines), "poker")
@@ -742,7 +742,7 @@ def test_deletion_and_one_token_are_warned_of_once(demo, baselines):
     assert told[0].filename == __file__
 
 
-def test_captums_own_numbers_are_not_warned_of(demo):
+def test_captum_setup_does_not_warn(demo):
     attribution = GenerationAttribution(FeatureAblation(demo[0]), demo[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -751,7 +751,7 @@ def test_captums_own_numbers_are_not_warned_of(demo):
         attribution.attribute(TextTokenInput(PROMPT, demo[1]), "poker")
 
 
-def test_a_checkpoint_keeps_what_was_scored(demo, tmp_path):
+def test_checkpoint_keeps_scored_rows(demo, tmp_path):
     model, tokenizer = demo
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
 
@@ -771,7 +771,7 @@ def test_a_checkpoint_keeps_what_was_scored(demo, tmp_path):
     assert sum(n_rows) - n_first < n_first / 2  # of the search and the probe
 
 
-def test_gradients_of_nothing_said_begin_at_zero(demo):
+def test_default_gradient_baseline_is_zero(demo):
     method = GenerationGradientAttribution(LayerIntegratedGradients(demo[0], None), demo[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the long path
@@ -857,7 +857,7 @@ def rendered(places, *absent, unit="word", n=40, city="Austin"):
     return {tokenizer.decode(row.ids).replace(" ,", ",") for row in rows}
 
 
-def test_a_city_and_its_state_are_drawn_as_one_where_both_are_absent(places):
+def test_city_and_state_are_drawn_jointly(places):
     every = {f"Anna moved to {city}, {state} in May" for city, state in PLACES.items()}
     assert {text.removesuffix(" .") for text in rendered(places, "Austin", "Texas")} == every
     alone = {text.removesuffix(" .") for text in rendered(places, "Austin")}
@@ -866,7 +866,7 @@ def test_a_city_and_its_state_are_drawn_as_one_where_both_are_absent(places):
 
 
 @pytest.mark.parametrize("absent", [("Lake",), ("Placid",), ("Lake", "Florida", "Placid")])
-def test_a_phrase_and_what_is_tied_to_it(places, absent):
+def test_phrase_with_tied_features(places, absent):
     found = {text.removesuffix(" .") for text in rendered(places, *absent, city="Lake Placid")}
     state = {city: name if "Florida" in absent else "Florida" for city, name in PLACES.items()}
     assert found == {f"Anna moved to {city}, {state[city]} in May" for city in PLACES}
@@ -877,7 +877,7 @@ def found_phrases(sentences, text):
     return [text[start:stop] for start, stop in found.phrases]
 
 
-def test_words_of_grammar_end_no_phrase():
+def test_function_words_end_no_phrase():
     """Nothing but "proud" comes before "of" there, and it is said in other places as well."""
     states = ("proud of", "glad about", "tired from", "sent to")
     named = ("Anna of Oslo", "Tom of Rome", "Raj of Lima", "Anna", "Tom", "Raj")
@@ -888,14 +888,14 @@ def test_words_of_grammar_end_no_phrase():
     )
 
 
-def test_words_of_grammar_stand_in_phrases():
+def test_function_words_occur_inside_phrases():
     waters = ("Gulf of Oman", "Lake near Lima", "Bay at Rome", "Cape in Kenya")
     named = ("Anna of Oslo", "Tom of Cairo", "Anna", "Tom")
     sentences = [f"{n} saw {w} once" for n in named for w in waters]
     assert found_phrases(sentences, "Anna saw Gulf of Oman once") == ["Gulf of Oman"]
 
 
-def test_what_is_repeated_is_no_phrase():
+def test_repetition_is_no_phrase():
     """A text that says the same again is sure of it, and was not when it said it first."""
     things = ("cup", "hat", "key", "pen")
     pairs = [(a, b) for a in things for b in things if a != b]
@@ -904,7 +904,7 @@ def test_what_is_repeated_is_no_phrase():
     assert found_phrases(sentences, "the cup and the hat or the cup") == []
 
 
-def test_a_sentence_draws_what_is_tied_as_one(places):
+def test_sentence_draws_tied_words_jointly(places):
     whole = "Anna moved to Austin, Texas in May"
     found = {text.removesuffix(" .") for text in rendered(places, whole, unit="line")}
     names = ("Anna", "Tom", "Raj")
@@ -913,7 +913,7 @@ def test_a_sentence_draws_what_is_tied_as_one(places):
     assert found <= told
 
 
-def test_a_sentence_keeps_its_form_and_loses_what_it_says(demo):
+def test_sentence_keeps_function_words_and_loses_content(demo):
     """A name and a pronoun, a city and its state change; what they determine does not."""
     text = "Anna lives in Palm Coast, FL and is a nurse. Her personal interests include"
     baselines = bound(demo)
@@ -927,7 +927,7 @@ def test_a_sentence_keeps_its_form_and_loses_what_it_says(demo):
     assert not match.constant
 
 
-def test_a_name_in_several_places_of_a_feature_is_drawn_once(demo):
+def test_repeated_name_in_a_feature_is_drawn_once(demo):
     text = "Anna lives in Palm Coast, FL. Anna lives in Palm Coast, FL."
     inp = TextSegmentInput(text, demo[1], groups=[[0, 6]], baselines=bound(demo))
     masks = torch.ones(16, inp.n_features, dtype=torch.bool)
@@ -937,7 +937,7 @@ def test_a_name_in_several_places_of_a_feature_is_drawn_once(demo):
     assert len(set(texts)) > 3
 
 
-def test_without_a_model_it_says_what_to_do(demo):
+def test_missing_model_is_refused(demo):
     inp = words(PROMPT, demo[1], ModelBaselines())
     with pytest.raises(ValueError, match="asks the model under explanation"):
         inp.to_model_input(torch.zeros(1, inp.n_features))
@@ -945,7 +945,7 @@ def test_without_a_model_it_says_what_to_do(demo):
         ModelBaselines(n_candidates=0)
 
 
-def test_copies_ask_anew(demo):
+def test_copies_are_not_bound_to_the_model(demo):
     baselines = pickle.loads(pickle.dumps(bound(demo, n_candidates=3)))
     assert baselines.n_candidates == 3
     inp = words(PROMPT, demo[1], baselines).with_model(Likelihood(*demo))
@@ -956,7 +956,7 @@ def test_copies_ask_anew(demo):
         words(PROMPT, demo[1], other).with_model(Likelihood(*demo))
 
 
-def test_nothing_is_asked_while_nothing_is_absent(demo):
+def test_full_coalition_needs_no_model_call(demo):
     class Silent(Likelihood):
         def likeliest(self, *arguments):
             pytest.fail("the model was asked")
@@ -966,7 +966,7 @@ def test_nothing_is_asked_while_nothing_is_absent(demo):
     assert inp.render(every, torch.Generator().manual_seed(0))[0].ids == inp.ids
 
 
-def test_gradients_take_each_word_by_itself(demo):
+def test_gradient_baselines_replace_words_independently(demo):
     model, tokenizer = demo
     method = LayerIntegratedGradients(model, None)
     result = GenerationGradientAttribution(method, tokenizer).attribute(
@@ -975,12 +975,12 @@ def test_gradients_take_each_word_by_itself(demo):
     assert result.token_attr[0].abs().argmax() == PROMPT.split().index("lawyer.")
 
 
-def test_an_api_tells_no_distributions(demo):
+def test_remote_model_is_refused(demo):
     with pytest.raises(ValueError, match="distributions, which an API does not return"):
         RemoteLikelihood(None, demo[1]).likeliest("a", [(0, 1)], 1, lambda *_: True)
 
 
-def test_one_pass_tells_the_candidates_of_all_places(demo):
+def test_one_pass_proposes_for_all_slots(demo):
     class Counting(Likelihood):
         n_asked = 0
 

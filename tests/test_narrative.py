@@ -49,7 +49,7 @@ def _sums(result, level):
     return names, attr.double().sum(0).tolist()
 
 
-def test_real_results_are_small_and_tell_what_was_measured(result):
+def test_stored_results_are_small_with_provenance(result):
     told = header(result)
     assert told[0] == "SmolLM2-135M-Instruct"
     assert "(KernelShap)" in told[1]
@@ -58,13 +58,13 @@ def test_real_results_are_small_and_tell_what_was_measured(result):
     assert re.fullmatch(r"estimate from [\d,]+ evaluations", told[4])
 
 
-def test_the_first_level_is_the_coarsest_with_two_parts(result):
+def test_first_level_is_the_coarsest_with_two_parts(result):
     level = first_level(result)
     assert level in ("paragraph", "turn")
     assert len(result.at_level(level)[0]) > 1
 
 
-def test_every_amount_in_the_narrative_is_that_of_the_part_it_names(result):
+def test_narrative_amounts_equal_the_result(result):
     level = first_level(result)
     names, sums = _sums(result, level)
     said = result.narrative()
@@ -77,7 +77,7 @@ def test_every_amount_in_the_narrative_is_that_of_the_part_it_names(result):
         assert said.lower().count(f"{level} {number} “") == 1  # and goes by its number afterwards
 
 
-def test_the_first_part_that_is_named_is_the_strongest_of_those_told_from_noise(summary):
+def test_first_named_part_is_the_strongest_marked(summary):
     level = first_level(summary)
     _, sums = _sums(summary, level)
     blocks = summary.causes()
@@ -90,7 +90,7 @@ def test_the_first_part_that_is_named_is_the_strongest_of_those_told_from_noise(
     assert all(cause.is_output for cause in blocks.answer)
 
 
-def test_shares_of_prompt_and_answer_are_those_of_the_values(summary):
+def test_prompt_and_answer_shares_follow_the_values(summary):
     found = re.search(
         r"lie ([\d,.]+) nats: the prompt gives ([\d,.]+), what .* other ([\d,.]+)\.",
         summary.narrative(),
@@ -103,7 +103,7 @@ def test_shares_of_prompt_and_answer_are_those_of_the_values(summary):
     assert answer == pytest.approx(gained - prompt, abs=0.11)
 
 
-def test_foils_and_absence_are_told_where_they_are_kept(few_shot):
+def test_foils_and_baselines_are_named_if_recorded(few_shot):
     said = few_shot.narrative()
     foils = re.search(r"held against any of (.*?) and others", said)[1]
     assert re.findall("“(.*?)”", foils) == few_shot.foil_tokens[0][:3]
@@ -113,7 +113,7 @@ def test_foils_and_absence_are_told_where_they_are_kept(few_shot):
     assert "times the odds" in said
 
 
-def test_the_order_of_two_causes_is_as_certain_as_their_difference(result):
+def test_order_certainty_follows_the_difference(result):
     read = Reading(result)
     n = len(result.output_tokens)
     causes = read.causes(0, n, precise=True).prompt
@@ -131,7 +131,7 @@ def test_the_order_of_two_causes_is_as_certain_as_their_difference(result):
     assert ("may be noise" in said) == (len(marked) < len(causes))
 
 
-def test_what_is_exact_or_of_unknown_error_says_so(few_shot):
+def test_exact_results_and_unknown_errors_say_so(few_shot):
     exact = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
     for name in ("token_attr_se", "output_attr_se"):
         setattr(exact, name, torch.zeros_like(getattr(exact, name)))
@@ -146,7 +146,7 @@ def test_what_is_exact_or_of_unknown_error_says_so(few_shot):
     assert "certain at" not in said
 
 
-def test_without_the_first_cause_what_was_measured_is_told(few_shot):
+def test_measured_value_without_the_first_cause(few_shot):
     """A coalition in which just the named part is absent, as leave-one-out has them."""
     whole = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
     part_of = torch.tensor(
@@ -165,7 +165,7 @@ def test_without_the_first_cause_what_was_measured_is_told(few_shot):
         assert re.search(expected, whole.narrative(), re.IGNORECASE)
 
 
-def test_spans_tokens_and_levels_can_be_asked_for(summary):
+def test_spans_tokens_and_levels_are_selectable(summary):
     assert summary.narrative((0, 5), level="sentence").startswith("Of the prompt, “The town")
     token = summary.names.tokens[3]
     assert summary.narrative(token) == summary.narrative(3)
@@ -177,7 +177,7 @@ def test_spans_tokens_and_levels_can_be_asked_for(summary):
 
 
 @pytest.mark.parametrize("n_true", [0, 1, 40])
-def test_marks_are_those_of_benjamini_and_hochberg(n_true):
+def test_marks_equal_benjamini_hochberg(n_true):
     draw = np.random.default_rng(n_true)
     values = draw.normal(size=1000)
     values[:n_true] += 4.5
@@ -189,7 +189,7 @@ def test_marks_are_those_of_benjamini_and_hochberg(n_true):
     assert known.sum() >= n_true * 0.7
 
 
-def test_a_single_value_is_marked_from_the_usual_bound_on():
+def test_single_value_threshold_is_1_96():
     one = torch.tensor([3.0])
     assert marked_beyond(one, torch.tensor([1.0])) == pytest.approx(1.96, abs=1e-3)
     assert marked_beyond(one, torch.tensor([0.0])) == pytest.approx(1.96, abs=1e-3)
@@ -217,7 +217,7 @@ def _evidence(seed):
     return Evidence(design, plan.masks, plan.draws, values[:, None], Scope.of_all(1, n))
 
 
-def test_replicates_tell_how_differences_vary():
+def test_replicates_give_errors_of_differences():
     found, told = [], []
     for seed in range(20):
         evidence = _evidence(seed)
@@ -237,14 +237,14 @@ def test_replicates_tell_how_differences_vary():
         (99.0, "over a billion times as probable"),
     ],
 )
-def test_nats_are_factors(nats, said):
+def test_nats_are_shown_as_factors(nats, said):
     assert factor(nats) == said
 
 
 # Tables and plain data ---------------------------------------------------------------------------
 
 
-def test_rows_are_words_where_tokens_are_fragments(result):
+def test_fragmented_tokens_are_shown_as_words(result):
     rows = Reading(result, unit=None).rows
     text = "".join(piece.text for piece in result.output_pieces)
     if result.names.tokens == result.output_tokens and len(result.output_tokens) == 1:
@@ -257,7 +257,7 @@ def test_rows_are_words_where_tokens_are_fragments(result):
         assert "1642" in bare  # four tokens, one number
 
 
-def test_the_table_begins_with_the_largest_parts(summary):
+def test_table_begins_with_the_coarsest_level(summary):
     lines = summary.table().splitlines()
     level = first_level(summary)
     _, sums = _sums(summary, level)
@@ -268,7 +268,7 @@ def test_the_table_begins_with_the_largest_parts(summary):
     assert lines[0].startswith("SmolLM2-135M-Instruct · Shapley values (KernelShap)")
 
 
-def test_json_has_causes_in_two_blocks(summary):
+def test_json_separates_prompt_and_output_causes(summary):
     data = summary.to_dict()
     n_prompt = len(summary.input_tokens)
     assert data["labels"]["tokens"] == summary.names.tokens
@@ -286,7 +286,7 @@ def test_json_has_causes_in_two_blocks(summary):
     assert frame.marked.sum() == int(summary.marked.sum())
 
 
-def test_shares_near_one_are_written_as_people_do():
+def test_shares_near_one_are_formatted():
     from captum_llm_ext.result.narrative import _percent
 
     assert [_percent(share) for share in (0.9996, 0.996, 0.123, 5e-5)] == [
@@ -311,18 +311,18 @@ def test_shares_near_one_are_written_as_people_do():
         ("鈴木さんは大阪に住んでいて", 8, "“鈴木さんは大阪…”"),
     ],
 )
-def test_names_are_cut_behind_words_and_never_in_a_number(text, most, said):
+def test_names_are_cut_at_words_and_never_inside_numbers(text, most, said):
     assert quoted(text, most) == said
 
 
-def test_a_quoted_name_that_is_cut_again_stays_quoted():
+def test_shortened_quoted_name_stays_quoted():
     name = "sentence 9 “Question: How deep is Lake Baikal?”"
     assert shortened(name, 30) == "sentence 9 “Question: How…”"
     assert shorten(name) == "sentence 9 “Question: How deep is Lake…”"
     assert shortened("no quotation marks in it", 14) == "no quotation…"
 
 
-def test_what_runs_to_the_left_does_not_turn_the_numbers_behind_it():
+def test_right_to_left_names_are_isolated():
     result = GenerationAttributionResult.load(DATA / "summary.safetensors")
     result.output_pieces[:] = [replace(piece, text="قال ") for piece in result.output_pieces]
     first = sentences(result, 0, len(result.output_tokens))[0]
@@ -332,7 +332,7 @@ def test_what_runs_to_the_left_does_not_turn_the_numbers_behind_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_answer_that_was_cut_says_so(name):
+def test_truncated_answer_says_so(name):
     result = GenerationAttributionResult.load(DATA / f"{name}.safetensors")
     settings, n = result.provenance["generation"], len(result.output_tokens)
     assert int(settings["max_new_tokens"]) == n
@@ -341,7 +341,7 @@ def test_an_answer_that_was_cut_says_so(name):
     assert "cut" not in header(result)[-1]
 
 
-def test_errors_of_single_features_are_the_same_wherever_they_are_told():
+def test_single_feature_errors_agree_everywhere():
     result = GenerationAttributionResult.load(DATA / "chat.safetensors")
     n = len(result.output_tokens)
     told = result.attribute_span(0, n).standard_errors

@@ -47,7 +47,7 @@ def placed(how, vocabulary, folder):
     "how",
     ["all in main memory", "all on disk", "embedding and a layer on disk", "layers on disk"],
 )
-def test_offloaded_models_give_the_same(how, tokenizer, tmp_path, expected):
+def test_offloaded_models_give_equal_results(how, tokenizer, tmp_path, expected):
     model = placed(how, len(tokenizer), tmp_path)
     if how != "layers on disk":
         assert next(model.parameters()).device.type == "meta"  # the embedding
@@ -71,7 +71,7 @@ def has_hook(module):
     return hasattr(module, "_hf_hook")
 
 
-def test_a_device_map_of_transformers_with_disk(tokenizer, tmp_path, expected):
+def test_device_map_with_disk(tokenizer, tmp_path, expected):
     tiny.llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     everywhere = {"model.embed_tokens": "disk", LAYERS[0]: "cpu", LAYERS[1]: "disk"}
     everywhere |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -41,7 +41,7 @@ def _marked(slot, generator):
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_every_token_is_of_one_feature_or_fixed(name, apart):
+def test_every_token_belongs_to_one_feature_or_is_fixed(name, apart):
     tokenizer = ALL[name]
     for text in TEXTS:
         for unit in UNITS:
@@ -66,7 +66,7 @@ def test_every_token_is_of_one_feature_or_fixed(name, apart):
 
 @pytest.mark.parametrize("unit", ["word", "sentence", ("sentence", "word"), [(0, 4), (5, 13)]])
 @pytest.mark.parametrize("name", BYTES)
-def test_a_features_text_is_that_of_its_tokens(name, unit):
+def test_feature_text_equals_its_tokens(name, unit):
     tokenizer = LAYOUTS[name]
     for text in TEXTS[:-1] if isinstance(unit, list) else TEXTS:
         if isinstance(unit, list) and text in TEXTS[1:]:
@@ -78,7 +78,7 @@ def test_a_features_text_is_that_of_its_tokens(name, unit):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "gemma"])
-def test_offsets_found_by_decoding_make_the_same_features(name):
+def test_decoded_offsets_give_the_same_features(name):
     fast = LAYOUTS[name]
     slow = layouts.NoOffsets(fast, splits=False)
     for text in TEXTS:
@@ -88,7 +88,7 @@ def test_offsets_found_by_decoding_make_the_same_features(name):
             assert [slot.ids for slot in one.slots] == [slot.ids for slot in other.slots]
 
 
-def test_special_tokens_of_a_text_that_the_tokenizer_splits_are_characters_like_others():
+def test_split_special_tokens_are_ordinary_text():
     tokenizer = layouts.llama3(split_special_tokens=True)
     inp = TextSegmentInput("Dave</s> lives", tokenizer, baselines="delete")
     assert inp.names == ["Dave</s>", " lives"]
@@ -96,7 +96,7 @@ def test_special_tokens_of_a_text_that_the_tokenizer_splits_are_characters_like_
     assert tokenizer.eos_token_id not in inp.ids
 
 
-def test_bos_in_the_text_is_the_one_that_the_tokenizer_adds():
+def test_bos_in_text_is_not_duplicated():
     tokenizer = LAYOUTS["llama3"]
     for text in ("<s>Dave lives", "Dave lives"):
         inp = TextSegmentInput(text, tokenizer, baselines="delete")
@@ -113,7 +113,7 @@ def test_bos_in_the_text_is_the_one_that_the_tokenizer_adds():
     )
 
 
-def test_special_tokens_that_swallow_white_space_own_it():
+def test_stripping_special_tokens_own_their_white_space():
     tokenizer = layouts.llama3()
     left, right = AddedToken("<L>", lstrip=True), AddedToken("<R>", rstrip=True)
     tokenizer.add_tokens([left, right], special_tokens=True)
@@ -138,7 +138,7 @@ def _with_phrases(make):
 
 @pytest.mark.parametrize("python", [False, True])
 @pytest.mark.parametrize("make", [layouts.gpt2, layouts.llama3, layouts.gemma])
-def test_words_that_share_a_token_are_one(make, python):
+def test_words_sharing_a_token_are_merged(make, python):
     fast = _with_phrases(make)
     tokenizer = layouts.NoOffsets(fast) if python else fast
     inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, baselines="delete")
@@ -152,7 +152,7 @@ def test_words_that_share_a_token_are_one(make, python):
     assert whole.groups == generated.groups
 
 
-def test_sentences_that_share_a_token_are_one_at_every_level():
+def test_sentences_sharing_a_token_are_merged_at_every_level():
     tokenizer = _with_phrases(layouts.llama3)
     inp = TextSegmentInput(
         "He saw it. But why? Go.", tokenizer, ("sentence", "word"), baselines="delete"
@@ -167,7 +167,7 @@ def test_sentences_that_share_a_token_are_one_at_every_level():
     assert by_token.levels[0].parts == level.parts
 
 
-def test_characters_that_share_a_token_are_one():
+def test_characters_sharing_a_token_are_merged():
     tokenizer = LAYOUTS["llama3"]
     text = "首都です"
     inp = TextSegmentInput(text, tokenizer, baselines="delete")
@@ -180,7 +180,7 @@ def test_characters_that_share_a_token_are_one():
     assert single.names == [tokenizer.decode([token]) for token in single.ids[1:]]
 
 
-def test_spans_by_hand_are_never_changed_in_silence():
+def test_explicit_spans_are_never_changed_silently():
     tokenizer = _with_phrases(layouts.llama3)
     text = "Dave in Palm Coast, FL"
     with pytest.raises(ValueError, match=r"owns no whole token"):
@@ -204,7 +204,7 @@ def test_spans_by_hand_are_never_changed_in_silence():
         GeneratedText(ids, tokenizer, [(0, 1), (1, 4)])
 
 
-def test_a_token_of_fixed_text_is_fixed():
+def test_tokens_of_fixed_text_are_fixed():
     tokenizer = _with_phrases(layouts.llama3)
     inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, fixed=["Coast"], baselines="delete")
     assert inp.names == ["Dave", " in", ",", " FL"]
@@ -215,13 +215,13 @@ def test_a_token_of_fixed_text_is_fixed():
     assert "Palm Coast" in tokenizer.decode(list(_render(by_token, [False] * by_token.n_features)))
 
 
-def test_groups_go_by_the_words_that_are_there():
+def test_groups_match_merged_words():
     tokenizer = _with_phrases(layouts.llama3)
     inp = TextSegmentInput(
         "Dave in Palm Coast, FL", tokenizer, groups=[["Palm Coast,", "FL"]], baselines="delete"
     )
     assert inp.names == ["Dave", " in", " Palm Coast, … FL"]
-    with pytest.raises(ValueError, match=r"names 'Palm', which is no span: .*'Palm Coast,'"):
+    with pytest.raises(ValueError, match=r"names 'Palm', which is not a span: .*'Palm Coast,'"):
         TextSegmentInput(
             "Dave in Palm Coast, FL", tokenizer, groups=[["Palm", "FL"]], baselines="delete"
         )
@@ -280,7 +280,7 @@ def test_output_spans_count_special_tokens(name):
     assert GeneratedText(ids, tokenizer, "sentence").names[3] == "He likes it."
 
 
-def test_text_is_not_lost_where_parts_of_characters_are_hidden():
+def test_text_with_partial_characters_is_complete():
     # Tokenizers may show a part of a character as nothing at all.
     class Hiding(layouts.NoOffsets):
         def decode(self, token_ids, **how):
@@ -295,7 +295,7 @@ def test_text_is_not_lost_where_parts_of_characters_are_hidden():
 # --- values ---------------------------------------------------------------------------------------
 
 
-def test_values_are_those_of_the_text_without_the_feature():
+def test_values_equal_the_text_without_the_feature():
     tokenizer = _with_phrases(layouts.llama3)
     model = tiny.llama(len(tokenizer))
     text = "Go.</s> Palm Coast, FL"

@@ -80,7 +80,7 @@ def test_public_names():
         assert getattr(captum_llm_ext, name).__doc__
 
 
-def test_importing_is_quiet_and_loads_no_transformers():
+def test_import_is_quiet_and_loads_no_transformers():
     program = (
         "import sys, captum_llm_ext\n"
         "print([n for n in ('transformers', 'accelerate', 'sklearn') if n in sys.modules])"
@@ -92,7 +92,7 @@ def test_importing_is_quiet_and_loads_no_transformers():
     assert run.stderr == ""
 
 
-def test_the_demo_needs_nothing(tmp_path, capsys):
+def test_demo_needs_no_arguments(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--method", "FeatureAblation"]) == 0
     shown = capsys.readouterr()
     assert "prompt:  Dave lives in Palm Coast, FL and is a lawyer. His personal" in shown.err
@@ -105,7 +105,7 @@ def test_the_demo_needs_nothing(tmp_path, capsys):
     assert result.output_attr.abs().max() > 1  # the last interest is caused by the first
 
 
-def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
+def test_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
     tiny.llama(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "corpus.txt").write_text("\n".join(tiny.TEXTS), encoding="utf-8")
@@ -125,7 +125,7 @@ def test_the_demo_runs_on_any_model(tmp_path, tokenizer, capsys):
         (["--corpus", "/no/such/file"], 2, "/no/such/file"),
     ],
 )
-def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, status, message):
+def test_command_line_mistakes_are_one_line(tmp_path, capsys, arguments, status, message):
     assert main(["demo", "--out", str(tmp_path / "out"), *arguments]) == status
     said = capsys.readouterr().err.strip().splitlines()
     (error,) = [line for line in said if line.startswith("captum-llm-ext: error:")]
@@ -134,12 +134,12 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, arguments, 
     assert said[said.index(error) + 1 :] == ["See: captum-llm-ext demo --help"][: status - 1]
 
 
-def test_a_demo_of_another_model_needs_a_prompt(tmp_path, capsys):
+def test_demo_of_another_model_needs_a_prompt(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path), "--model", "x"]) == 2
     assert "error: --model needs a --prompt" in capsys.readouterr().err
 
 
-def test_names_are_there_before_they_are_asked_for():
+def test_lazy_names_are_listed_by_dir():
     program = (
         "import sys, captum_llm_ext as c\n"
         "print(sorted(set(c.__all__) - set(dir(c))), 'torch' in sys.modules)\n"
@@ -162,7 +162,7 @@ def test_help_has_examples(capsys):
     assert "captum-llm-ext demo" in capsys.readouterr().out
 
 
-def test_the_readmes_example_prints_what_the_readme_shows(capsys):
+def test_readme_example_prints_what_it_shows(capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     code, shown = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme, re.DOTALL).groups()
     exec(compile(code, "README.md", "exec"), {})
@@ -173,7 +173,7 @@ def test_the_readmes_example_prints_what_the_readme_shows(capsys):
     assert all(float(a) == pytest.approx(float(b), abs=0.011) for a, b in pairs)
 
 
-def test_the_readme_tells_what_is_installed():
+def test_readme_lists_dependencies():
     root = Path(__file__).parent.parent
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert "pip install -c constraints.txt . && captum-llm-ext demo" in readme
@@ -183,7 +183,7 @@ def test_the_readme_tells_what_is_installed():
     assert f'"{captum_llm_ext.__version__}"' in (root / "captum_llm_ext/__init__.py").read_text()
 
 
-def test_the_map_names_what_is_there():
+def test_map_names_every_module():
     package = Path(captum_llm_ext.__file__).parent
     text = (package / "README.md").read_text(encoding="utf-8")
     paths = re.findall(r"`((?:tests/)?[a-z_]+/[a-z_/]*(?:\.py)?)`", text)
@@ -201,7 +201,7 @@ def test_the_map_names_what_is_there():
             assert re.search(rf"(?:def|class) {part}\b|^    {part}: ", source, re.MULTILINE), name
 
 
-def test_no_import_runs_in_a_circle():
+def test_imports_are_acyclic():
     """Those within functions and for type checkers alone, too, which the import contract leaves."""
     root = Path(captum_llm_ext.__file__).parents[1]
     files = {

@@ -37,7 +37,7 @@ WINDOWS = (
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=24))
 @settings(max_examples=200, deadline=None)
-def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
+def test_pack_holds_every_row_and_each_prefix_once(rows):
     rows = sorted(rows)
     packed = pack(rows)
     ids = torch.tensor(packed.ids)
@@ -58,7 +58,7 @@ def test_a_pack_holds_every_row_and_no_beginning_twice(rows):
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=24))
 @settings(max_examples=200, deadline=None)
-def test_what_comes_before_a_row_lies_in_few_stretches(rows):
+def test_row_prefix_lies_in_logarithmically_many_segments(rows):
     """In a tree of n rows, a way down leaves the heavy path log2 n times at most."""
     rows = [list(row) for row in {tuple(row) for row in rows}]
     by_content = sort_by_prefix(rows, [len(row) for row in rows])
@@ -71,7 +71,7 @@ def test_what_comes_before_a_row_lies_in_few_stretches(rows):
     assert all(len(segment.path) <= most for segment in packed.segments)
 
 
-def test_leaving_one_out_attends_to_one_stretch_of_the_whole_row():
+def test_leave_one_out_rows_attend_to_one_segment():
     whole = list(range(10, 60))
     rows = [whole, *([*whole[:i], i % 2, *whole[i + 1 :]] for i in range(1, 50))]
     root = plan_packed(rows, overhead=1, most_ids=10**6, most_rows=10**6)
@@ -87,7 +87,7 @@ def test_leaving_one_out_attends_to_one_stretch_of_the_whole_row():
     st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows, chained):
+def test_packs_respect_limits_and_position_counts(rows, most_ids, most_rows, chained):
     root = plan_packed(
         rows,
         overhead=1,
@@ -122,7 +122,7 @@ def test_packs_keep_to_their_limits_and_are_counted(rows, most_ids, most_rows, c
     st.integers(0, 3),
 )
 @settings(max_examples=100, deadline=None)
-def test_stacks_have_every_token_of_a_pack_see_its_own_row_alone(rows, n_read):
+def test_packed_tokens_attend_to_their_own_row_only(rows, n_read):
     """Whatever the shapes: what a token sees, in order, is its row up to itself."""
     head = [7, 8, 9][:n_read]
     rows = [[*head, *row] for row in rows]
@@ -149,7 +149,7 @@ def test_stacks_have_every_token_of_a_pack_see_its_own_row_alone(rows, n_read):
                 assert seen[place - n_read] == row[: i + 1]
 
 
-def test_many_rows_attend_in_no_more_calls_than_few(monkeypatch):
+def test_attention_calls_are_independent_of_row_count(monkeypatch):
     model = tiny.llama().double()
     calls, part = [], attention._part
     monkeypatch.setattr(attention, "_part", lambda *given: calls.append(1) or part(*given))
@@ -172,7 +172,7 @@ def test_many_rows_attend_in_no_more_calls_than_few(monkeypatch):
 
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("head", [5, 30])
-def test_packs_go_on_from_what_was_read_before(name, head):
+def test_packs_continue_from_a_cached_prefix(name, head):
     """Heads shorter and longer than windows, of which a state keeps the end alone."""
     model = architectures.build(name)
     rows, target = make_rows(n_prompt=12)
@@ -202,7 +202,7 @@ def test_every_kind_of_value(attr_target, kept, monkeypatch):
     assert scorer.packs
 
 
-def test_what_packs_leave_out_of_the_outer_layers_counts(monkeypatch):
+def test_plan_accounts_for_positions_saved_in_outer_layers(monkeypatch):
     """Packs that compute as many positions as batches cost less by about a layer."""
     model = architectures.build("llama")
     ids = [7 * i % 90 + 3 for i in range(60)]
@@ -220,7 +220,7 @@ def test_what_packs_leave_out_of_the_outer_layers_counts(monkeypatch):
 
 @pytest.mark.parametrize("overhead", [0, 5, 1000])
 @pytest.mark.parametrize("max_rows", [1, 3, None])
-def test_no_way_of_packing_changes_a_value(overhead, max_rows):
+def test_values_are_independent_of_packing(overhead, max_rows):
     model = tiny.llama().double()
     rows, target = make_rows(n_prompt=24, seed=2)
     scorer = Scorer(model, overhead=overhead, max_rows=max_rows, reuse="pack")
@@ -228,7 +228,7 @@ def test_no_way_of_packing_changes_a_value(overhead, max_rows):
     assert scorer.n_evaluations == len({row.ids for row in rows})
 
 
-def test_no_position_is_computed_twice_but_in_the_comparison():
+def test_positions_are_computed_once_beside_the_comparison():
     model = tiny.llama().double()
     rows, target = make_rows()
     scorer = Scorer(model, overhead=0, reuse="pack")
@@ -240,7 +240,7 @@ def test_no_position_is_computed_twice_but_in_the_comparison():
 
 @pytest.mark.parametrize("max_rows", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_packs_go_on_from_one_another(name, max_rows):
+def test_packs_continue_from_earlier_packs(name, max_rows):
     model = architectures.build(name).double()
     rows, target = make_rows()
     scorer = Scorer(model, overhead=0, reuse="pack", max_rows=max_rows)
@@ -252,7 +252,7 @@ def test_packs_go_on_from_one_another(name, max_rows):
     assert scorer.n_positions <= least + 3 * longest + n_packs * len(target)
 
 
-def test_rows_part_within_what_was_read_before():
+def test_rows_diverge_inside_the_cached_prefix():
     model = tiny.llama().double()
     ids, target = tuple(range(10, 22)), torch.tensor([5, 6])
     rows = [TokenRow((*ids[:n], 7, *ids[n + 1 :]), [10, 11]) for n in (9, 8, 6, 3, 1)]
@@ -272,7 +272,7 @@ def test_rows_part_within_what_was_read_before():
     st.integers(1, 5),
 )
 @settings(max_examples=300, deadline=None)
-def test_rows_take_of_what_was_read_as_much_as_they_may(text, given, most_ids, most_rows):
+def test_forked_rows_reuse_the_longest_allowed_prefix(text, given, most_ids, most_rows):
     """What a row is asked about is in its pack, and all before it is its own beginning."""
     rows = [row for row, _ in given]
     begun = [min(common_length(row, text), first, len(row) - 1) for row, first in given]
@@ -292,7 +292,7 @@ def test_rows_take_of_what_was_read_as_much_as_they_may(text, given, most_ids, m
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", *WINDOWS])
-def test_rows_go_on_from_a_text_wherever_they_part_from_it(name):
+def test_rows_continue_from_any_position_of_a_text(name):
     """Also rows that are asked about the text itself; models that forget some read it anew."""
     model = architectures.build(name)
     generator = torch.Generator().manual_seed(0)
@@ -327,7 +327,7 @@ def sizes_seen(module, monkeypatch):
     return sizes
 
 
-def test_weights_at_the_ends_of_the_model_see_few_tokens(monkeypatch):
+def test_first_and_last_layers_compute_only_needed_tokens(monkeypatch):
     """Of those alike before the first attention one; after the last one, those asked about."""
     model = tiny.llama().double()
     rows, target = make_rows(n_prompt=60)
@@ -343,7 +343,7 @@ def test_weights_at_the_ends_of_the_model_see_few_tokens(monkeypatch):
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_layers_that_want_all_tokens_are_given_all(layer, monkeypatch):
+def test_layers_that_need_all_tokens_get_them(layer, monkeypatch):
     model = tiny.llama().double()
     rows, target = make_rows(n_prompt=60)
     lengths = sizes_seen(model.model.embed_tokens, monkeypatch)
@@ -356,7 +356,7 @@ def test_layers_that_want_all_tokens_are_given_all(layer, monkeypatch):
     assert scorer._passes._ends_of_model is None
 
 
-def test_values_that_rows_do_not_have_stay_missing():
+def test_undefined_values_stay_nan():
     model = tiny.llama().double()
     rows, target = make_rows()
     holes = [TokenRow(row.ids, [-1, *row.positions[1:-1], row.positions[-1]]) for row in rows]
@@ -365,7 +365,7 @@ def test_values_that_rows_do_not_have_stay_missing():
     assert difference(values[:, 1:], loop(model, rows, target)[:, 1:]) < 1e-11
 
 
-def test_one_place_says_several_tokens():
+def test_one_position_predicts_several_target_tokens():
     """Where generated tokens are deleted, one place is asked for more than one target token."""
     model = tiny.llama().double()
     ids, target = tuple(range(10, 22)), torch.tensor([5, 6, 7])
@@ -379,7 +379,7 @@ def test_one_place_says_several_tokens():
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_models_that_read_a_pack_wrongly_are_given_rows_apart(layer, monkeypatch, caplog):
+def test_models_that_misread_packs_get_separate_rows(layer, monkeypatch, caplog):
     model = tiny.llama().double()
     rows, target = make_rows()
     mlp = model.model.layers[layer].mlp
@@ -397,7 +397,7 @@ def test_models_that_read_a_pack_wrongly_are_given_rows_apart(layer, monkeypatch
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packing_leaves_model_and_registries_as_found(attention, monkeypatch):
+def test_packing_restores_model_and_registries(attention, monkeypatch):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
 
@@ -423,7 +423,7 @@ def test_packing_leaves_model_and_registries_as_found(attention, monkeypatch):
     assert (set(ATTENTIONS), set(MASKS)) == names
 
 
-def test_packs_that_do_not_fit_are_halved(monkeypatch):
+def test_out_of_memory_halves_packs(monkeypatch):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -444,7 +444,7 @@ def test_packs_that_do_not_fit_are_halved(monkeypatch):
     assert scorer.n_evaluations == len({row.ids for row in rows})
 
 
-def test_packs_are_chosen_where_layers_are_worth_more_than_starting_them():
+def test_packs_are_chosen_for_large_layers():
     """On a CPU, where rows are many and differ late."""
     rows, target = make_rows(n_prompt=60)
     for model, packs in (

@@ -127,7 +127,7 @@ def test_levels_become_trees():
     assert tree_of_levels(4, [[1, 0, 1, 0]]) == ((0, 2), (1, 3))
 
 
-def test_binary_trees_keep_the_order_and_cut_in_halves():
+def test_binary_trees_keep_order_and_halve():
     assert balanced([0, 1, 2, 3, 4]) == (((0, 1), 2), (3, 4))
     assert binary((0, (1, 2, 3), 4)) == ((0, ((1, 2), 3)), 4)
     assert pruned((0, (1, 4), (2, 3)), 3) == (0, 1, 2)
@@ -139,7 +139,7 @@ def test_binary_trees_keep_the_order_and_cut_in_halves():
 
 @given(tree=st.sampled_from(TREES), n_orders=st.integers(1, 5), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
-def test_orders_finish_a_group_before_the_next_and_come_with_their_reverse(tree, n_orders, seed):
+def test_orders_keep_groups_contiguous_with_their_reverse(tree, n_orders, seed):
     allowed = orders(as_tree(tree, 6))
     plan = plan_nested_orders(as_tree(tree, 6), 6, n_orders, generator=seeded(seed))
     walks = plan.masks.view(n_orders, 7, 6)
@@ -166,7 +166,7 @@ def test_all_orders_are_equally_likely():
     assert chi_squared < 30.6  # 99 % point of 15 degrees of freedom
 
 
-def test_walks_that_hold_a_column_are_over_those_before_it():
+def test_orders_with_a_held_column_permute_earlier_columns():
     tree = as_tree([[0, 1, 2], [3, 4, 5]], 6)
     plan = plan_nested_orders(tree, 6, 4, generator=seeded(0), held=4)
     assert len(plan.masks) == 4 * 5
@@ -177,7 +177,7 @@ def test_walks_that_hold_a_column_are_over_those_before_it():
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_complete_plans_hold_no_coalition_twice_and_as_many_as_said(tree):
+def test_complete_plans_are_distinct_and_of_the_stated_size(tree):
     nested = as_tree(tree, 6)
     plan = plan_splits(nested, 6)
     assert len(plan.masks.unique(dim=0)) == len(plan.masks) == 2 + n_splits(nested)
@@ -198,7 +198,7 @@ def test_complete_splits_are_owen_values(tree, seed):
     assert solution.standard_errors.eq(0).all()
 
 
-def test_a_flat_nesting_gives_shapley_values():
+def test_flat_hierarchy_gives_shapley_values():
     worth = table_game(6, 3)
     expected = torch.tensor(shapley_values(value_of(worth, 6), 6), dtype=torch.float64)
     found = solve_completely(worth, tuple(range(6)), 6).attributions[0]
@@ -206,7 +206,7 @@ def test_a_flat_nesting_gives_shapley_values():
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_a_groups_attributions_are_its_worth_among_groups(tree):
+def test_group_sums_equal_shapley_values_of_groups(tree):
     """The quotient property of Owen values: groups share as players of their own would."""
     worth, nested = table_game(6, 5), as_tree(tree, 6)
     found = solve_completely(worth, nested, 6).attributions[0]
@@ -220,7 +220,7 @@ def test_a_groups_attributions_are_its_worth_among_groups(tree):
 
 
 @pytest.mark.parametrize("tree", TREES)
-def test_orders_come_to_owen_values_and_tell_their_error(tree):
+def test_sampled_orders_converge_with_valid_errors(tree):
     worth, nested = table_game(6, 7), as_tree(tree, 6)
     expected = truth(worth, nested, 6)
     covered = []
@@ -236,7 +236,7 @@ def test_orders_come_to_owen_values_and_tell_their_error(tree):
     assert float(torch.cat(covered).double().mean()) > 0.88  # 360 intervals, not independent
 
 
-def test_all_orders_together_are_exact():
+def test_all_orders_are_exact():
     tree = as_tree([[0, 1], [2, [3, 4]]], 5)
     worth = table_game(5, 2)
     walks = torch.zeros(16, 6, 5, dtype=torch.bool)
@@ -252,7 +252,7 @@ def test_all_orders_together_are_exact():
 
 @pytest.mark.parametrize("solver", ["splits", "orders"])
 @pytest.mark.parametrize("tree", TREES)
-def test_each_target_gets_the_owen_values_of_its_own_game(tree, solver):
+def test_each_target_gets_its_own_owen_values(tree, solver):
     """Targets that see fewer columns, and one that requires a column it does not see."""
     n, nested = 6, as_tree(tree, 6)
     worths = [table_game(n, seed) for seed in range(3)]
@@ -297,11 +297,11 @@ def test_each_target_gets_the_owen_values_of_its_own_game(tree, solver):
     assert solution.standard_errors.max() < 0.1
 
 
-def test_rows_that_are_no_walks_are_refused():
+def test_non_permutation_plans_are_refused():
     generator = seeded(0)
     masks = torch.rand(20, 5, generator=generator) < 0.5
     plan = join_plans([plan_anchors(5), Plan(masks, torch.arange(20))])
-    with pytest.raises(ValueError, match="no walks from empty to full"):
+    with pytest.raises(ValueError, match="not walks from the empty to the full"):
         solve_nested_orders(plan, torch.zeros(len(plan.masks), 1), whole(5))
     plan = join_plans(
         [
@@ -326,7 +326,7 @@ def grown(worth: Worth, tree: Tree, n: int, budget: int) -> tuple[Plan, Tensor]:
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 4, 7, 12, 20, 33, 1000])
-def test_every_budget_is_kept_and_shared_out_completely(budget):
+def test_every_budget_is_respected_and_efficient(budget):
     tree = binary(as_tree(TREES[2], 6))
     worth = table_game(6, 4)
     plan, values = grown(worth, tree, 6, budget)
@@ -345,7 +345,7 @@ def test_every_budget_is_kept_and_shared_out_completely(budget):
         )
 
 
-def test_what_was_not_resolved_is_told_and_shared_evenly():
+def test_unresolved_groups_are_reported_and_shared_evenly():
     worth = table_game(4, 0)
     tree = ((0, 1), (2, 3))
     plan, values = grown(worth, tree, 4, 4)  # the ends, and one split of the root
@@ -363,7 +363,7 @@ def test_what_was_not_resolved_is_told_and_shared_evenly():
     assert found.tolist() == pytest.approx([expected[0, 1] / 2] * 2 + [expected[2, 3] / 2] * 2)
 
 
-def test_needles_among_a_thousand_features_are_found_with_a_few_evaluations():
+def test_sparse_causes_among_a_thousand_features_are_found():
     """Halving takes ten steps; what adds nothing is never looked into."""
     n, tree = 1000, balanced(range(1000))
     expected = torch.zeros(n).double()
@@ -376,7 +376,7 @@ def test_needles_among_a_thousand_features_are_found_with_a_few_evaluations():
     assert found.standard_errors.isnan().all()  # other contexts were not looked at
 
 
-def test_an_interaction_is_looked_into_where_it_makes_a_difference():
+def test_interacting_groups_are_split_first():
     """Two of a hundred features matter, and only together: halves that they are not in wait."""
     n, tree = 100, balanced(range(100))
     plan, values = grown(lambda m: (m[:, 10] & m[:, 90]).double(), tree, n, 40)
@@ -385,7 +385,7 @@ def test_an_interaction_is_looked_into_where_it_makes_a_difference():
     assert float(found.abs().sum()) == pytest.approx(1.0)
 
 
-def test_the_split_is_chosen_by_all_targets_together():
+def test_splits_are_chosen_jointly_over_targets():
     """Two targets that cancel in sum, but not in magnitude, are where the budget goes."""
 
     def score(plan: Plan) -> Tensor:
@@ -403,7 +403,7 @@ def test_the_split_is_chosen_by_all_targets_together():
     assert groups[0].totals.tolist() == pytest.approx([0.1, 0.1])
 
 
-def test_draws_that_are_shared_give_standard_errors():
+def test_shared_draws_give_standard_errors():
     """Draws shift a feature's worth: the spread of that shift is the standard error."""
     shifts = torch.tensor([0.0, 1.0, 2.0, 5.0]).double()
     tree = ((0, 1), 2)
@@ -451,7 +451,7 @@ FLAT = [0, 1, 2, 3, 4]
     ],
 )
 @pytest.mark.parametrize("at_once", [1, 5])
-def test_flat_nestings_give_captums_shapley_values(arguments, n_features, at_once):
+def test_flat_hierarchy_equals_captum_shapley_values(arguments, n_features, at_once):
     model, inputs = network(), torch.randn(2, 5, generator=seeded(1)).double()
     expected = ShapleyValues(model).attribute(inputs, **arguments)
     found = PartitionShap(model).attribute(
@@ -461,7 +461,7 @@ def test_flat_nestings_give_captums_shapley_values(arguments, n_features, at_onc
     torch.testing.assert_close(found.float(), expected.float(), atol=1e-5, rtol=1e-4)
 
 
-def test_one_value_for_all_rows_and_tuples_are_as_in_captum():
+def test_batch_scalar_and_tuple_inputs_follow_captum():
     model, inputs = network(), torch.randn(2, 5, generator=seeded(1)).double()
 
     def together(x: Tensor) -> Tensor:
@@ -486,7 +486,7 @@ def test_one_value_for_all_rows_and_tuples_are_as_in_captum():
         torch.testing.assert_close(one.float(), other.float(), atol=1e-5, rtol=1e-4)
 
 
-def test_without_a_hierarchy_features_are_halved_in_order():
+def test_default_hierarchy_halves_features_in_order():
     model, inputs = network(), torch.randn(1, 5, generator=seeded(1)).double()
 
     def worth(masks: Tensor) -> Tensor:
@@ -497,7 +497,7 @@ def test_without_a_hierarchy_features_are_halved_in_order():
     torch.testing.assert_close(found[0], expected, atol=1e-12, rtol=0)
 
 
-def test_feature_numbers_are_those_of_the_mask():
+def test_feature_numbers_follow_the_mask():
     model, inputs = network(), torch.randn(1, 5, generator=seeded(1)).double()
     mask = torch.tensor([[7, 7, 3, 3, 9]])
     found = PartitionShap(model).attribute(
@@ -513,7 +513,7 @@ def test_feature_numbers_are_those_of_the_mask():
 
 
 @pytest.mark.parametrize("scheme", ["orders", "splits"])
-def test_samples_on_tensors_are_efficient_seeded_and_run_once(scheme):
+def test_tensor_samples_are_efficient_and_seeded(scheme):
     inputs = torch.randn(2, 30, generator=seeded(1)).double()
     seen: list[int] = []
 
@@ -534,7 +534,7 @@ def test_samples_on_tensors_are_efficient_seeded_and_run_once(scheme):
         assert not torch.equal(found, method.attribute(inputs, n_samples=200, seed=1))
 
 
-def test_shap_finds_the_same():
+def test_shap_partition_explainer_agrees():
     """Its recursion over both contexts of every split, run to the end."""
     shap = pytest.importorskip("shap")
     numpy = pytest.importorskip("numpy")
@@ -604,7 +604,7 @@ def game_value(model, tokenizer, inp, target, t, first_of_word=None):
     return value
 
 
-def test_every_token_gets_the_owen_values_of_the_inputs_own_nesting(model, tokenizer):
+def test_every_token_gets_owen_values_of_the_input_hierarchy(model, tokenizer):
     model = model.double()
     try:
         target = tokenizer.encode(TARGET, add_special_tokens=False)
@@ -626,7 +626,7 @@ def test_every_token_gets_the_owen_values_of_the_inputs_own_nesting(model, token
 
 
 @pytest.mark.parametrize("scheme", ["orders", "splits"])
-def test_words_of_the_output_are_held_while_their_own_tokens_are_said(model, tokenizer, scheme):
+def test_output_word_is_held_for_its_own_tokens(model, tokenizer, scheme):
     model = model.double()
     try:
         target = tokenizer.encode(" chess golf.", add_special_tokens=False)
@@ -660,7 +660,7 @@ def test_words_of_the_output_are_held_while_their_own_tokens_are_said(model, tok
         model.float()
 
 
-def test_orders_with_words_under_way_come_near(model, tokenizer):
+def test_sampled_orders_with_held_words_converge(model, tokenizer):
     inp = TextSegmentInput(
         "Dave lives. He sang songs. He won.",
         tokenizer,
@@ -679,7 +679,7 @@ def test_orders_with_words_under_way_come_near(model, tokenizer):
     assert sampled.efficiency_gap.abs().max() < 1e-9
 
 
-def test_a_hierarchy_of_the_users_own_is_taken(model, tokenizer):
+def test_custom_hierarchy(model, tokenizer):
     inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     flat = attribute(model, tokenizer, inp=inp, hierarchy=[0, 1, 2, 3, 4, 5], n_samples=10**4)
     shapley = GenerationAttribution(ShapleyValues(model), tokenizer).attribute(inp, TARGET)
@@ -705,7 +705,7 @@ def test_a_hierarchy_of_the_users_own_is_taken(model, tokenizer):
             attribute(model, tokenizer, inp=inp, hierarchy=wrong)
 
 
-def test_what_a_small_budget_leaves_open_is_in_the_result(model, tokenizer, tmp_path):
+def test_unresolved_groups_are_in_the_result(model, tokenizer, tmp_path):
     inp = TextSegmentInput(
         PROMPT + " She won. They lost it.", tokenizer, unit=("sentence", "word"), baselines="delete"
     )
@@ -755,7 +755,7 @@ def test_random_baselines_are_averaged(model, tokenizer, scheme):
     assert result.provenance["estimate"]
 
 
-def test_merged_features_have_a_nesting_of_their_own(model, tokenizer):
+def test_merged_features_have_their_own_hierarchy(model, tokenizer):
     inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     mask = torch.tensor([[0, 1, 0, 2]])
     result = attribute(model, tokenizer, inp=inp, feature_mask=mask, output_unit=None)
@@ -765,7 +765,7 @@ def test_merged_features_have_a_nesting_of_their_own(model, tokenizer):
     torch.testing.assert_close(result.token_attr, shapley.token_attr, atol=1e-5, rtol=1e-4)
 
 
-def test_joint_probabilities_respect_the_nesting(model, tokenizer):
+def test_joint_probability_respects_the_hierarchy(model, tokenizer):
     inp = TextSegmentInput(PROMPT, tokenizer, unit=("sentence", "word"), baselines="delete")
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     method = PartitionShap(model)
@@ -789,7 +789,7 @@ def test_joint_probabilities_respect_the_nesting(model, tokenizer):
 # What cannot be
 
 
-def test_mistakes_are_told(model, tokenizer):
+def test_bad_arguments_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match='give "orders" or "splits"'):
         PartitionShap(model, scheme="halves")
     inp = TextSegmentInput(
@@ -825,7 +825,7 @@ def test_mistakes_are_told(model, tokenizer):
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("scheme", ["orders", "splits"])
-def test_few_features_are_no_trouble(n, scheme):
+def test_few_features(n, scheme):
     inputs = torch.arange(1.0, n + 1)[None]
     found = PartitionShap(lambda x: x.prod(1), scheme=scheme).attribute(inputs, n_samples=100)
     assert found.tolist() == [[math.prod(range(1, n + 1)) / n] * n]
@@ -835,7 +835,7 @@ class OwnPartition(PartitionShap):
     """A subclass may mean something else: it runs its own code."""
 
 
-def test_subclasses_run_through_their_own_attribute(model, tokenizer):
+def test_subclasses_run_their_own_attribute(model, tokenizer):
     inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     flat: Sequence[int] = [0, 1, 2, 3]
     own = GenerationAttribution(OwnPartition(model, flat), tokenizer)
@@ -846,7 +846,7 @@ def test_subclasses_run_through_their_own_attribute(model, tokenizer):
     assert results[0].provenance["estimator"] == "OwnPartition"
 
 
-def test_words_of_sentences_cost_less_than_words_alone(model, tokenizer):
+def test_hierarchy_reduces_errors_of_sentence_sums(model, tokenizer):
     """What the nesting is for: the same budget, less noise in the sums over sentences."""
     text = "Dave lives in Austin. Ann has a dog. He won. They sang songs. It rained."
     inp = TextSegmentInput(text, tokenizer, unit=("sentence", "word"), baselines="delete")

@@ -110,7 +110,7 @@ def rows(tokenizer, feature, replacement, target=TARGET, prompt=PROMPT):
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_effects_are_those_of_plain_hooks(name, direction, tokenizer):
+def test_effects_equal_plain_hooks(name, direction, tokenizer):
     model = architectures.build(name, dtype=torch.float64)
     clean, corrupted, target, _ = rows(tokenizer, "Palm", lambda n: [9] * n)
     result = ActivationPatching(model).trace(
@@ -134,7 +134,7 @@ def test_effects_are_those_of_plain_hooks(name, direction, tokenizer):
 
 
 @pytest.mark.parametrize("name", sorted(set(architectures.CONFIGS) - UNWATCHED))
-def test_what_holds_of_every_decoder(name, tokenizer):
+def test_decoder_invariants(name, tokenizer):
     model = architectures.build(name, dtype=torch.float64)
     inp = TextSegmentInput("Dave is a nurse", tokenizer, "token", baselines=9)
     place = 3
@@ -153,7 +153,7 @@ def test_what_holds_of_every_decoder(name, tokenizer):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_whole_streams_and_whole_features(name, tokenizer):
+def test_patching_whole_streams_and_features(name, tokenizer):
     model = architectures.build(name, dtype=torch.float64)
     inp, patching = segments(tokenizer), ActivationPatching(model)
     clean, _, _, places = rows(tokenizer, "Palm", lambda n: [9] * n)
@@ -170,9 +170,9 @@ def test_whole_streams_and_whole_features(name, tokenizer):
         torch.testing.assert_close(whole[..., 0], expected, atol=1e-10, rtol=0)
 
 
-def test_streams_beside_one_another_are_refused(tokenizer):
+def test_parallel_streams_are_refused(tokenizer):
     model = architectures.build("gemma 3n, shared states")
-    with pytest.raises(ValueError, match=r"is \(2, 1, \d+, 32\): activation patching wants"):
+    with pytest.raises(ValueError, match=r"is \(2, 1, \d+, 32\): activation patching needs"):
         ActivationPatching(model).trace(segments(tokenizer), TARGET, feature="Palm")
 
 
@@ -203,7 +203,7 @@ class Mean(nn.Module):
         return stream + self.linear(stream.cumsum(1) / counts).tanh()
 
 
-def test_what_passes_beside_the_stream_is_found(tokenizer):
+def test_side_paths_around_the_stream_are_detected(tokenizer):
     model = ReadsIdsAgain().eval()
     with pytest.raises(ValueError, match=r"does not expose its decoder layers"):
         ActivationPatching(model)
@@ -242,7 +242,7 @@ def test_models_that_see_ahead_are_refused(tokenizer):
         )
 
 
-def test_the_generated_word_of_the_demo_is_carried_over_by_its_middle(tokenizer):
+def test_demo_effect_passes_through_the_generated_word(tokenizer):
     """D depends on A alone, which was written before it."""
     model, own, corpus = load_demo()
     document = "Dave lives in Palm Coast, FL and is a lawyer. His personal interests include"
@@ -271,7 +271,7 @@ def test_the_generated_word_of_the_demo_is_carried_over_by_its_middle(tokenizer)
     assert "'loud': gain" in str(result)
 
 
-def test_stand_ins_come_from_the_inputs_own_baselines(model, tokenizer):
+def test_replacements_come_from_the_input_baselines(model, tokenizer):
     patching = ActivationPatching(model)
     prompt = "Dave lives in Palm and is a lawyer."
     n = len(segments(tokenizer).slots[3].ids)
@@ -301,7 +301,7 @@ def test_stand_ins_come_from_the_inputs_own_baselines(model, tokenizer):
     assert drawn.replacements[0].strip() in fits
 
 
-def test_the_models_own_words_stand_in_by_default(tokenizer):
+def test_default_replacements_come_from_the_model(tokenizer):
     model, own, _ = load_demo()
     inp = TextSegmentInput("Dave lives in Tampa, FL and is a lawyer.", own, "word")
     result = ActivationPatching(model).trace(inp, " His personal interests", feature="Dave")
@@ -311,7 +311,7 @@ def test_the_models_own_words_stand_in_by_default(tokenizer):
     assert result.output_tokens[0] == "His"
 
 
-def test_what_has_no_stand_in_of_as_many_tokens_is_refused(model, tokenizer):
+def test_replacement_of_other_length_is_refused(model, tokenizer):
     patching = ActivationPatching(model)
     for baselines in ("delete", [w if w != "Palm" else "a very long name" for w in PROMPT.split()]):
         with pytest.raises(ValueError, match=r"nothing of as many tokens stands in for ' Palm'"):
@@ -328,7 +328,7 @@ def test_what_has_no_stand_in_of_as_many_tokens_is_refused(model, tokenizer):
         patching.trace(segments(tokenizer, baselines=7), TARGET, feature="Palm", n_draws=3)
 
 
-def test_features_are_found_by_name_column_and_in_the_output(model, tokenizer):
+def test_features_are_selected_by_name_column_or_output(model, tokenizer):
     patching = ActivationPatching(model)
     inp = segments(tokenizer)
     by_name = patching.trace(inp, TARGET, feature="lawyer.")
@@ -354,7 +354,7 @@ def test_features_are_found_by_name_column_and_in_the_output(model, tokenizer):
         patching.trace(inp, TARGET, feature=1.5)
 
 
-def test_a_token_inside_a_replaced_word_has_no_value(model, tokenizer):
+def test_token_inside_a_replaced_word_is_nan(model, tokenizer):
     inp, target = segments(tokenizer), " Dave lives"
     result = ActivationPatching(model).trace(
         inp, target, feature=len(inp.names), output_unit="word", output_baselines=other_ids
@@ -368,7 +368,7 @@ def test_a_token_inside_a_replaced_word_has_no_value(model, tokenizer):
     assert result.gain[n_first : len(own)].isfinite().all()
 
 
-def test_noise_is_what_was_said_of_it(tokenizer):
+def test_noise_corruption_has_the_documented_scale(tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     patching = ActivationPatching(model)
     inp = segments(tokenizer, baselines="delete")  # which plays no part
@@ -411,7 +411,7 @@ def test_noise_is_what_was_said_of_it(tokenizer):
         patching.trace(segments(tokenizer), TARGET, feature="Palm", noise_scale=1.0)
 
 
-def test_places_of_features_are_patched_together(tokenizer):
+def test_feature_positions_are_patched_together(tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     patching = ActivationPatching(model)
     result = patching.trace(segments(tokenizer), TARGET, feature="Palm", places="feature")
@@ -428,7 +428,7 @@ def test_places_of_features_are_patched_together(tokenizer):
             patching.trace(segments(tokenizer), TARGET, feature="Palm", places=places)
 
 
-def test_batches_change_nothing_and_a_run_is_gone_on_with(tokenizer, tmp_path, capsys):
+def test_result_is_independent_of_batches_and_resumes(tokenizer, tmp_path, capsys):
     model = tiny.llama(len(tokenizer))
     patching, inp = ActivationPatching(model), segments(tokenizer)
     whole = patching.trace(inp, TARGET, feature="Palm", show_progress=True)
@@ -467,7 +467,7 @@ def test_batches_change_nothing_and_a_run_is_gone_on_with(tokenizer, tmp_path, c
         patching.trace(inp, " golf or", **arguments)
 
 
-def test_models_are_left_as_they_were(tokenizer):
+def test_model_state_is_restored(tokenizer):
     model = tiny.llama(len(tokenizer), attention_dropout=0.5, tie_word_embeddings=True)
     inp = segments(tokenizer)
     expected = ActivationPatching(model).trace(inp, TARGET, feature="Palm", first=10)
@@ -509,7 +509,7 @@ def test_offloaded_and_compiled_models(tokenizer):
     torch.testing.assert_close(noisy.effects, usual.effects, atol=1e-5, rtol=0)
 
 
-def test_other_threads_see_nothing_of_it(tokenizer):
+def test_patching_is_invisible_to_other_threads(tokenizer):
     model = tiny.llama(len(tokenizer))
     inp = segments(tokenizer)
     ids = torch.tensor([tokenizer.encode(PROMPT)])
@@ -535,7 +535,7 @@ def test_other_threads_see_nothing_of_it(tokenizer):
     torch.testing.assert_close(found.effects, again.effects, atol=1e-6, rtol=0)
 
 
-def test_what_to_patch_first(tokenizer):
+def test_first_argument_selects_the_strongest_cells(tokenizer):
     model = tiny.llama(len(tokenizer), initializer_range=0.15).double()
     inp, n_first = segments(tokenizer), 6
     clean, corrupted, target, _ = rows(tokenizer, "Palm", lambda n: [9] * n)
@@ -592,7 +592,7 @@ def step_by_hand(model, layers, base, source, target, step):
 
 
 @pytest.mark.parametrize("attr_target", ["logit", "prob", "contrast", "callable", "foils"])
-def test_other_values_are_traced_as_well(attr_target, tokenizer):
+def test_other_attr_targets(attr_target, tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     clean, corrupted, target, _ = rows(tokenizer, "Palm", lambda n: [9] * n)
     foil = 50
@@ -634,7 +634,7 @@ def test_half_precision(tokenizer):
     torch.testing.assert_close(rough.effects, exact.effects, atol=0.25, rtol=0.05)
 
 
-def test_captums_inputs_and_chats(model, tokenizer):
+def test_captum_inputs_and_chats(model, tokenizer):
     patching = ActivationPatching(model)
     inp = TextTokenInput(PROMPT, tokenizer, baselines=7)
     result = patching.trace(inp, TARGET, feature=4)
@@ -658,7 +658,7 @@ def test_captums_inputs_and_chats(model, tokenizer):
     assert said.gain.abs().max() > 0
 
 
-def test_results_are_kept_whole(model, tokenizer, tmp_path):
+def test_result_round_trips_through_a_file(model, tokenizer, tmp_path):
     patching = ActivationPatching(model)
     result = patching.trace(segments(tokenizer), TARGET, feature="Palm", first=5)
     file = tmp_path / "traced.safetensors"
@@ -678,7 +678,7 @@ def test_results_are_kept_whole(model, tokenizer, tmp_path):
         PatchingResult.load(file)
 
 
-def test_drawings(model, tokenizer):
+def test_plots(model, tokenizer):
     result = ActivationPatching(model).trace(segments(tokenizer), TARGET, feature="Palm")
     fig, ax = result.plot(-1)
     assert result.place_names[result.replaced[0]] in [t.get_text() for t in ax.get_xticklabels()]
@@ -696,13 +696,13 @@ def test_drawings(model, tokenizer):
     assert ax.images[0].cmap.name == "PuOr"
     assert ax.images[0].get_array().shape[1] == len(result.places)
     plt.close(fig)
-    with pytest.raises(ValueError, match="no target token"):
+    with pytest.raises(ValueError, match="0 target tokens"):
         result.plot("Rome")
     with pytest.raises(ValueError, match="there are"):
         result.plot(99)
 
 
-def test_arguments_are_checked(model, tokenizer):
+def test_bad_arguments_are_refused(model, tokenizer):
     patching, inp = ActivationPatching(model), segments(tokenizer)
     for wrong, said in (
         ({"kind": "zero"}, "`kind` is 'zero'"),

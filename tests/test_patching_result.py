@@ -23,7 +23,7 @@ RESULT = PatchingResult(
 )
 
 
-def test_a_file_holds_all_of_it(tmp_path):
+def test_result_round_trips_through_a_file(tmp_path):
     ranked = replace(
         RESULT,
         effects_se=torch.zeros(2, 2, 2),
@@ -48,10 +48,10 @@ def test_a_file_holds_all_of_it(tmp_path):
         ({"output_tokens": [" in"]}, "its target tokens are not as many"),
         ({"effects_se": torch.zeros(2, 2)}, "its standard errors are not as many"),
         ({"ranks": torch.zeros(1, 2, dtype=torch.int64)}, "its ranks are not as many"),
-        ({"replaced": ["first"]}, "its places are no numbers"),
+        ({"replaced": ["first"]}, "its places are not numbers"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(tmp_path, changes, message):
+def test_inconsistent_parts_are_refused(tmp_path, changes, message):
     """What another program may have written; the digest is right."""
     path = tmp_path / "patched.safetensors"
     replace(RESULT, **changes).save(path)
@@ -60,13 +60,13 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, changes, message):
     assert repr(str(path)) in str(error.value)
 
 
-def test_a_token_is_found_by_place_or_name():
+def test_token_is_selected_by_position_or_name():
     assert RESULT.strongest(" in", 1) == RESULT.strongest(0, 1) == [(0, 1, 2.0)]
     assert RESULT.strongest(-1) == RESULT.strongest("a") == [(0, 0, 0.5)]
     assert "' in': gain +3.00; +2.00 at ' lives' in stream 0" in str(RESULT)
-    with pytest.raises(ValueError, match="`target_token` is 2, and there are 2 target tokens"):
+    with pytest.raises(ValueError, match="there is no target token 2: there are 2"):
         RESULT.strongest(2)
-    with pytest.raises(ValueError, match="is the text of no target token"):
+    with pytest.raises(ValueError, match="0 target tokens are 'an': give the position of one of"):
         RESULT.strongest("an")
-    with pytest.raises(ValueError, match=r"is the text of tokens \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"2 target tokens are 'a': .* one of \[0, 1\]"):
         replace(RESULT, output_tokens=[" a", " a"]).strongest("a")

@@ -71,7 +71,7 @@ def column_labels(ax):
 # The heat map ------------------------------------------------------------------------------------
 
 
-def test_cells_hold_the_numbers_and_what_comes_later_is_no_cause():
+def test_cells_hold_attributions_and_hatch_later_output():
     prompt, output = attributions(6, 4)
     _, ax = draw(prompt, output)
     left, right = (image.get_array() for image in ax.images)
@@ -81,7 +81,7 @@ def test_cells_hold_the_numbers_and_what_comes_later_is_no_cause():
     np.testing.assert_array_equal(right[~later], output[~later])
 
 
-def test_red_lowers_blue_raises_and_zero_is_the_middle():
+def test_colour_map_is_red_blue_centred_at_zero():
     _, ax = draw([[1.0, -3.0, 0.0]])
     (image,) = ax.images
     assert image.get_clim() == (-3.0, 3.0)
@@ -92,7 +92,7 @@ def test_red_lowers_blue_raises_and_zero_is_the_middle():
     assert zero.min() > 0.95
 
 
-def test_prompt_and_output_have_a_scale_each_that_says_which_it_is():
+def test_prompt_and_output_have_labelled_scales():
     prompt, output = attributions(5, 3)
     output[4, 0] = -50.0
     fig, ax = draw(prompt, output)
@@ -114,7 +114,7 @@ def test_shares_of_one_whole_have_one_scale():
     assert len(fig.axes) == 2
 
 
-def test_the_generated_part_is_set_apart_under_its_own_heading():
+def test_generated_part_has_its_own_heading():
     prompt, output = attributions(5, 3)
     _, ax = draw(prompt, output)
     left, right = (image.get_extent() for image in ax.images)
@@ -137,14 +137,14 @@ def hatched(ax, n_target, n_output):
     return patch.get_path().contains_points(centres).reshape(n_target, n_output)
 
 
-def test_hatching_covers_what_is_no_cause():
+def test_hatching_covers_later_output():
     prompt, output = attributions(7, 3)
     _, ax = draw(prompt, output)
     np.testing.assert_array_equal(hatched(ax, 7, 7), np.triu(np.ones((7, 7), dtype=bool)))
 
 
 @pytest.mark.parametrize("features", [[0, 0, 1, 2, 2], None])
-def test_a_word_of_the_output_is_no_cause_before_its_last_token_is_written(features):
+def test_output_word_is_hatched_until_its_last_token(features):
     prompt, _ = attributions(5, 3)
     output = np.zeros((5, 3))
     output[2, 0] = output[3, 1] = output[4, 0] = 1.0
@@ -158,7 +158,7 @@ def visible(values):
     return int((np.abs(values) >= 0.05).sum())
 
 
-def test_few_cells_hold_signed_numbers():
+def test_few_cells_show_signed_numbers():
     _, ax = draw([[1.25, -0.5, 0.0], [-2.0, 0.01, np.nan]])
     texts = {t.get_position(): t.get_text() for t in cell_texts(ax)}
     assert texts == {
@@ -168,7 +168,7 @@ def test_few_cells_hold_signed_numbers():
     assert minus_signs(ax) == set()
 
 
-def test_numbers_are_left_out_where_nothing_is_explained():
+def test_hatched_cells_show_no_numbers():
     prompt, output = attributions(5, 4)
     _, ax = draw(prompt, output)
     earlier = np.tril(output, -1)[np.tril_indices(5, -1)]
@@ -176,7 +176,7 @@ def test_numbers_are_left_out_where_nothing_is_explained():
 
 
 @pytest.mark.parametrize("shape", [(60, 100), (40, 300)])
-def test_many_cells_carry_signs_instead(shape):
+def test_many_cells_show_signs_only(shape):
     values = np.random.default_rng(0).normal(size=shape)
     _, ax = draw(values)
     assert list(ax.texts) == []
@@ -185,7 +185,7 @@ def test_many_cells_carry_signs_instead(shape):
     assert "−" in ax.figure.axes[1].get_ylabel()
 
 
-def test_numbers_do_not_run_over_their_cells():
+def test_numbers_fit_their_cells():
     prompt, output = attributions(20, 13)
     fig, ax = draw(prompt, output)
     fig.draw_without_rendering()
@@ -198,7 +198,7 @@ def test_numbers_do_not_run_over_their_cells():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (13, 20), (500, 300)])
-def test_size_is_bounded_and_labels_do_not_touch(shape):
+def test_figure_size_is_bounded_and_labels_do_not_overlap(shape):
     fig, ax = draw(np.random.default_rng(0).normal(size=shape))
     fig.draw_without_rendering()
     width, height = fig.get_size_inches()
@@ -219,7 +219,7 @@ def test_labels_stay_with_their_columns_when_thinned():
     assert column_labels(ax) == [f"w{int(tick)}" for tick in ticks]
 
 
-def test_where_not_all_have_room_the_strongest_are_labelled():
+def test_crowded_axes_label_the_strongest_columns():
     values = np.random.default_rng(0).uniform(-0.1, 0.1, size=(3, 400))
     values[1, [37, 203, 398]] = [-2.0, 5.0, 3.0]
     _, ax = draw(values)
@@ -229,7 +229,7 @@ def test_where_not_all_have_room_the_strongest_are_labelled():
     assert {"w37", "w203", "w398"} <= set(column_labels(ax))
 
 
-def test_all_zero_or_unknown_can_be_drawn():
+def test_all_zero_or_nan_can_be_drawn():
     for values in ([[0.0, 0.0]], [[np.nan, np.nan]], np.zeros((0, 2)), np.zeros((2, 0))):
         fig, ax = draw(values)
         fig.draw_without_rendering()
@@ -243,7 +243,7 @@ def test_tensors_of_any_dtype_can_be_drawn():
     np.testing.assert_array_equal(ax.images[0].get_array(), [[0.5, -1.5]])
 
 
-def test_wide_letters_count_twice(monkeypatch):
+def test_wide_characters_count_twice(monkeypatch):
     monkeypatch.setattr(plot.labels, "drawable", lambda char: char)  # as with a font that has them
     assert plot.labels.label("東京は日本の首都", 16) == "東京は日本の首都"
     assert plot.labels.label("東京は日本の首都", 15) == "東京は日本の首…"
@@ -251,7 +251,7 @@ def test_wide_letters_count_twice(monkeypatch):
     assert plot.labels.label("Tokyo", 4) == "Tok…"
 
 
-def test_output_that_was_held_fixed_has_no_columns_whatever_its_tokens_make_up():
+def test_fixed_output_has_no_columns():
     fig, ax = draw(np.ones((3, 2)), output_features=[0, 1, 2])
     fig.draw_without_rendering()
     assert len(ax.images) == 1
@@ -260,7 +260,7 @@ def test_output_that_was_held_fixed_has_no_columns_whatever_its_tokens_make_up()
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (1, 500), (8, 10), (20, 500)])
-def test_the_scale_has_its_unit_and_nothing_is_cut_off(shape):
+def test_colour_bar_shows_the_unit_uncut(shape):
     fig, ax = draw(*attributions(*shape), unit="nats")
     fig.canvas.draw()
     labels = [bar.yaxis.label for bar in fig.axes[1:]]
@@ -285,7 +285,7 @@ def test_labels_leave_room_in_small_axes():
 
 
 @pytest.mark.parametrize(("n_prompt", "n_target"), [(1, 1), (30, 1), (2, 30)])
-def test_headings_do_not_run_into_each_other(n_prompt, n_target):
+def test_headings_do_not_overlap(n_prompt, n_target):
     fig, ax = plt.subplots(figsize=(4, 3), layout="constrained")
     draw(*attributions(n_target, n_prompt), ax=ax)
     fig.canvas.draw()
@@ -295,7 +295,7 @@ def test_headings_do_not_run_into_each_other(n_prompt, n_target):
     assert prompt.x1 < before.x0
 
 
-def test_a_map_can_be_drawn_into_given_axes():
+def test_heat_map_accepts_ax():
     fig, (first, second) = plt.subplots(1, 2, figsize=(9, 3))
     drawn = plot.heat_map(
         [[1.0, -1.0]],
@@ -323,7 +323,7 @@ def test_a_map_can_be_drawn_into_given_axes():
         ({"output_features": [0]}, "`output_features` has 1 entries for 5 rows"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(change, message):
+def test_mismatched_labels_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         draw(*attributions(5, 3), **change)
 
@@ -331,7 +331,7 @@ def test_labels_that_do_not_fit_are_refused(change, message):
 # Bars --------------------------------------------------------------------------------------------
 
 
-def test_bars_have_the_height_and_colour_of_their_values():
+def test_bars_have_height_and_colour_of_their_values():
     _, ax = plot.bars([1.5, -2.0, 0.5], labels=["a", "b", "c"])
     bars = ax.patches
     assert [bar.get_height() for bar in bars] == [1.5, -2.0, 0.5]
@@ -343,7 +343,7 @@ def test_bars_have_the_height_and_colour_of_their_values():
     assert not [c for c in ax.collections if isinstance(c, LineCollection)]
 
 
-def test_whiskers_span_one_error_to_either_side():
+def test_error_bars_span_one_standard_error():
     values, errors = [1.0, -2.0, 0.2, 3.0], [0.25, 0.5, 0.4, np.nan]
     _, ax = plot.bars(values, labels=words(4), errors=errors)
     (whiskers,) = (c for c in ax.collections if isinstance(c, LineCollection))
@@ -355,7 +355,7 @@ def test_whiskers_span_one_error_to_either_side():
 
 
 @pytest.mark.parametrize("height", [1.5, 6.0])
-def test_what_bars_count_is_told_on_as_many_lines_as_fit(height):
+def test_bar_axis_label_wraps_to_fit(height):
     fig, ax = plt.subplots(figsize=(4, height), layout="constrained")
     plot.bars([1.0, -2.0], labels=["a", "b"], errors=[0.1, 0.2], unit="nats", ax=ax)
     fig.canvas.draw()
@@ -364,21 +364,21 @@ def test_what_bars_count_is_told_on_as_many_lines_as_fit(height):
     assert len(told) == (2 if height < 2 else 1)
 
 
-def test_an_unknown_bar_is_a_question_mark():
+def test_nan_bar_is_a_question_mark():
     fig, ax = plot.bars([1.0, np.nan], labels=["a", "b"], errors=[0.1, 0.1])
     fig.canvas.draw()
     assert [(t.get_text(), t.get_position()) for t in ax.texts] == [("?", (1.0, 0.0))]
 
 
 @pytest.mark.parametrize("n", [0, 1, 40, 500])
-def test_bars_of_any_number_fit_a_bounded_figure(n):
+def test_any_number_of_bars_fits_a_bounded_figure(n):
     fig, ax = plot.bars(np.linspace(-1, 1, n), labels=words(n))
     assert fig.get_size_inches()[0] <= 16
     assert len(ax.patches) == n
     assert len(ax.get_xticklabels()) <= min(n, 120)
 
 
-def test_bars_refuse_what_does_not_fit():
+def test_bars_refuse_mismatched_arguments():
     with pytest.raises(ValueError, match=r"`errors` has shape \(1,\)"):
         plot.bars([1.0, 2.0], labels=["a", "b"], errors=[1.0])
     with pytest.raises(ValueError, match="holds -1: standard errors cannot be negative"):
@@ -388,7 +388,7 @@ def test_bars_refuse_what_does_not_fit():
 # Both --------------------------------------------------------------------------------------------
 
 
-def test_show_shows_and_returns_nothing(monkeypatch):
+def test_show_displays_and_returns_none(monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
     assert plot.bars([1.0], labels=["a"], show=True) is None
@@ -397,7 +397,7 @@ def test_show_shows_and_returns_nothing(monkeypatch):
     assert len(shown) == 2
 
 
-def test_global_settings_are_neither_changed_nor_lost():
+def test_matplotlib_settings_are_unchanged():
     before = dict(matplotlib.rcParams)
     draw(*attributions(5, 3))
     plot.bars([1.0], labels=["北京"])
@@ -423,14 +423,14 @@ def test_global_settings_are_neither_changed_nor_lost():
         ("half \ud83d", "half \\ud83d"),
     ],
 )
-def test_labels_show_the_text_of_a_token(text, label):
+def test_labels_show_token_text(text, label):
     fig, ax = plot.bars([1.0], labels=[text])
     fig.canvas.draw()  # warnings of missing glyphs, or of mathtext, would fail here
     assert column_labels(ax) == [label]
 
 
 @pytest.mark.parametrize("text", ["北京", "서울", "🫠😀", "नमस्ते", "\U0010ffff", "مرحبا"])
-def test_glyphs_that_no_font_has_are_spelled_out(text, monkeypatch):
+def test_missing_glyphs_are_spelled_out(text, monkeypatch):
     labels = [text, "plain"]
     draw([[1.0, -1.0]], input_labels=labels)[0].canvas.draw()  # with the fonts of this machine
     monkeypatch.setattr(plot.labels, "_FALLBACK_FONTS", ())
@@ -453,7 +453,7 @@ FITTED = "responsive.py"  # holds an artist, which matplotlib has to be there fo
     sorted({*Path(plot.__file__).parent.glob("*.py")} - {Path(plot.__file__).with_name(FITTED)}),
     ids=lambda p: p.name,
 )
-def test_matplotlib_is_imported_only_to_draw(path):
+def test_matplotlib_is_imported_lazily(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_import = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     named = {alias.name for node in at_import for alias in node.names}
@@ -462,7 +462,7 @@ def test_matplotlib_is_imported_only_to_draw(path):
     assert not [name for name in named if name.startswith(without)]
 
 
-def test_what_no_drawing_takes_is_an_error():
+def test_unknown_plot_arguments_are_refused():
     with pytest.raises(TypeError, match="axes"):
         plot.bars([1.0], labels=["a"], axes=None)
     # Its colours are those of signs.
@@ -491,7 +491,7 @@ def test_what_no_drawing_takes_is_an_error():
     ],
     ids=lambda draw: draw.__qualname__,
 )
-def test_arguments_come_in_one_order_under_one_name(draw):
+def test_plot_functions_share_argument_names_and_order(draw):
     parameters = list(inspect.signature(draw).parameters.values())[1:]
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
     in_order = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]

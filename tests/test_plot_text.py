@@ -69,7 +69,7 @@ def underlines(ax):
     return found
 
 
-def test_blue_boxes_raise_red_ones_lower_and_zero_has_none():
+def test_boxes_are_blue_red_or_absent_by_sign():
     _, ax = text(["up", " down", " none"], [2.0, -2.0, 0.0])
     assert lines(ax) == [["up", "down", "none"]]
     found = boxes(ax)
@@ -80,7 +80,7 @@ def test_blue_boxes_raise_red_ones_lower_and_zero_has_none():
     assert underlines(ax) == {"solid": [left(ax, "up")], "dashed": [left(ax, "down")]}
 
 
-def test_what_lies_within_its_error_is_pale_and_has_no_sign():
+def test_attributions_within_their_error_are_pale_without_sign():
     _, ax = text(["sure", " not", " unknown"], [1.0, -1.0, -1.0], errors=[0.5, 0.52, np.nan])
     alpha = {x: face[3] for x, face in boxes(ax).items()}
     assert alpha[left(ax, "sure")] == 1.0
@@ -89,12 +89,12 @@ def test_what_lies_within_its_error_is_pale_and_has_no_sign():
     assert any("pale: within its error" in t.get_text() for t in ax.texts)
 
 
-def test_weak_parts_have_no_line():
+def test_weak_parts_are_not_underlined():
     _, ax = text(["a", " b", " c"], [1.0, 0.05, -0.05])
     assert underlines(ax) == {"solid": [left(ax, "a")], "dashed": []}
 
 
-def test_new_lines_and_indentation_stay():
+def test_newlines_and_indentation_are_kept():
     _, ax = text(["one", "\n  two", ("\n\n",), "three"], [1.0, 1.0, 1.0])
     assert lines(ax) == [["one"], ["two"], ["three"]]
     ys = sorted({t.get_position()[1] for t in ax.texts if t.get_text() in ("one", "two", "three")})
@@ -103,13 +103,13 @@ def test_new_lines_and_indentation_stay():
     assert left(ax, "two") > 0
 
 
-def test_white_space_with_a_value_is_marked():
+def test_white_space_features_are_marked():
     _, ax = text(["a", "\n", "b", "  ", "c", ""], [1.0] * 6)
     assert lines(ax) == [["a", "⏎"], ["b", "␣␣", "c", "∅"]]
     assert sum(len(c.get_paths()) for c in ax.collections if isinstance(c, PolyCollection)) == 6
 
 
-def test_a_part_is_shaded_from_its_first_word_to_its_last():
+def test_part_is_shaded_from_first_to_last_word():
     _, ax = text([" a sentence here.", " x"], [1.0, -1.0])
     assert lines(ax) == [["a sentence here.", "x"]]
     (polygon,) = (
@@ -125,7 +125,7 @@ def test_a_part_is_shaded_from_its_first_word_to_its_last():
 
 
 @pytest.mark.parametrize("n", [5, 60, 500])
-def test_long_text_is_wrapped_between_words_and_fits(n):
+def test_long_text_is_wrapped_between_words(n):
     words = [f"w{'o' * (i % 9)}rd{i}" for i in range(n)]
     parts = [piece for word in words for piece in (f" {word[:2]}", word[2:])]  # two tokens a word
     fig, ax = text(parts, np.linspace(-1, 1, 2 * n))
@@ -141,7 +141,7 @@ def test_long_text_is_wrapped_between_words_and_fits(n):
 
 
 @pytest.mark.parametrize("long", ["x" * 400, "東京は日本の首都です" * 12])
-def test_what_is_longer_than_a_line_is_broken_anywhere(long):
+def test_words_longer_than_a_line_are_broken(long):
     fig, ax = text(["before ", long, " after"], [1.0, 2.0, -3.0])
     fig.draw_without_rendering()
     written = "".join(map("".join, lines(ax)))
@@ -166,7 +166,7 @@ def gaps(ax):
 WORDS = [f" {word}" for word in "Ann lives in Austin and likes to sing in the choir".split()]
 
 
-def test_words_keep_apart_where_other_plots_make_axes_smaller():
+def test_words_stay_apart_in_shrunken_axes():
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     ax = axes[0, 0]
     text(WORDS * 2, np.linspace(-1, 1, 22), ax=ax, headings={0: "prompt"})
@@ -184,7 +184,7 @@ def test_words_keep_apart_where_other_plots_make_axes_smaller():
 
 
 @pytest.mark.parametrize("dpi", [50, 70, 100, 220])
-def test_words_are_evenly_apart_at_any_resolution(dpi):
+def test_word_spacing_is_even_at_any_resolution(dpi):
     """Letters are set to whole pixels: a word is not the same part of an inch everywhere."""
     fig, ax = text(WORDS * 2, np.linspace(-1, 1, 22))
     fig.set_dpi(dpi)
@@ -204,7 +204,7 @@ def test_saved_files_hold_each_word_once(tmp_path):
     fig.savefig(tmp_path / "text.pdf")
 
 
-def test_what_has_no_room_is_left_out_at_the_end():
+def test_text_without_room_is_cut_at_the_end():
     fig, ax = plt.subplots(figsize=(3, 2), layout="constrained")
     text(WORDS * 20, np.linspace(-1, 1, 220), ax=ax, unit="nats")
     fig.canvas.draw()
@@ -217,7 +217,7 @@ def test_what_has_no_room_is_left_out_at_the_end():
     assert key.get_window_extent().x1 <= ax.get_window_extent().x1 + 2
 
 
-def test_the_explained_part_is_framed_and_what_follows_is_grey():
+def test_explained_part_is_framed_and_later_text_grey():
     _, ax = text(
         ["a", ("b",), ("c",)], [1.0], headings={0: "prompt", 1: "generated"},
         explained=[1], later=[2],
@@ -228,13 +228,13 @@ def test_the_explained_part_is_framed_and_what_follows_is_grey():
     assert ink["c"] != ink["b"]
 
 
-def test_token_text_is_no_mathematics():
+def test_token_text_is_not_parsed_as_math():
     fig, ax = text(["$x_1$", " \\frac{", " bell\x07"], [1.0, 2.0, 3.0])
     fig.canvas.draw()  # warnings of mathtext, or of missing glyphs, would fail here
     assert lines(ax) == [["$x_1$", "\\frac{", "bell\\x07"]]
 
 
-def test_text_goes_into_given_axes():
+def test_text_plot_accepts_ax():
     fig, (first, second) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     assert plot.running_text([("a", 0)], [1.0], ax=second, title="mine") == (fig, second)
     assert not first.texts
@@ -243,14 +243,14 @@ def test_text_goes_into_given_axes():
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [np.nan, np.nan]])
-def test_nothing_known_can_be_drawn(values):
+def test_all_nan_can_be_drawn(values):
     fig, ax = text(["a", " b"], values)
     fig.draw_without_rendering()
     assert lines(ax) == [["a", "b"]]
     assert underlines(ax) == {"solid": [], "dashed": []}
 
 
-def test_errors_that_do_not_fit_are_refused():
+def test_mismatched_errors_are_refused():
     with pytest.raises(ValueError, match=r"`errors` has shape \(1,\)"):
         text(["a", " b"], [1.0, 2.0], errors=[1.0])
 
@@ -289,7 +289,7 @@ def names(ax):
     return {t.get_text(): t for t in ax.texts}
 
 
-def test_what_is_beyond_its_error_and_not_negligible_is_joined():
+def test_flow_links_attributions_beyond_their_error():
     prompt, output = attributions(9, 5)
     errors = np.abs(attributions(9, 5, seed=1)[0]), np.full((9, 9), 0.2)
     spread = {"prompt_errors": errors[0], "output_errors": errors[1]}
@@ -309,7 +309,7 @@ def test_what_is_beyond_its_error_and_not_negligible_is_joined():
     assert set(curves(ax)) < want
 
 
-def test_a_token_has_its_three_strongest_causes_on_their_scales():
+def test_flow_shows_three_strongest_causes_per_token():
     prompt, output = attributions(9, 5)
     output *= 100  # far larger, as earlier output is in real answers: the prompt is still seen
     _, ax = flow(prompt, output, least=0.0)
@@ -329,12 +329,12 @@ def test_a_token_has_its_three_strongest_causes_on_their_scales():
     assert f"prompt {np.abs(prompt).max():.3g} and generated {np.abs(output).max():.3g}" in key
 
 
-def test_what_cannot_be_told_is_not_drawn():
+def test_flow_omits_unknown_attributions():
     _, ax = flow([[1.0, np.nan, 1.0, 1.0]], prompt_errors=[[np.nan, 0.1, 9.0, 0.1]])
     assert set(curves(ax)) == {("prompt", 3, 0)}
 
 
-def test_width_follows_size_and_lowering_is_red_and_dashed():
+def test_flow_line_style_follows_size_and_sign():
     _, ax = flow([[4.0, -2.0, 1.0]])
     found = {feature: patch for (_, feature, _), patch in curves(ax).items()}
     widths = [found[i].get_linewidth() for i in range(3)]
@@ -349,7 +349,7 @@ def ends(patch):
     return patch.get_path().vertices[[0, -1]]
 
 
-def test_curves_end_at_the_words_they_join():
+def test_flow_curves_end_at_their_words():
     _, ax = flow([[0, 0], [1.0, 0], [0, 0]], [[0, 0, 0], [0, 0, 0], [0, 2.0, 0]])
     at = {name: t.get_position() for name, t in names(ax).items()}
     found = curves(ax)
@@ -376,7 +376,7 @@ def leads(links, target, owners):
 
 
 @pytest.mark.parametrize("target", [0, 3, 7])
-def test_only_what_led_to_a_token(target):
+def test_flow_of_one_token(target):
     prompt, output = attributions(8, 4, seed=3)
     everything = set(curves(flow(prompt, output, least=0.2)[1]))
     _, ax = flow(prompt, output, least=0.2, towards=target)
@@ -384,7 +384,7 @@ def test_only_what_led_to_a_token(target):
     assert names(ax)[f"t{target}"].get_bbox_patch() is not None
 
 
-def test_a_generated_word_passes_on_what_its_tokens_received():
+def test_flow_of_a_word_joins_links_of_its_tokens():
     owners = [0, 0, 1, None]
     prompt = [[1.0], [0], [0], [0]]
     output = np.array([[0, 0], [0, 0], [2.0, 0], [0, 1.5]])
@@ -398,7 +398,7 @@ def test_a_generated_word_passes_on_what_its_tokens_received():
         flow(prompt, output)
 
 
-def test_of_a_long_prompt_only_causes_are_shown():
+def test_flow_of_a_long_prompt_shows_causes_only():
     prompt = np.zeros((4, 300))
     prompt[2, [7, 250]] = 1.0
     _, ax = flow(prompt)
@@ -409,7 +409,7 @@ def test_of_a_long_prompt_only_causes_are_shown():
     assert short["p7"].get_color() != short["p8"].get_color()
 
 
-def test_of_a_long_answer_only_tokens_with_links_are_shown():
+def test_flow_of_a_long_answer_shows_linked_tokens_only():
     prompt, output = np.zeros((200, 4)), np.zeros((200, 200))
     prompt[120, 1], output[170, 120] = 2.0, -1.0
     fig, ax = flow(prompt, output, unit="nats", towards=170)
@@ -423,7 +423,7 @@ def test_of_a_long_answer_only_tokens_with_links_are_shown():
     assert ends(found["prompt", 1, 120])[1][1] == at["t120"]
 
 
-def test_of_very_many_links_the_strongest_are_drawn():
+def test_flow_draws_the_strongest_of_many_links():
     prompt, _ = attributions(30, 30)
     _, ax = flow(prompt, least=0.0, most=30)
     found = {(feature, token) for _, feature, token in curves(ax)}
@@ -432,7 +432,7 @@ def test_of_very_many_links_the_strongest_are_drawn():
     assert any("the 200 strongest of 900" in name for name in names(ax))
 
 
-def test_curves_follow_their_words_where_axes_get_smaller():
+def test_flow_curves_follow_words_in_shrunken_axes():
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     flow([[0, 1.0, 0]], ax=axes[1])
     for other in axes[::2]:
@@ -446,7 +446,7 @@ def test_curves_follow_their_words_where_axes_get_smaller():
 
 
 @pytest.mark.parametrize(("n_target", "n_prompt"), [(1, 1), (15, 14), (60, 100), (200, 500)])
-def test_the_figure_is_bounded_and_labels_do_not_touch(n_target, n_prompt):
+def test_figure_size_is_bounded_and_labels_do_not_overlap(n_target, n_prompt):
     fig, ax = flow(*attributions(n_target, n_prompt), least=0.3)
     fig.draw_without_rendering()
     assert max(fig.get_size_inches()) <= 16
@@ -457,14 +457,14 @@ def test_the_figure_is_bounded_and_labels_do_not_touch(n_target, n_prompt):
         assert len(heights) == 1 or np.diff(heights).min() >= 0.9 * 8 * fig.dpi / 72  # points
 
 
-def test_nothing_to_join_can_be_drawn():
+def test_flow_without_links_can_be_drawn():
     for values in (np.zeros((3, 2)), np.full((3, 2), np.nan), np.zeros((2, 0))):
         fig, ax = flow(values)
         fig.draw_without_rendering()
         assert curves(ax) == {}
 
 
-def test_flow_goes_into_given_axes():
+def test_flow_accepts_ax():
     fig, ax = plt.subplots(figsize=(7, 3))
     assert flow([[1.0]], ax=ax, title="mine") == (fig, ax)
     assert ax.get_title(loc="left") == "mine"

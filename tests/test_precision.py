@@ -32,7 +32,7 @@ def rows_of(n_prompt=24, n_target=8):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "lfm 2, convolution hybrid", "cohere 2, sliding window"])
-def test_no_run_with_other_batches_differs_by_more_than_the_floor(name, dtype):
+def test_runs_with_other_batches_differ_within_the_noise_floor(name, dtype):
     model = architectures.build(name, dtype=dtype)
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -44,7 +44,7 @@ def test_no_run_with_other_batches_differs_by_more_than_the_floor(name, dtype):
         assert bool(((others - values).abs().amax(0) <= floor).all())
 
 
-def test_better_precision_has_no_floor_worth_telling():
+def test_float32_has_a_negligible_noise_floor():
     result = attribute(tiny.llama())
     assert result.noise_floor is None
     assert result.provenance["noise_floor"] is None
@@ -52,7 +52,7 @@ def test_better_precision_has_no_floor_worth_telling():
     assert "rounding" not in str(result)
 
 
-def test_attributions_below_the_floor_are_marked_and_left_out_of_the_table(tmp_path):
+def test_attributions_below_the_noise_floor_are_left_out_of_the_table(tmp_path):
     result = attribute(tiny.llama().bfloat16())
     assert len(result.provenance["noise_floor"]) == len(result.output_tokens)
     # What is marked follows from what was measured, whatever that is on this machine.
@@ -75,13 +75,13 @@ def test_attributions_below_the_floor_are_marked_and_left_out_of_the_table(tmp_p
     assert torch.equal(loaded.below_noise, result.below_noise)
 
 
-def test_the_floor_is_that_of_the_unit_it_was_measured_in():
+def test_noise_floor_is_kept_only_in_its_own_unit():
     result = attribute(tiny.llama().bfloat16(), KernelShap, n_samples=64)
     assert result.refit(attr_target="prob").noise_floor is None
     assert torch.equal(result.refit().noise_floor, result.noise_floor)
 
 
-def test_one_row_at_a_time_where_rows_change_each_other():
+def test_coupled_rows_run_one_at_a_time():
     model = tiny.llama().bfloat16()
     model.config.quantization_config = {"load_in_8bit": True}
     sizes, forward = [], model.forward

@@ -116,7 +116,7 @@ AHEAD = {
 
 
 @pytest.mark.parametrize("name", AHEAD)
-def test_models_that_see_ahead_are_asked_with_nothing_ahead(name):
+def test_models_that_see_ahead_are_scored_without_later_tokens(name):
     model = AHEAD[name]()
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -147,7 +147,7 @@ COUPLED = {
 @pytest.mark.parametrize("name", COUPLED)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization|.*quantize_per_tensor:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*quantize:UserWarning")
-def test_rows_that_change_one_another_are_asked_one_by_one(name):
+def test_coupled_rows_are_scored_one_by_one(name):
     model = COUPLED[name]()
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -161,7 +161,7 @@ def test_rows_that_change_one_another_are_asked_one_by_one(name):
 
 
 @pytest.mark.filterwarnings("ignore:.* steps are too few")
-def test_the_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
+def test_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
     model = Changed(lambda logits, ids: logits + 0.5 * logits.roll(-1, 1))
     inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     method = LayerIntegratedGradients(model, model.inner.get_input_embeddings())
@@ -179,7 +179,7 @@ def test_the_gradients_of_models_that_see_ahead_do_not_leak(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.* steps are too few")
-def test_the_gradients_of_models_that_couple_rows_are_those_of_one_row(tokenizer):
+def test_gradients_of_coupled_rows_equal_single_row_gradients(tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     found = []
     for change in (lambda x, _: x + 0.3 * x.mean(0, keepdim=True), lambda x, _: 1.3 * x):
@@ -191,7 +191,7 @@ def test_the_gradients_of_models_that_couple_rows_are_those_of_one_row(tokenizer
 
 
 @pytest.mark.parametrize("name", ["the next id", "the mean of the batch"])
-def test_baselines_are_told_likelihoods_of_texts_alone(name, tokenizer):
+def test_likelihoods_are_those_of_single_texts(name, tokenizer):
     model = (AHEAD | COUPLED)[name]()
     texts = [TEXT, "Ann lives", "The quick brown fox"]
     said = Likelihood(model, tokenizer).log_likelihoods(texts)
@@ -218,7 +218,7 @@ class SoftPrompt(nn.Module):
         return self.inner(inputs_embeds=given, **arguments)
 
 
-def test_logits_of_a_soft_prompt_in_front_belong_to_no_id(tokenizer):
+def test_soft_prompt_logits_are_skipped(tokenizer):
     model = SoftPrompt().eval()
     rows, target = rows_of()
     values = Scorer(model).values(rows, target)
@@ -237,7 +237,7 @@ def test_logits_of_a_soft_prompt_in_front_belong_to_no_id(tokenizer):
     torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
 
 
-def test_a_soft_prompt_that_a_hook_puts_in_front_is_seen():
+def test_soft_prompt_inserted_by_a_hook_is_detected():
     model = tiny.llama()
     embedding = model.get_input_embeddings()
     soft = 0.4 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -268,7 +268,7 @@ class PlainOutput(nn.Module):
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "dict", "last"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_outputs_and_names_that_have_one_meaning_are_taken(kind, wrapped, tokenizer):
+def test_unambiguous_output_types_and_argument_names_are_accepted(kind, wrapped, tokenizer):
     model = PlainOutput(kind)
     model = nn.DataParallel(model) if wrapped else model
     inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
@@ -300,7 +300,7 @@ def exported(model):
 
 @pytest.mark.parametrize("made", [torch.fx.symbolic_trace, torch.jit.script, exported])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_what_torch_has_made_of_a_model_is_a_model(made, tokenizer):
+def test_torch_transformed_models_are_accepted(made, tokenizer):
     plain = Summing().eval()
     model = made(plain)
     rows, target = rows_of()
@@ -314,7 +314,7 @@ def test_what_torch_has_made_of_a_model_is_a_model(made, tokenizer):
     torch.testing.assert_close(found[0].full_attr, found[1].full_attr, atol=1e-5, rtol=0)
 
 
-def test_generate_is_asked_for_where_there_is_no_target(tokenizer):
+def test_missing_generate_asks_for_a_target(tokenizer):
     class Own(transformers.LlamaPreTrainedModel):
         def __init__(self, config):
             super().__init__(config)
@@ -395,7 +395,7 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_says_no_next_tokens_is_refused_with_what_to_give(name, tokenizer):
+def test_models_without_next_token_logits_are_refused(name, tokenizer):
     make, message = REFUSED[name]
     method, inp = (
         FeatureAblation(make(tokenizer)),
@@ -405,7 +405,7 @@ def test_what_says_no_next_tokens_is_refused_with_what_to_give(name, tokenizer):
         GenerationAttribution(method, tokenizer).attribute(inp, " golf and")
 
 
-def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
+def test_probe_runs_once_per_unchanged_model():
     model = Changed(lambda x, _: x)
     model.ahead = 0.0
     model.change = lambda x, ids: x + model.ahead * next_of()(torch.zeros_like(x), ids)
@@ -452,7 +452,7 @@ def test_a_model_is_looked_at_once_as_long_as_it_stays_the_same():
 
 
 @pytest.mark.parametrize("place", range(6))
-def test_what_a_hook_sees_ahead_is_seen_in_packs_as_well(place):
+def test_hook_that_sees_ahead_is_detected_in_packs(place):
     """Only at one place of the target, in a model that would read packs rightly."""
     rows, target = rows_of(n_target=8)
     model, seen = tiny.llama(), rows[0].ids[14 + place]
@@ -524,7 +524,7 @@ AT_FEW_PLACES = {
 
 @pytest.mark.parametrize("reuse", ["auto", "pack"])
 @pytest.mark.parametrize("name", AT_FEW_PLACES)
-def test_what_a_model_does_at_few_places_is_seen(name, reuse):
+def test_look_ahead_at_few_positions_is_detected(name, reuse):
     model = AT_FEW_PLACES[name]()
     rows, target = rows_of(n_target=8)
     for some in (rows, [row for row in rows if len(row.ids) == len(rows[0].ids)]):
@@ -551,7 +551,7 @@ def if_later(one, other):
 
 
 @pytest.mark.parametrize("distance", [1, 3])
-def test_what_is_looked_for_at_any_distance_is_seen(distance):
+def test_look_ahead_at_any_distance_is_detected(distance):
     rows, target = rows_of(n_target=8)
     ids = rows[0].ids
     for place in range(13, len(ids) - distance):
@@ -564,7 +564,7 @@ def test_what_is_looked_for_at_any_distance_is_seen(distance):
 
 
 @pytest.mark.parametrize("distance", [1, 2, 5])
-def test_the_same_is_seen_of_models_that_read_no_packs(distance):
+def test_look_ahead_at_any_distance_is_detected_without_packs(distance):
     rows, target = rows_of(n_target=8)
     ids = rows[0].ids
     for place in range(13, len(ids) - distance):
@@ -585,7 +585,7 @@ def later_makes_likelier(one, other):
     return change
 
 
-def test_what_the_passes_of_the_probe_miss_is_seen_in_the_run():
+def test_look_ahead_missed_by_the_probe_is_detected_in_the_run():
     """Of many target tokens not every one is looked at; rows that begin alike must agree."""
     draw = random.Random(0)
     ids = draw.sample(range(4, 390), 68)
@@ -605,7 +605,7 @@ def test_what_the_passes_of_the_probe_miss_is_seen_in_the_run():
         assert scorer.findings.sees_ahead
 
 
-def test_batches_are_looked_at_where_packs_do_not_pay():
+def test_probe_compares_batches_where_packs_do_not_pay():
     model = AT_FEW_PLACES["many rows, not at their beginning"]()
     rows, target = rows_of(n_target=8)
     packs = Scorer(model, overhead=0, reuse="pack")
@@ -625,7 +625,7 @@ def packs_of(model, rows, target):
     return scorer.packs
 
 
-def test_what_was_seen_of_packs_is_kept_with_the_model():
+def test_packing_findings_are_kept_with_the_model():
     model = tiny.llama()
     rows, target = rows_of()
     passes = []
@@ -640,7 +640,7 @@ def test_what_was_seen_of_packs_is_kept_with_the_model():
     assert torch.equal(*found)
 
 
-def test_a_model_is_forgotten_with_its_last_user():
+def test_findings_are_freed_with_the_model():
     model = tiny.llama()
     with exclusive_use(model):
         findings(model, rows_of()[0])
@@ -661,7 +661,7 @@ LENGTHS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LENGTHS)
 @pytest.mark.filterwarnings("ignore:Changed gives equal rows values up to")  # of bfloat16
-def test_how_much_follows_counts_as_what_follows(name, dtype):
+def test_dependence_on_length_counts_as_seeing_ahead(name, dtype):
     model = Changed(LENGTHS[name], tiny.llama().to(dtype))
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -674,7 +674,7 @@ def test_how_much_follows_counts_as_what_follows(name, dtype):
         assert apart <= float(scorer.noise_floor(rows[0], target).max())
 
 
-def test_lengths_that_change_what_positions_mean_are_seen_and_not_mixed():
+def test_length_dependent_models_get_unmixed_lengths():
     model = Changed(lambda x, ids: x * (1 + 0.5 * (ids.shape[1] > 12)))
     rows, target = rows_of()
     short = TokenRow(rows[0].ids[10:], range(3, 9))
@@ -691,7 +691,7 @@ BY_ROWS += ("more than twelve rows",)
 
 @pytest.mark.parametrize("name", BY_ROWS)
 @pytest.mark.parametrize("n_prompt", [14, 40])
-def test_rows_that_change_one_another_are_seen_through_sixteen_bits(name, n_prompt):
+def test_coupled_rows_are_detected_in_sixteen_bits(name, n_prompt):
     """Passes of one number of rows say nothing of what that number does."""
     model = COUPLED[name]().bfloat16()
     with exclusive_use(model):
@@ -701,7 +701,7 @@ def test_rows_that_change_one_another_are_seen_through_sixteen_bits(name, n_prom
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_rows_counts_where_the_last_logits_alone_are_given(dtype):
+def test_row_coupling_is_detected_with_last_logits_only(dtype):
     model = Changed(lambda x, _: x[:, -1:] * (1 + 0.1 * (len(x) > 1)), tiny.llama().to(dtype))
     with exclusive_use(model):
         found = findings(model, rows_of()[0])
@@ -713,7 +713,7 @@ def test_the_number_of_rows_counts_where_the_last_logits_alone_are_given(dtype):
     "name",
     ["lfm 2, convolution hybrid", "falcon-h1, recurrent hybrid", "granite 4, recurrent hybrid"],
 )
-def test_sixteen_bits_take_few_ids_where_no_packs_are_read(name):
+def test_probe_cost_in_sixteen_bits_without_packs(name):
     """Passes of one shape tell rounding from an effect: rows are read some seven times in all."""
     model = build(name, dtype=torch.bfloat16)
     n_ids: list[int] = []
@@ -730,7 +730,7 @@ def test_sixteen_bits_take_few_ids_where_no_packs_are_read(name):
     assert sum(n_ids) < 8 * max(len(row.ids) for row in rows)
 
 
-def test_rounding_is_no_effect_of_other_rows_or_of_what_follows():
+def test_rounding_is_not_taken_for_coupling_or_look_ahead():
     for name in ("llama", "qwen 3, mixture of experts", "mamba 2"):
         model = build(name, dtype=torch.bfloat16)
         with exclusive_use(model):
@@ -799,7 +799,7 @@ JUMPING = {
 @pytest.mark.parametrize("seed", [0, 4])
 @pytest.mark.parametrize("name", JUMPING)
 @pytest.mark.filterwarnings("ignore:.* last digits, which every batch has its own of")
-def test_values_that_last_digits_decide_have_a_floor(name, seed):
+def test_discontinuous_models_have_a_noise_floor(name, seed):
     """Whether or not a digit has fallen to the other side in the passes of this run."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.15}
     model = JUMPING[name](tiny.llama(seed=seed, **sizes))
@@ -815,7 +815,7 @@ def test_values_that_last_digits_decide_have_a_floor(name, seed):
 
 @pytest.mark.parametrize("seed", [2, 15])
 @pytest.mark.parametrize("make", [lambda model: model, rounds_activations])
-def test_sixteen_bits_have_a_floor_where_batches_show_none(make, seed):
+def test_sixteen_bits_have_a_noise_floor_with_equal_batches(make, seed):
     """With eight bits within, few values differ from batch to batch, but far.
 
     Rows that run one by one show nothing of batches at all: their floor is that of batches.
@@ -866,7 +866,7 @@ class RoundsWithin(nn.Module):
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 @pytest.mark.filterwarnings("ignore:.* last digits, which every batch has its own of")
-def test_what_is_compiled_jumps_as_well(how):
+def test_discontinuities_are_detected_in_compiled_models(how):
     """Its code goes past what is put on modules later, and must not keep it."""
     model = RoundsWithin().eval()
     if how == "wrapped":
@@ -887,7 +887,7 @@ def test_what_is_compiled_jumps_as_well(how):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen 3, mixture of experts", "mamba 2", "gemma 2"])
-def test_what_only_follows_its_digits_has_none(name):
+def test_continuous_models_have_no_noise_floor(name):
     model = build(next(one for one in CONFIGS if one.startswith(name)))
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -896,7 +896,7 @@ def test_what_only_follows_its_digits_has_none(name):
     assert scorer.noise_floor(rows[0], target) is None
 
 
-def test_sixteen_bits_take_as_few_passes_as_thirty_two():
+def test_probe_passes_in_sixteen_bits_equal_those_in_float32():
     """Packs show what follows, moved digits how far rounding goes; other rows are never met."""
     passes = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -914,7 +914,7 @@ def test_sixteen_bits_take_as_few_passes_as_thirty_two():
 
 
 @torch.no_grad()
-def test_moved_last_digits_show_what_is_rounded_to_few_bits():
+def test_perturbed_last_digits_reveal_low_bit_rounding():
     """A jump where a number was near the middle; elsewhere float32 moves by its own digits."""
     ids = torch.tensor([row.ids for row in rows_of()[0] if len(row.ids) == 19])
     apart = []
@@ -971,7 +971,7 @@ SEEDED = ("dropout", "noise", "layers by torch")
 @pytest.mark.parametrize("name", DRAWING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:.* draws at random in every pass")
-def test_what_draws_at_random_is_seen_seeded_and_told(name, dtype):
+def test_stochastic_models_are_detected_seeded_and_reported(name, dtype):
     model = DRAWING[name](tiny.llama().to(dtype))
     rows, target = rows_of()
     random.seed(0)
@@ -995,7 +995,7 @@ def test_what_draws_at_random_is_seen_seeded_and_told(name, dtype):
             assert bool((apart <= scorer.noise_floor(rows[0], target)).all())
 
 
-def test_what_draws_leaves_the_global_generators_alone_and_others_as_well():
+def test_stochastic_models_and_other_threads_keep_global_generators_apart():
     """Once it is known; and beside another thread that draws, nothing is taken for drawing."""
     model = with_dropout(tiny.llama())
     rows, target = rows_of()
@@ -1082,7 +1082,7 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_generators_are_found_where_the_model_has_them(name):
+def test_model_generators_are_found(name):
     """Most passes agree: it is not by what these say that the model is seen to draw."""
     model = HIDDEN[name](tiny.llama())
     with exclusive_use(model):
@@ -1092,7 +1092,7 @@ def test_generators_are_found_where_the_model_has_them(name):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_generator_that_nothing_draws_from_is_none():
+def test_unused_generator_does_not_count():
     model = tiny.llama()
     rng = numpy.random.default_rng(0)
     model.model.norm.register_forward_hook(lambda _, args, x: x if rng is not None else None)
@@ -1100,7 +1100,7 @@ def test_a_generator_that_nothing_draws_from_is_none():
         assert findings(model, rows_of()[0][:2]).draws is None
 
 
-def test_what_the_probe_did_not_see_draw_is_told_once_by_the_run():
+def test_late_randomness_warns_once_in_the_run():
     model = tiny.llama()
     draws = False
 
@@ -1138,7 +1138,7 @@ def sometimes_off(model):
 
 
 @pytest.mark.parametrize("make", [seeds_itself, sometimes_off])
-def test_random_functions_that_give_the_same_in_every_pass_draw_nothing(make):
+def test_repeatable_random_functions_are_not_stochastic(make):
     model = make(tiny.llama())
     rows, target = rows_of()
     scorer = Scorer(model)
@@ -1149,7 +1149,7 @@ def test_random_functions_that_give_the_same_in_every_pass_draw_nothing(make):
 
 
 @pytest.mark.filterwarnings("ignore:.* draws at random in every pass|.* steps are too few")
-def test_attributions_of_what_draws_are_the_same_again(tokenizer):
+def test_attributions_of_stochastic_models_are_reproducible(tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, "word", baselines="delete")
     model = leaves_out(lambda: torch.rand(()))(tiny.llama())
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)

@@ -110,14 +110,14 @@ def same(found, expected, tolerance=1e-6):
 
 @each_number
 @pytest.mark.parametrize("case", [*ranks.CASES, "by the model", "generated"])
-def test_every_process_has_the_result_of_one(found, alone, n, case):
+def test_every_process_has_the_single_process_result(found, alone, n, case):
     for own in found[n]:
         same(own["cases"][case], alone[case])
 
 
 @each_number
 @pytest.mark.parametrize("what", ["trace", "total effect", "smile", "counterfactuals"])
-def test_every_process_has_the_answers_of_one(found, alone, n, what):
+def test_every_process_has_the_single_process_generations(found, alone, n, what):
     for own in (own["cases"]["answers"] for own in found[n]):
         torch.testing.assert_close(own[what], alone["answers"][what], atol=1e-5, rtol=0)
         assert own["written"] == alone["answers"]["written"]
@@ -125,7 +125,7 @@ def test_every_process_has_the_answers_of_one(found, alone, n, what):
 
 
 @each_number
-def test_every_process_scores_a_part(found, n):
+def test_every_process_scores_a_share_of_the_rows(found, n):
     for own in found[n]:
         rows = own["cases"]["FeatureAblation"]["rows"]
         assert len(rows) == n
@@ -134,7 +134,7 @@ def test_every_process_scores_a_part(found, n):
 
 
 @each_number
-def test_an_error_of_one_is_raised_on_all_within_seconds(found, n):
+def test_error_on_one_process_is_raised_on_all(found, n):
     for own in found[n]:
         message, *notes = own["failures"]["raised"]
         assert message == "KeyError('broken here')"
@@ -145,14 +145,14 @@ def test_an_error_of_one_is_raised_on_all_within_seconds(found, n):
 
 
 @each_number
-def test_memory_that_one_lacks_is_asked_less_of_by_all(found, alone, n):
+def test_out_of_memory_on_one_process_shrinks_all_batches(found, alone, n):
     for own in found[n]:
         # Batches are others then, and so are last digits.
         same(own["failures"]["memory"], alone["KernelShap"], tolerance=1e-4)
 
 
 @each_number
-def test_unequal_arguments_are_told(found, alone, n):
+def test_unequal_arguments_are_refused(found, alone, n):
     for rank, own in enumerate(found[n]):
         assert "has other rows to score than the main one" in own["failures"]["seed"], rank
         assert "`n_samples` is -1" in own["failures"]["argument"]
@@ -160,7 +160,7 @@ def test_unequal_arguments_are_told(found, alone, n):
 
 
 @each_number
-def test_a_checkpoint_is_gone_on_with_by_another_number(found, alone, n):
+def test_checkpoint_resumes_on_another_number_of_processes(found, alone, n):
     for own in found[n]:
         resumed = own["resumed"]
         same(resumed, alone["KernelShap"])
@@ -168,7 +168,7 @@ def test_a_checkpoint_is_gone_on_with_by_another_number(found, alone, n):
 
 
 @each_number
-def test_a_checkpoint_of_many_rows_is_gone_on_with(found, folder, n):
+def test_large_checkpoint_resumes(found, folder, n):
     expected = torch.load(folder / "many.pt", weights_only=False)
     assert expected["n"] > 350
     for own in found[n]:
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_many_rows_is_gone_on_with(found, folder, n):
 
 
 @each_number
-def test_what_is_larger_than_the_store_takes_goes_through_it(found, n):
+def test_objects_larger_than_the_store_limit_are_sent_in_pieces(found, n):
     """24 MB at once, and a solution of 5,000 features and 1,000 tokens: 80 MB."""
     column = torch.arange(3_000_000, dtype=torch.float64).view(1000, 3000)[:, 7]
     decided = (column, torch.arange(3_000_000, dtype=torch.float64), "x" * 9**7)
@@ -199,7 +199,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_a_view_is_sent_without_what_it_is_a_view_of(name):
+def test_tensor_view_is_sent_without_its_base(name):
     whole = torch.randn(1000, 1000, dtype=torch.float64)
     view = VIEWS[name](whole)
     pieces = store._pieces({"of": [view, (view,)]})
@@ -212,7 +212,7 @@ def test_a_view_is_sent_without_what_it_is_a_view_of(name):
 
 
 @each_number
-def test_models_that_processes_hold_together(found, alone, n):
+def test_sharded_models(found, alone, n):
     for own in found[n]:
         for case in ("FeatureAblation", "KernelShap", "generated"):
             # Sums over parts of a layer are taken in another order.
@@ -225,7 +225,7 @@ def test_models_that_processes_hold_together(found, alone, n):
 
 
 @each_number
-def test_records_are_spread_each_once(found, folder, n):
+def test_records_are_distributed_exactly_once(found, folder, n):
     for own in found[n]:
         first, *others = own["dataset"]
         if n == 2:
@@ -244,7 +244,7 @@ def check_folder(folder, n, failed):
     assert names == [*(f"{i:06d}.{kind}" for i, kind in enumerate(kinds)), "run.json"]
 
 
-def test_records_are_spread_over_models_that_processes_hold_together(found, folder):
+def test_records_are_distributed_over_sharded_models(found, folder):
     """Two processes with one model, four with two, then this one with it whole: one folder."""
     for n, written, there in ((2, 8, 0), (4, 8, 8)):
         for own in found[n]:
@@ -267,19 +267,19 @@ def test_records_are_spread_over_models_that_processes_hold_together(found, fold
 
 
 @each_number
-def test_processes_with_other_weights_are_told(found, n):
+def test_different_weights_are_refused(found, n):
     for own in found[n]:
         assert "other settings than the main one (`weights` was" in own["other weights"]
 
 
-def test_an_error_ends_the_run_and_names_the_process(tmp_path):
+def test_error_names_the_process(tmp_path):
     run = torchrun(2, "raising", tmp_path)  # which fails if one waits for the other
     assert run.returncode != 0
     assert run.stderr.count("ZeroDivisionError: no luck") >= 2  # on both
     assert "Raised on rank 1 of 2" in run.stderr
 
 
-def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
+def test_exited_process_is_not_waited_for(tmp_path):
     printed, _ = start("killed_in_turn", tmp_path).communicate(timeout=180)
     assert not printed
     ends = json.loads((tmp_path / "killed.json").read_text())
@@ -293,7 +293,7 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path):
         assert expected in (tmp_path / f"{dies}.{1 - dies}").read_text()
 
 
-def test_nobody_waits_in_a_pass_that_another_one_left(folder):
+def test_abandoned_pass_ends_on_all_processes(folder):
     """Two processes hold a model together, and one of them does not come to the next sum."""
     printed, _ = start("half_passes", folder).communicate(timeout=120)
     assert not printed
@@ -337,7 +337,7 @@ def kill_at_random(what, folder, grows, times, seed):
         process.communicate()
 
 
-def test_a_killed_run_goes_on_and_gives_the_same_bits(tmp_path):
+def test_killed_run_resumes_bit_for_bit(tmp_path):
     model, tokenizer = ranks.make()
     expected = ranks.attribute(model, tokenizer, "ShapleyValueSampling", n_samples=60)
     checkpoint = tmp_path / "long.safetensors"
@@ -377,7 +377,7 @@ def n_rows_kept(path):
         ({}, None),
     ],
 )
-def test_one_process_where_more_were_asked_for_is_told(
+def test_unused_launcher_processes_are_warned_of(
     model, tokenizer, monkeypatch, environment, advice
 ):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
@@ -394,7 +394,7 @@ def test_one_process_where_more_were_asked_for_is_told(
             GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=one)
 
 
-def test_what_is_no_accelerator_is_told(model, tokenizer):
+def test_non_accelerator_is_refused(model, tokenizer):
     with pytest.raises(TypeError, match=r"give an `accelerate.Accelerator`"):
         GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=2)
     several = SimpleNamespace(num_processes=2, process_index=0)
@@ -402,7 +402,7 @@ def test_what_is_no_accelerator_is_told(model, tokenizer):
         GenerationAttribution(FeatureAblation(model), tokenizer, accelerator=several)
 
 
-def test_shares_hold_every_batch_once_and_end_small():
+def test_work_shares_cover_batches_once_in_falling_size():
     rows = [tuple(range(i, i + 20)) for i in range(64)]
     root = plan(
         rows,
@@ -420,7 +420,7 @@ def test_shares_hold_every_batch_once_and_end_small():
     assert sizes[-1] == 1
 
 
-def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
+def test_shared_prefix_tree_is_bit_identical(monkeypatch):
     model = tiny.llama()
     rows, target = make_rows(n_prompt=30)
     expected = Scorer(model, overhead=3, reuse="copy").values(rows, target)
@@ -436,7 +436,7 @@ def test_shares_of_a_tree_give_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["KernelShap", "ShapleyValueSampling", "Lime", "FeatureAblation"])
-def test_targets_solved_apart_get_what_they_get_together(monkeypatch, name):
+def test_solving_targets_by_process_equals_solving_jointly(monkeypatch, name):
     """With an effort that does not reach for all, each has its share of it and no more."""
     monkeypatch.setattr(permutations, "EFFORT", EFFORT)
     found = []

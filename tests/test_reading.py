@@ -70,7 +70,7 @@ def by_role(pieces):
 
 @pytest.mark.parametrize("unit", ["turn", "word", "token"])
 @pytest.mark.parametrize("roles", [("user",), ("user", "system", "assistant")])
-def test_a_chat_tells_who_said_what(chatter, unit, roles):
+def test_chat_pieces_have_roles(chatter, unit, roles):
     chat = ChatInput(MESSAGES, chatter, unit, roles=roles, baselines="delete")
     assert "".join(piece.text for piece in chat.pieces) == chat.text
     said = [told for told in by_role(chat.pieces) if told[0] != "template"]
@@ -79,7 +79,7 @@ def test_a_chat_tells_who_said_what(chatter, unit, roles):
     assert owned == set(roles)
 
 
-def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
+def test_chat_roles_and_levels_round_trip(model, chatter, tmp_path):
     result = attribute(
         model,
         chatter,
@@ -97,7 +97,7 @@ def test_roles_and_levels_of_a_chat_survive_a_file(model, chatter, tmp_path):
     assert levels["sentence"] == ["Be brief.", "Dave lives here.", "Where?", "Why?", "Tell me."]
 
 
-def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
+def test_parts_do_not_span_turns(model, chatter):
     """In a template that puts nothing between messages."""
     tokenizer = copy.deepcopy(chatter)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -108,7 +108,7 @@ def test_no_part_reaches_from_one_speaker_to_the_next(model, chatter):
         assert level["part_of"] == [0, 0, 0, 1, 1, 1], level["name"]
 
 
-def test_the_finest_level_has_the_name_of_its_unit(model, tokenizer):
+def test_finest_level_is_named_by_its_unit(model, tokenizer):
     words = TextSegmentInput("Dave lives here.", tokenizer, "word", baselines="delete")
     assert attribute(model, tokenizer, words, " Golf").provenance["unit"] == "word"
 
@@ -119,7 +119,7 @@ def levels_of(model, tokenizer, text, unit, target=" Golf", **arguments):
     return {level["name"]: level["part_of"] for level in told["levels"]}
 
 
-def test_a_prompt_is_read_by_the_sentences_its_words_nest_in(model, tokenizer):
+def test_prompt_levels_include_enclosing_sentences(model, tokenizer):
     text = "Dave lives here. He is old.\n\nAnn is not."
     assert levels_of(model, tokenizer, text, "word") == {
         "paragraph": [0] * 6 + [1] * 3,
@@ -136,7 +136,7 @@ def test_a_prompt_is_read_by_the_sentences_its_words_nest_in(model, tokenizer):
         ("Dave is. Ann is.", [(0, 11), (12, 16)], {}),  # a span across the border
     ],
 )
-def test_no_level_is_made_up(model, tokenizer, text, unit, arguments):
+def test_levels_are_absent_where_units_do_not_nest(model, tokenizer, text, unit, arguments):
     assert levels_of(model, tokenizer, text, unit, **arguments) == {}
 
 
@@ -163,20 +163,20 @@ def output_levels(texts, roles=None):
     return {level["name"]: level["part_of"] for level in page_levels(result)["output_levels"]}
 
 
-def test_the_answer_is_read_by_words_and_sentences():
+def test_answer_levels_are_words_and_sentences():
     assert output_levels([" Go", "lf", ".", " Al", "so", " tea", "."]) == {
         "sentence": [0, 0, 0, 1, 1, 1, 1],
         "word": [0, 0, 0, 1, 1, 2, 2],
     }
 
 
-def test_a_special_token_is_no_part_of_a_sentence():
+def test_special_tokens_belong_to_no_sentence():
     texts, roles = [" A", " b", ".", " C", ".", "</s>"], [None] * 5 + ["template"]
     assert output_levels(texts, roles)["sentence"] == [0, 0, 0, 1, 1, 2]
     assert output_levels([" A", " b", "</s>"], [None, None, "template"]) == {}
 
 
-def test_errors_of_the_whole_answer_know_of_shared_coalitions(model, tokenizer):
+def test_whole_answer_errors_account_for_shared_coalitions(model, tokenizer):
     inp = TextSegmentInput(
         "Dave lives in Palm Coast, FL and is old today.", tokenizer, "word", baselines="delete"
     )
@@ -211,7 +211,7 @@ def example(model, tokenizer, method=ShapleyValueSampling, **options):
 
 
 @pytest.mark.parametrize("method", [ShapleyValueSampling, KernelShap, ShapleyValues])
-def test_errors_of_every_span_are_those_that_the_library_tells(model, tokenizer, method):
+def test_page_span_errors_equal_the_library(model, tokenizer, method):
     options = {} if method is ShapleyValues else {"n_samples": 60}
     options |= {"output_unit": None} if method is ShapleyValues else {}
     result = example(model, tokenizer, method, **options)
@@ -230,7 +230,7 @@ def test_errors_of_every_span_are_those_that_the_library_tells(model, tokenizer,
             assert told["answer", None][span] == pytest.approx(whole[n_prompt:].tolist(), rel=5e-3)
 
 
-def test_errors_of_parts_are_those_of_their_sums_in_every_pair_of_walks(model, tokenizer):
+def test_part_errors_equal_those_of_sums_over_permutation_pairs(model, tokenizer):
     """Walk by walk, in loops."""
     result = example(model, tokenizer, n_samples=8)
     told = sums(result)
@@ -257,7 +257,7 @@ def test_errors_of_parts_are_those_of_their_sums_in_every_pair_of_walks(model, t
         assert errors == pytest.approx(wanted.tolist(), rel=5e-3, abs=1e-9)
 
 
-def test_words_of_the_answer_have_errors_as_causes(model, tokenizer):
+def test_answer_words_have_errors_as_causes(model, tokenizer):
     result = example(model, tokenizer, n_samples=8)
     told = sums(result)
     runs = {level["name"]: level["part_of"] for level in page_levels(result)["output_levels"]}
@@ -277,7 +277,7 @@ def test_words_of_the_answer_have_errors_as_causes(model, tokenizer):
             )
 
 
-def test_errors_of_parts_are_as_large_as_sums_vary():
+def test_part_errors_equal_the_spread_of_sums():
     """Over 400 samples of a game whose features make up for one another within each part."""
     n, part_of = 9, torch.arange(9) // 3
     draw = torch.Generator().manual_seed(1)
@@ -302,7 +302,7 @@ def test_errors_of_parts_are_as_large_as_sums_vary():
 
 
 @pytest.mark.parametrize("kind", ["words", "parts", "template", "captum's tokens"])
-def test_every_level_that_a_page_offers_can_be_asked_for(model, tokenizer, kind):
+def test_page_levels_are_accepted_by_at_level(model, tokenizer, kind):
     text = "Dave lives here. Where?\n\nIn Reno. Or Austin."
     make = {
         "words": lambda: TextSegmentInput(
@@ -341,7 +341,7 @@ def test_every_level_that_a_page_offers_can_be_asked_for(model, tokenizer, kind)
     assert torch.equal(attr, result.token_attr)
 
 
-def test_copies_of_one_score_are_not_added_up(model, tokenizer):
+def test_copied_group_scores_are_not_summed(model, tokenizer):
     inp = TextTemplateInput("{} lives. {} too.", ["Dave", "Ann"], ["x", "y"], mask=[0, 0])
     result = attribute(model, tokenizer, inp, " golf", output_unit=None)
     assert result.token_attr.shape[1] == 2

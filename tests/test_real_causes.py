@@ -22,7 +22,7 @@ JOB = "Dave lives in Dover, FL and is a {}. His personal interests include"
 # Prompts, lists and texts ------------------------------------------------------------------------
 
 
-def test_prompts_hold_their_cause():
+def test_prompts_contain_their_cause():
     for prompt in PROMPTS:
         start, stop = prompt.span
         assert prompt.template.count("{}") == 1
@@ -33,19 +33,19 @@ def test_prompts_hold_their_cause():
         assert all(word in prompt.text for word in prompt.selector)
 
 
-def test_halves_share_no_prompt_and_every_kind():
+def test_halves_are_disjoint_and_cover_every_kind():
     assert len({prompt.text for prompt in PROMPTS}) == len(PROMPTS)
     kinds = [{prompt.kind for prompt in half} for half in HALVES.values()]
     assert all(one == other for one, other in itertools.combinations(kinds, 2))
 
 
-def test_any_first_prompts_of_a_half_are_of_many_kinds():
+def test_leading_prompts_of_a_half_mix_kinds():
     for half in HALVES.values():
         n = len({prompt.kind for prompt in half})
         assert len({prompt.kind for prompt in half[:n]}) == n
 
 
-def test_every_word_of_every_prompt_has_others_of_its_kind():
+def test_every_prompt_word_has_alternatives():
     for prompt in PROMPTS:
         for word in prompt.text.split():
             others = alternatives(word)
@@ -54,7 +54,7 @@ def test_every_word_of_every_prompt_has_others_of_its_kind():
         assert not is_function_word(prompt.cause)
 
 
-def test_words_are_written_as_those_they_stand_for():
+def test_alternatives_match_the_case_and_form_of_the_word():
     assert alternatives("Oslo,")[0][0].isupper()
     assert set(alternatives(" The")) == {"A"}
     assert {"dogs", "cats", "dog"} & set(alternatives("cats")) == {"dogs"}
@@ -63,7 +63,7 @@ def test_words_are_written_as_those_they_stand_for():
         alternatives("quark")
 
 
-def test_lists_by_hand_keep_marks(tokenizer):
+def test_hand_made_lists_keep_punctuation(tokenizer):
     inp = TextSegmentInput("Anna's cat is a dog. -> red", tokenizer, "word")
     found = dict(zip((slot.text.strip() for slot in inp.slots), by_hand(inp), strict=True))
     assert "Lucy's" in found["Anna's"]
@@ -71,7 +71,7 @@ def test_lists_by_hand_keep_marks(tokenizer):
     assert found["->"] == ["->"]
 
 
-def test_related_texts_are_of_the_lists_and_hold_no_prompt():
+def test_related_texts_use_the_lists_and_exclude_prompts():
     texts = related_texts(n_each=3, without=[prompt.text for prompt in PROMPTS])
     assert texts == related_texts(n_each=3, without=[prompt.text for prompt in PROMPTS])
     assert not any("{" in text for text in texts)
@@ -87,14 +87,14 @@ def test_related_texts_are_of_the_lists_and_hold_no_prompt():
 
 
 @pytest.mark.parametrize(("n_right", "n"), [(0, 7), (3, 35), (28, 35), (35, 35)])
-def test_intervals_are_wilsons(n_right, n):
+def test_intervals_equal_wilson(n_right, n):
     wanted = binomtest(n_right, n).proportion_ci(method="wilson")
     assert wilson(n_right, n) == pytest.approx((wanted.low, wanted.high), abs=1e-4)
 
 
 @pytest.mark.parametrize("only_one", range(6))
 @pytest.mark.parametrize("only_other", range(4))
-def test_paired_comparisons_are_mcnemars(only_one, only_other):
+def test_paired_comparisons_equal_mcnemar(only_one, only_other):
     one = [True] * only_one + [False] * only_other + [True, False]
     other = [False] * only_one + [True] * only_other + [True, False]
     n = only_one + only_other
@@ -115,7 +115,7 @@ SPANS = [(0, 4), (4, 10), (10, 13), (13, 19)]
         ([0, 1, 2, 0], True, "lives", False, False),
     ],
 )
-def test_the_strongest_word_is_held_against_the_cause(
+def test_strongest_word_is_compared_with_the_cause(
     values, content_only, strongest, is_cause, is_selector
 ):
     found = judge(BINDING, SPANS, values, content_only=content_only)
@@ -124,7 +124,7 @@ def test_the_strongest_word_is_held_against_the_cause(
     )  # fmt: skip
 
 
-def test_the_table_counts_causes_selectors_and_content_words():
+def test_table_counts_causes_selectors_and_content_words():
     def run(*values):
         cost = dict.fromkeys(("positions", "seconds", "search_positions", "search_seconds"), 2)
         by_target = {"log_prob": values}
@@ -161,7 +161,7 @@ def demo():
     return model, tokenizer, texts, hobby
 
 
-def test_only_what_a_model_answers_right_is_a_case(demo):
+def test_only_correct_answers_are_cases(demo):
     """The little model knows what lawyers do, and that nurses do something else."""
     model, tokenizer, _, hobby = demo
 
@@ -176,7 +176,7 @@ def test_only_what_a_model_answers_right_is_a_case(demo):
     assert asked(hobby["lawyer"], {"nurse": hobby["lawyer"]}) is None, "it does not change"
 
 
-def test_the_runner_on_a_tiny_model(demo, tmp_path, monkeypatch, capsys):
+def test_runner_on_a_tiny_model(demo, tmp_path, monkeypatch, capsys):
     """All absences; a second run finds everything where the first left it."""
     model, tokenizer, texts, hobby = demo
     folder = tmp_path / "model"

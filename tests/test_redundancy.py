@@ -92,7 +92,7 @@ KINDS = (
 @pytest.mark.filterwarnings("ignore:(?!.*has no digest)")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_whole_files_are_never_refused(model, tokenizer, tmp_path, kind, dtype):
+def test_consistent_files_are_never_refused(model, tokenizer, tmp_path, kind, dtype):
     path = tmp_path / "result"
     result = kinds(copy.deepcopy(model).to(dtype), tokenizer)[kind]()
     result.save(path)
@@ -129,20 +129,20 @@ def changed(version, name, at, change, folder):
         ("output_probs", 5, "`output_probs`"),
     ],
 )
-def test_what_is_told_twice_is_compared(tmp_path, version, name, at, match):
+def test_redundant_fields_are_compared(tmp_path, version, name, at, match):
     path = changed(version, name, at, lambda number: number + 1e-3, tmp_path)
     with pytest.raises(ValueError, match=rf"is damaged \(.*{match}.*give a file written"):
         GenerationAttributionResult.load(path, unverified=True)
 
 
 @pytest.mark.parametrize(("name", "value"), [("values", torch.inf), ("token_attr_se", -1.0)])
-def test_numbers_that_cannot_be_are_told(tmp_path, name, value):
+def test_impossible_numbers_are_refused(tmp_path, name, value):
     path = changed(1, name, (3, 0), lambda _: value, tmp_path)
     with pytest.raises(ValueError, match=f"`{name}` holds"):
         GenerationAttributionResult.load(path, unverified=True)
 
 
-def test_what_was_saved_again_is_warned_of_no_more(tmp_path):
+def test_resaved_old_file_no_longer_warns(tmp_path):
     path = tmp_path / "result"
     shutil.copy(DATA / "result_format_2.safetensors", path)
     with pytest.raises(ValueError, match=r"no digest.*give `unverified=True`"):

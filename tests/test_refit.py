@@ -60,7 +60,7 @@ def reloaded(result, tmp_path):
 
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, Lime, PartitionShap])
 @pytest.mark.parametrize("output_unit", ["token", "word"])
-def test_a_span_of_one_token_is_that_token(model, tokenizer, method, output_unit):
+def test_span_of_one_token_equals_the_token(model, tokenizer, method, output_unit):
     result = attribute(
         model,
         tokenizer,
@@ -81,7 +81,7 @@ def test_a_span_of_one_token_is_that_token(model, tokenizer, method, output_unit
 
 
 @pytest.mark.parametrize("method", SHAPLEY)
-def test_a_span_explains_its_joint_log_probability(model, tokenizer, method):
+def test_span_explains_its_joint_log_probability(model, tokenizer, method):
     """Shapley values are additive: the span's are those of the game of its summed values."""
     result = attribute(model, tokenizer, method, n_samples=None)
     span = result.attribute_span(0, len(result.target))
@@ -93,7 +93,7 @@ def test_a_span_explains_its_joint_log_probability(model, tokenizer, method):
     torch.testing.assert_close(whole.values, prompt_only.seq_attr, atol=1e-5, rtol=1e-5)
 
 
-def test_a_spans_standard_error_knows_that_tokens_share_coalitions(model, tokenizer):
+def test_span_errors_account_for_shared_coalitions(model, tokenizer):
     """Against the spread of the sum over seeds; neither sum nor root of squares of the errors."""
     prompt = "one two three four five six seven eight nine ten eleven"
     found, told, summed = [], [], []
@@ -113,7 +113,7 @@ def test_a_spans_standard_error_knows_that_tokens_share_coalitions(model, tokeni
     assert stated < 0.95 * bound
 
 
-def test_a_span_over_generated_words_tells_an_upper_bound(model, tokenizer):
+def test_span_over_generated_words_has_an_error_bound(model, tokenizer):
     prompt = "one two three four five six seven eight"
     result = attribute(
         model, tokenizer, KernelShap, prompt=prompt, n_samples=60, output_unit="word"
@@ -125,7 +125,7 @@ def test_a_span_over_generated_words_tells_an_upper_bound(model, tokenizer):
     assert span.standard_errors[:8].gt(0).all()
 
 
-def test_spans_that_mean_nothing_are_refused(model, tokenizer):
+def test_invalid_spans_are_refused(model, tokenizer):
     result = attribute(model, tokenizer, KernelShap, attr_target="prob")
     with pytest.raises(ValueError, match='refit\\(attr_target="log_prob"\\)'):
         result.attribute_span(0, 2)
@@ -146,7 +146,7 @@ def test_spans_that_mean_nothing_are_refused(model, tokenizer):
 @pytest.mark.parametrize(
     "method", [*SHAPLEY, FeatureAblation, PartitionShap], ids=lambda kind: kind.__name__
 )
-def test_all_coalitions_answer_every_question_exactly(
+def test_enumeration_refits_every_method_exactly(
     model, tokenizer, method, output_unit, counted, tmp_path
 ):
     arguments = {"output_unit": output_unit, "unit": ("sentence", "word")}
@@ -172,7 +172,7 @@ def test_all_coalitions_answer_every_question_exactly(
 
 @pytest.mark.parametrize("planned", [KernelShap, ShapleyValueSampling])
 @pytest.mark.parametrize("wanted", SHAPLEY)
-def test_samples_of_all_sizes_tell_shapley_values(model, tokenizer, planned, wanted):
+def test_samples_of_all_sizes_refit_shapley_values(model, tokenizer, planned, wanted):
     prompt = "Dave lives in Austin. He has a dog"
     exact = attribute(model, tokenizer, ShapleyValues, prompt=prompt, max_exact_features=12)
     n_samples = {KernelShap: 300, ShapleyValueSampling: 30}[planned]
@@ -186,7 +186,7 @@ def test_samples_of_all_sizes_tell_shapley_values(model, tokenizer, planned, wan
     assert found.provenance["estimate"]
 
 
-def test_the_same_method_again_is_the_same_answer(model, tokenizer, tmp_path):
+def test_refit_with_the_same_method_is_identical(model, tokenizer, tmp_path):
     prompt = "Dave lives in Austin. He has a dog"
     methods = [
         (KernelShap(model), 100),
@@ -209,7 +209,7 @@ def test_the_same_method_again_is_the_same_answer(model, tokenizer, tmp_path):
             )
 
 
-def test_lime_from_coalitions_of_all_sizes_is_lime(model, tokenizer):
+def test_lime_refit_from_all_sizes_equals_lime(model, tokenizer):
     """Weights turn uniform sizes into fair coins: the fit approaches that of enumeration."""
     ridge = Lime(model, interpretable_model=SkLearnRidge(alpha=0.01))
     prompt = "Dave lives in Austin."
@@ -230,7 +230,7 @@ def test_lime_from_coalitions_of_all_sizes_is_lime(model, tokenizer):
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_reweighted_pairs_give_the_enumerated_lime(required):
+def test_reweighted_pairs_converge_to_enumerated_lime(required):
     """One target that sees four columns, with or without a fifth that must be present."""
     generator = torch.Generator().manual_seed(0)
     worth = torch.randn(16, generator=generator).double()
@@ -261,7 +261,7 @@ def test_reweighted_pairs_give_the_enumerated_lime(required):
     assert (bias > 4 * unweighted.standard_errors[0, :4]).any()
 
 
-def test_few_coalitions_of_limes_sizes_are_told(model, tokenizer):
+def test_lime_refit_warns_of_few_effective_coalitions(model, tokenizer):
     prompt = " ".join(f"w{i}" for i in range(24))
     result = attribute(model, tokenizer, KernelShap, prompt=prompt, n_samples=60, output_unit=None)
     with pytest.warns(
@@ -271,7 +271,7 @@ def test_few_coalitions_of_limes_sizes_are_told(model, tokenizer):
 
 
 @pytest.mark.parametrize("planned", [FeatureAblation, Lime, PartitionShap])
-def test_what_coalitions_do_not_tell_is_an_error(model, tokenizer, planned):
+def test_refit_without_needed_coalitions_is_refused(model, tokenizer, planned):
     prompt = "Dave lives in Austin. He has a dog"
     arguments = {} if planned is FeatureAblation else {"n_samples": 60}
     result = attribute(
@@ -291,7 +291,7 @@ def test_what_coalitions_do_not_tell_is_an_error(model, tokenizer, planned):
             result.refit(PartitionShap)
 
 
-def test_other_methods_are_refused(model, tokenizer):
+def test_unsupported_refit_methods_are_refused(model, tokenizer):
     result = attribute(model, tokenizer, KernelShap)
 
     class Own(FeatureAblation):
@@ -317,7 +317,7 @@ def test_other_methods_are_refused(model, tokenizer):
         result.refit(Lime(model, similarity_func=kernel))
 
 
-def test_groups_of_columns_count_once(model, tokenizer):
+def test_column_groups_count_once(model, tokenizer):
     inp = TextTemplateInput("{} lives in {} and {}.", ["Dave", "Austin", "Waco"], mask=[0, 1, 0])
     result = attribute(model, tokenizer, ShapleyValues, inp=inp)
     found = result.refit(KernelShap)
@@ -333,7 +333,7 @@ def test_groups_of_columns_count_once(model, tokenizer):
 
 
 @pytest.mark.parametrize("output_unit", ["token", None])
-def test_probabilities_and_their_logarithms_tell_each_other(model, tokenizer, output_unit, counted):
+def test_probabilities_and_log_probabilities_convert(model, tokenizer, output_unit, counted):
     arguments = {"output_unit": output_unit}
     results = {
         unit: attribute(model, tokenizer, ShapleyValues, attr_target=unit, **arguments)
@@ -352,7 +352,7 @@ def test_probabilities_and_their_logarithms_tell_each_other(model, tokenizer, ou
     assert len(counted) == n_calls
 
 
-def test_log_odds_are_those_of_a_forward(model, tokenizer):
+def test_log_odds_equal_a_plain_forward(model, tokenizer):
     result = attribute(model, tokenizer, FeatureAblation, output_unit=None)
     found = result.refit(attr_target="log_odds")
     target = result.target.tolist()
@@ -368,7 +368,7 @@ def test_log_odds_are_those_of_a_forward(model, tokenizer):
     torch.testing.assert_close(back.token_attr, result.token_attr, atol=1e-4, rtol=1e-4)
 
 
-def test_conversions_keep_their_digits_at_both_ends():
+def test_conversions_are_accurate_near_zero_and_one():
     log_odds = torch.tensor([-700.0, -30.0, -1.0, 0.0, 1.0, 30.0]).double()
     log_prob = convert(log_odds, "log_odds", "log_prob")
     exact = [-700.0, -30.0, -1.3132616875182228, -0.6931471805599453, -0.31326168751822286]
@@ -381,7 +381,7 @@ def test_conversions_keep_their_digits_at_both_ends():
     assert convert(torch.zeros(1).double(), "prob", "log_prob").isfinite().all()
 
 
-def test_values_that_do_not_tell_others_are_refused(model, tokenizer):
+def test_impossible_value_conversions_are_refused(model, tokenizer):
     result = attribute(model, tokenizer, FeatureAblation, attr_target="logit")
     with pytest.raises(ValueError, match="values of 'logit' do not determine 'log_prob'"):
         result.refit(attr_target="log_prob")
@@ -393,7 +393,7 @@ def test_values_that_do_not_tell_others_are_refused(model, tokenizer):
 # Files, stopping, printing
 
 
-def test_a_result_says_whether_it_converged(model, tokenizer, tmp_path):
+def test_convergence_report(model, tokenizer, tmp_path):
     prompt = "one two three four five six seven eight nine"
     arguments = {"prompt": prompt, "n_samples": 40}
     assert attribute(model, tokenizer, KernelShap, **arguments).converged is None
@@ -406,7 +406,7 @@ def test_a_result_says_whether_it_converged(model, tokenizer, tmp_path):
     assert "`tol`" not in str(loose)
 
 
-def test_the_bar_forecasts_what_is_still_needed(model, tokenizer, capsys):
+def test_progress_bar_forecasts_remaining_evaluations(model, tokenizer, capsys):
     result = attribute(
         model,
         tokenizer,
@@ -422,7 +422,7 @@ def test_the_bar_forecasts_what_is_still_needed(model, tokenizer, capsys):
     assert f" 100 % ({result.n_evaluations} of {result.n_evaluations}, " in shown.splitlines()[-1]
 
 
-def test_coalitions_seen_before_are_not_scored_again(tokenizer):
+def test_repeated_coalitions_are_not_rescored(tokenizer):
     model = tiny.llama(len(tokenizer))
     rows: list[int] = []
     handle = model.register_forward_pre_hook(
@@ -451,7 +451,7 @@ def test_coalitions_seen_before_are_not_scored_again(tokenizer):
 
 
 @pytest.mark.parametrize("output_unit", ["token", "word", None])
-def test_inclusion_is_what_a_feature_does_alone(model, tokenizer, output_unit, tmp_path):
+def test_inclusion_equals_the_effect_of_one_feature_alone(model, tokenizer, output_unit, tmp_path):
     arguments = {"output_unit": output_unit}
     found = attribute(model, tokenizer, FeatureInclusion, **arguments)
     n_prompt, target = len(found.input_tokens), found.target.tolist()
@@ -477,7 +477,7 @@ def test_inclusion_is_what_a_feature_does_alone(model, tokenizer, output_unit, t
         attribute(model, tokenizer, FeatureInclusion, n_samples=10)
 
 
-def test_inclusion_of_plain_tensors_is_ablation_of_what_is_switched_around():
+def test_tensor_inclusion_equals_ablation_with_swapped_baselines():
     inputs = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 
     def forward(x):
@@ -490,7 +490,7 @@ def test_inclusion_of_plain_tensors_is_ablation_of_what_is_switched_around():
     torch.testing.assert_close(found, swapped)
 
 
-def test_two_features_that_say_the_same_are_told(tokenizer):
+def test_redundant_features_warn(tokenizer):
     """A model that adds 3 to every logit's gap if either of two words stands."""
 
     first, second, third, _ = ids = tokenizer.encode("qxzj", add_special_tokens=False)

@@ -121,7 +121,7 @@ def assert_same(remote, local, atol=1e-4):
 
 @pytest.mark.parametrize("output_unit", [None, "word", "token"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_numbers_are_those_of_the_model_run_here(
+def test_remote_numbers_equal_the_local_model(
     model, tokenizer, server, provider, method, output_unit
 ):
     baselines = (
@@ -154,7 +154,7 @@ def test_the_numbers_are_those_of_the_model_run_here(
         }
 
 
-def test_arguments_are_captums_in_captums_order():
+def test_argument_order_equals_captum():
     for name in ("__init__", "attribute"):
         captums = inspect.signature(getattr(RemoteLLMAttribution, name)).parameters
         ours = inspect.signature(getattr(RemoteGenerationAttribution, name)).parameters
@@ -164,13 +164,13 @@ def test_arguments_are_captums_in_captums_order():
         assert all(ours[p].kind is ours[p].KEYWORD_ONLY for p in rest)
 
 
-def test_output_is_held_fixed_unless_it_is_asked_for(tokenizer, provider):
+def test_output_is_fixed_by_default(tokenizer, provider):
     remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
     assert remote.attribute(words(tokenizer), TARGET).output_attr is None
 
 
 @pytest.mark.parametrize("kind", ["completions", "vllm"])
-def test_the_numbers_are_captums(tokenizer, provider, vllm, kind):
+def test_remote_numbers_equal_captum(tokenizer, provider, vllm, kind):
     asked = provider if kind == "completions" else vllm
     for method in (FeatureAblation, ShapleyValues):
         for target in ("log_prob", "prob"):
@@ -183,7 +183,7 @@ def test_the_numbers_are_captums(tokenizer, provider, vllm, kind):
             torch.testing.assert_close(found.seq_attr, truth.seq_attr, atol=1e-4, rtol=1e-3)
 
 
-def test_captums_provider_is_asked_as_it_is(model, tokenizer, server, vllm):
+def test_captum_provider_is_used_unchanged(model, tokenizer, server, vllm):
     inp = words(tokenizer)
     local = GenerationAttribution(KernelShap(model), tokenizer)
     remote = RemoteGenerationAttribution(KernelShap(PLACEHOLDER), tokenizer, vllm)
@@ -203,7 +203,7 @@ def test_captums_provider_is_asked_as_it_is(model, tokenizer, server, vllm):
         remote.attribute(inp, TARGET, output_unit="word")
 
 
-def test_the_inspection_hook_sees_what_captums_sees(tokenizer, provider):
+def test_inspect_forward_receives_captums_arguments(tokenizer, provider):
     def seen_by(attribution):
         seen = {}
         attribution.attribute(
@@ -231,7 +231,7 @@ def test_joint_probabilities(model, tokenizer, provider):
 
 @pytest.mark.parametrize("unit", ["token", "word"])
 @pytest.mark.parametrize("baselines", [None, "texts"])
-def test_how_many_requests_there_are(tokenizer, server, unit, baselines):
+def test_request_count(tokenizer, server, unit, baselines):
     texts = CorpusBaselines(tiny.TEXTS, min_candidates=0) if baselines else None
     inp = words(tokenizer, baselines=texts)
     arguments = {"n_samples": 24, "output_unit": unit}
@@ -258,7 +258,7 @@ def test_how_many_requests_there_are(tokenizer, server, unit, baselines):
         assert others[-1].provenance["n_requests"] == n_rows  # every token is told everywhere
 
 
-def test_the_cost_is_told_before_anything_is_sent(tokenizer, server, provider):
+def test_cost_estimate_sends_no_request(tokenizer, server, provider):
     remote = RemoteGenerationAttribution(
         KernelShap(PLACEHOLDER), tokenizer, provider, most_requests=50
     )
@@ -275,7 +275,7 @@ def test_the_cost_is_told_before_anything_is_sent(tokenizer, server, provider):
 
 
 @pytest.mark.parametrize("way", ["echo", "auto"])
-def test_servers_that_echo(model, tokenizer, way):
+def test_echo_servers(model, tokenizer, way):
     known = {"model", "prompt", "max_tokens", "temperature", "echo", "logprobs", "seed"}
     inp = words(tokenizer)
     with Server(model, tokenizer, known=known) as strict:
@@ -296,7 +296,7 @@ def test_servers_that_echo(model, tokenizer, way):
     assert_same(found, local.attribute(inp, TARGET, output_unit="word"))
 
 
-def test_one_prompt_at_a_time(model, tokenizer, server):
+def test_single_prompt_requests(model, tokenizer, server):
     inp = words(tokenizer)
     few = CompletionsProvider(server.url, "tiny", prompts_per_request=3, max_concurrency=2)
     remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, few)
@@ -311,7 +311,7 @@ def test_one_prompt_at_a_time(model, tokenizer, server):
 @pytest.mark.parametrize(
     "gen_args", [{"max_new_tokens": 5}, {"max_tokens": 5}, {"max_new_tokens": 5, "do_sample": True}]
 )
-def test_what_the_model_writes_comes_as_ids(model, tokenizer, server, provider, gen_args):
+def test_generated_target_is_token_ids(model, tokenizer, server, provider, gen_args):
     inp = words(tokenizer)
     remote = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, provider)
     found = remote.attribute(inp, gen_args=gen_args, seed=4)
@@ -333,7 +333,7 @@ def test_what_the_model_writes_comes_as_ids(model, tokenizer, server, provider, 
     )
 
 
-def test_what_captums_provider_writes_is_greedy(tokenizer, server, vllm):
+def test_captum_provider_generates_greedily(tokenizer, server, vllm):
     inp = template()
     RemoteLLMAttribution(FeatureAblation(PLACEHOLDER), tokenizer, vllm)._get_target_tokens(inp)
     # Captum's `temperature=None` leaves it to the server, and servers sample by default.
@@ -379,7 +379,7 @@ class Tiny:
 
 
 @pytest.mark.parametrize("kind", [Plain, Tiny])
-def test_any_provider_works_as_it_is(model, tokenizer, kind):
+def test_minimal_providers(model, tokenizer, kind):
     inp, own = words(tokenizer), kind(model)
     assert isinstance(own, TokenProvider) == (kind is Plain)
     remote = RemoteGenerationAttribution(ShapleyValueSampling(PLACEHOLDER), tokenizer, own)
@@ -397,7 +397,7 @@ def test_any_provider_works_as_it_is(model, tokenizer, kind):
         assert remote.attribute(inp).output_tokens == local.attribute(inp, TARGET).output_tokens
 
 
-def test_token_inputs_get_one_beginning_of_text(model, tokenizer, server, vllm):
+def test_token_inputs_have_one_bos(model, tokenizer, server, vllm):
     inp = TextTokenInput("Dave lives in", tokenizer, baselines=3, skip_tokens=[1])
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, vllm)
     local = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -412,7 +412,7 @@ def test_token_inputs_get_one_beginning_of_text(model, tokenizer, server, vllm):
     assert not torch.allclose(other.token_attr.double(), truth.token_attr, atol=0.01)
 
 
-def test_a_target_that_merges_with_the_prompt_is_never_misaligned(tokenizer, vllm, provider, model):
+def test_target_merging_with_the_prompt_is_aligned(tokenizer, vllm, provider, model):
     # After "Dave l", "ives" is no token: the server reads " lives" or the like.
     inp = TextTemplateInput("{} l", ["Dave"], ["Ann"])
     target = tokenizer.encode("ives in", add_special_tokens=False)
@@ -439,7 +439,7 @@ def test_a_target_that_merges_with_the_prompt_is_never_misaligned(tokenizer, vll
     assert found.provenance["n_mismatches"] == 2
 
 
-def test_a_targets_leading_space_is_kept_as_text():
+def test_leading_space_of_the_target_is_kept():
     tokenizer = tiny.metaspace()
     model = tiny.llama(len(tokenizer)).double()
     assert tokenizer.decode(tokenizer.encode(" golf", add_special_tokens=False)) == "golf"
@@ -476,7 +476,7 @@ class CountsRightly(CompletionsProvider):
     ],
 )
 @pytest.mark.parametrize("kind", ["vllm", "rightly", "ours"])
-def test_providers_that_count_a_target_by_itself(monkeypatch, kind, text, target, n_alone):
+def test_providers_that_tokenise_the_target_separately(monkeypatch, kind, text, target, n_alone):
     """Of a tokenizer that marks the beginning of every text, as that of Llama-2 does."""
     tokenizer = tiny.prepending()
     model = tiny.llama(len(tokenizer)).double()
@@ -515,7 +515,7 @@ def test_providers_that_count_a_target_by_itself(monkeypatch, kind, text, target
                 provider.client.close()
 
 
-def test_prompts_that_text_cannot_tell_are_counted(tokenizer, vllm):
+def test_retokenised_prompts_are_counted(tokenizer, vllm):
     # Tokens that are left of a word merge to others.
     inp = TextSegmentInput("includxe", tokenizer, unit="token", baselines="delete")
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), tokenizer, vllm)
@@ -562,7 +562,7 @@ def test_datasets_comparisons_games_and_files(model, tokenizer, provider, tmp_pa
             torch.testing.assert_close(found, curve.values.value, atol=1e-4, rtol=0)
 
 
-def test_baselines_that_ask_the_model(model, tokenizer, server, provider, vllm):
+def test_model_based_baselines(model, tokenizer, server, provider, vllm):
     texts = CorpusBaselines(tiny.TEXTS, match="model", min_candidates=0)
     inp = words(tokenizer, baselines=texts)
     method, arguments = ShapleyValueSampling, {"target": TARGET, "n_samples": 4}
@@ -578,7 +578,7 @@ def test_baselines_that_ask_the_model(model, tokenizer, server, provider, vllm):
         by_text.attribute(inp, **arguments)
 
 
-def test_a_method_of_the_users_own(model, tokenizer, provider):
+def test_foreign_method(model, tokenizer, provider):
     class Own(FeatureAblation):
         """Driven through its own `attribute`."""
 
@@ -589,7 +589,7 @@ def test_a_method_of_the_users_own(model, tokenizer, provider):
     assert_same(remote.attribute(inp, **arguments), local.attribute(inp, **arguments))
 
 
-def test_the_users_objects_are_left_as_found(tokenizer, provider):
+def test_user_objects_are_unchanged(tokenizer, provider):
     method = KernelShap(PLACEHOLDER)
     before, state = method.forward_func, torch.get_rng_state()
     remote = RemoteGenerationAttribution(method, tokenizer, provider)
@@ -598,7 +598,7 @@ def test_the_users_objects_are_left_as_found(tokenizer, provider):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
+def test_arguments_without_meaning_for_apis_are_refused(tokenizer, provider, server):
     method = FeatureAblation(PLACEHOLDER)
 
     def made(*args, **kwargs):
@@ -608,7 +608,7 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
         made(provider, "logit")
     with pytest.raises(ValueError, match="an API returns log-probabilities"):
         made(provider, lambda logits, target: logits)
-    with pytest.raises(TypeError, match="one process asks the API"):
+    with pytest.raises(TypeError, match="one process sends the requests"):
         made(provider, accelerator=object())
     with pytest.raises(TypeError, match="`provider` is a str: give one of captum's"):
         made(server.url)
@@ -623,7 +623,7 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
         remote.attribute(words(tokenizer), TARGET, n_sample=3)
     with pytest.raises(ValueError, match="`gen_args` would be ignored"):
         remote.attribute(words(tokenizer), TARGET, gen_args={"max_tokens": 2})
-    with pytest.raises(ValueError, match="`max_length` is nothing that a server knows"):
+    with pytest.raises(ValueError, match="`max_length` cannot be sent to a server"):
         remote.attribute(words(tokenizer), gen_args={"max_length": 9})
     image = ImageMaskInput(
         Image.new("RGB", (2, 2)),
@@ -653,14 +653,14 @@ def test_what_an_api_has_no_use_for_is_refused(tokenizer, provider, server):
         ({"api_key": "two\nlines"}, "check the key"),
     ],
 )
-def test_wrong_arguments_of_a_provider(arguments, message):
+def test_bad_provider_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
         CompletionsProvider(**{"api_url": "http://h/v1", "model_name": "m"} | arguments)
     assert "secret" not in str(raised.value)
     assert "two" not in str(raised.value)
 
 
-def test_openai_is_named_where_it_is_missing(monkeypatch):
+def test_missing_openai_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError, match=r"pip install captum\[remote\]"):
         VLLMProvider("http://localhost:1/v1")

@@ -124,14 +124,14 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("kind", ENDLESS)
-def test_an_answer_has_its_time(kind):
+def test_response_deadline(kind):
     with Raw(ENDLESS[kind]) as server:
         with pytest.raises(ConnectionError, match=r"no whole answer within 0\.4 seconds"):
             asked(server.url)
         assert len(server.requests) == 1
 
 
-def test_shaking_hands_has_its_time():
+def test_tls_handshake_deadline():
     # The beginning of a record of TLS, a byte at a time.
     with (
         Raw(for_ever(b"\x16\x03\x03\x40\x00\x02\x00\x3f", b"\x00", 0.05)) as server,
@@ -155,7 +155,7 @@ SWOLLEN = {
 
 
 @pytest.mark.parametrize("kind", SWOLLEN)
-def test_an_answer_has_its_size(kind):
+def test_response_size_limit(kind):
     with Raw(SWOLLEN[kind]) as server:
         with pytest.raises((ApiError, ConnectionError)) as raised:
             asked(server.url, timeout=20.0)
@@ -164,18 +164,18 @@ def test_an_answer_has_its_size(kind):
         assert len(server.requests) == 1
 
 
-def test_what_is_packed_is_not_unpacked(server):
+def test_compressed_responses_are_refused(server):
     import gzip
 
     packed = gzip.compress(b" " * 2**20)
     head = OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
     with Raw(said(head, packed)) as raw:
-        with pytest.raises(ApiError, match="answered in 'gzip', which was not asked for"):
+        with pytest.raises(ApiError, match="answered in 'gzip', which was not requested"):
             asked(raw.url)
         assert b"Accept-Encoding: identity" in raw.requests[0]
 
 
-def test_long_answers_to_long_prompts_come_through():
+def test_long_responses_are_accepted():
     """A tenth of a million tokens with the twenty likeliest each, as vLLM writes them."""
     from captum_llm_ext.remote import completions, transport
 
@@ -198,7 +198,7 @@ NO_JSON = {
 
 @pytest.mark.parametrize("kind", NO_JSON)
 @pytest.mark.parametrize("code", [200, 400, 500])
-def test_what_is_no_json_is_an_error_of_the_api(kind, code):
+def test_non_json_response_is_an_api_error(kind, code):
     body = NO_JSON[kind]
     head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (code, len(body))
     with Raw(said(head, body)) as server, pytest.raises(ApiError) as raised:
@@ -266,7 +266,7 @@ def _bytes_changed(raw, random_):
 
 
 @pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
-def test_a_thousand_damaged_answers(server, tokenizer, monkeypatch, way):
+def test_damaged_responses(server, tokenizer, monkeypatch, way):
     """Each gives the right numbers, or numbers that are untold, or an error of the API."""
     provider = CompletionsProvider(server.url, "tiny", logprobs=way)
     prompts = [IDS, IDS[:4]]
@@ -299,7 +299,7 @@ def test_a_thousand_damaged_answers(server, tokenizer, monkeypatch, way):
     assert n_right > 100
 
 
-def test_a_thousand_answers_of_other_bytes(server, monkeypatch):
+def test_random_byte_responses(server, monkeypatch):
     provider = CompletionsProvider(server.url, "tiny", logprobs="prompt_logprobs")
     body = {"prompt": IDS, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
     good = json.dumps(server.answer(body)).encode()
@@ -332,7 +332,7 @@ def test_a_thousand_answers_of_other_bytes(server, monkeypatch):
         {"logprobs": [], "text": 3},
     ],
 )
-def test_what_was_written_is_text_or_ids(server, tokenizer, choice):
+def test_generated_text_or_ids(server, tokenizer, choice):
     server.failures.append(changed(lambda answer: answer | {"choices": [choice]}))
     provider = CompletionsProvider(server.url, "tiny")
     with pytest.raises(ApiError, match="is wanted"):
@@ -352,7 +352,7 @@ def test_what_was_written_is_text_or_ids(server, tokenizer, choice):
         3,
     ],
 )
-def test_names_of_models_are_names(models):
+def test_model_names_are_validated(models):
     body = json.dumps(models).encode()
     with (
         Raw(said(_with_length(OK, body))) as server,
@@ -379,7 +379,7 @@ SPOKEN = {
 
 
 @pytest.mark.parametrize("kind", SPOKEN)
-def test_a_terminal_obeys_no_server(kind):
+def test_server_text_is_escaped_for_terminals(kind):
     text = f"{OBEYED} Incorrect key: {KEY}".encode()
     if kind in ("status", "protocol", "place", "packing"):
         text = text.replace(b"\r\n", b"")
@@ -393,7 +393,7 @@ def test_a_terminal_obeys_no_server(kind):
     assert KEY not in shown
 
 
-def test_keys_go_nowhere_else(server):
+def test_api_key_is_not_sent_to_other_hosts(server):
     """Redirects are told, not followed."""
     with Raw(said(OK + b"Content-Length: 2\r\n\r\n{}")) as other:
         head = f"HTTP/1.1 307 X\r\nLocation: http://u:pw@127.0.0.1:{other.port}/v1?key=abc\r\n"
@@ -429,7 +429,7 @@ def test_keys_go_nowhere_else(server):
         " http://me:hunter2@host\n/v1",
     ],
 )
-def test_no_url_shows_a_password(url, tokenizer):
+def test_url_passwords_are_hidden(url, tokenizer):
     with pytest.raises(ValueError, match="`api_url`") as raised:
         CompletionsProvider(url, "tiny", api_key=KEY)
     shown = "".join(traceback.format_exception(raised.value))
@@ -469,7 +469,7 @@ def test_no_url_shows_a_password(url, tokenizer):
         "file:///etc/passwd",
     ],
 )
-def test_what_is_no_url_is_told(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(ValueError, match="give a URL such as http://localhost:8000/v1") as raised:
         CompletionsProvider(url, "tiny")
     assert str(raised.value).isprintable()
@@ -477,7 +477,7 @@ def test_what_is_no_url_is_told(url):
 
 @pytest.mark.parametrize("value", [5.0, True, float("nan"), float("inf"), "-1.0", [-1.0], 10**400])
 @pytest.mark.parametrize("by", ["ids", "text"])
-def test_providers_of_the_users_own_tell_log_probabilities(tokenizer, value, by):
+def test_custom_provider_values_are_validated(tokenizer, value, by):
     class ById:
         def get_token_logprobs(self, prompts):
             return [[None, *({i: value} for i in ids[1:])] for ids in prompts]
@@ -491,11 +491,13 @@ def test_providers_of_the_users_own_tell_log_probabilities(tokenizer, value, by)
         tokenizer,
         ById() if by == "ids" else ByText(),
     )
-    with pytest.raises(ValueError, match=r"row 0 .* as a log-probability: a number of nats"):
+    with pytest.raises(
+        ValueError, match=r"row 0 .* as a log-probability: expected a number of nats"
+    ):
         ours.attribute(TextSegmentInput("Dave lives", tokenizer, baselines="delete"), " golf")
 
 
-def test_numbers_of_other_kinds_are_numbers(tokenizer):
+def test_numpy_and_torch_numbers_are_accepted(tokenizer):
     class Own:
         def get_logprobs(self, input_prompt, target_str, tokenizer):
             return torch.tensor(unlike(tokenizer.encode(target_str, add_special_tokens=False)))
@@ -508,7 +510,7 @@ def test_numbers_of_other_kinds_are_numbers(tokenizer):
     assert torch.equal(found.values, told.expand_as(found.values))
 
 
-def test_an_answer_nobody_asked_for_is_not_taken_for_the_next_one(server):
+def test_unsolicited_response_is_discarded(server):
     """A connection on which more was said than an answer is not asked on."""
     body = json.dumps(
         server.answer({"prompt": IDS, "max_tokens": 1, "prompt_logprobs": 0})
@@ -531,7 +533,7 @@ def test_an_answer_nobody_asked_for_is_not_taken_for_the_next_one(server):
 
 
 @pytest.mark.parametrize("proxy", ["http://me:p/hunter2@host:3", "http://me:hunter2@host:port"])
-def test_a_proxys_password_is_not_shown(monkeypatch, proxy):
+def test_proxy_password_is_hidden(monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(ConnectionError, match="names for http has no valid address") as raised:

@@ -68,7 +68,7 @@ def other_values(answer):
     return answer
 
 
-def test_rounded_values_have_intervals_that_hold(demo, server):
+def test_rounded_values_have_valid_intervals(demo, server):
     server.part = CHAT_PARTS["rounded"]
     found = remote(server).attribute(spans(), " golf")
     assert found.provenance["handshake"]["rounding"] == "values are multiples of 0.1"
@@ -99,7 +99,7 @@ def by_calls(nats):
     return by_turns(changed)
 
 
-def test_a_server_that_differs_from_itself_has_wider_intervals(demo, server):
+def test_non_deterministic_server_widens_intervals(demo, server):
     server.part = {"content": by_calls(0.1)}
     found = remote(server).attribute(spans(), " golf")
     assert found.provenance["doubts"] == []
@@ -114,7 +114,7 @@ def test_a_server_that_differs_from_itself_has_wider_intervals(demo, server):
     assert float((upper - lower)[known].max()) == pytest.approx(0.2, abs=1e-6)
 
 
-def test_a_penalty_on_repetitions_is_no_fault(demo, server):
+def test_repetition_penalty_is_accepted(demo, server):
     server.penalty = 100.0  # no token comes twice
     found = remote(server).attribute(spans(), gen_args={"max_new_tokens": 3})
     assert "holds repetitions down" in found.provenance["handshake"]["written tokens"]
@@ -127,7 +127,7 @@ def test_a_penalty_on_repetitions_is_no_fault(demo, server):
     torch.testing.assert_close(found.values[known], truth.values[known].float(), atol=1e-4, rtol=0)
 
 
-def test_a_place_of_which_nothing_is_told_has_no_bound():
+def test_position_without_log_probabilities_is_unbounded():
     """Where a draw ends the answer, some tell nothing of it; another draw may tell."""
     rare = {"asked": 0}
 
@@ -154,21 +154,21 @@ def test_a_place_of_which_nothing_is_told_has_no_bound():
     assert found.token_attr_interval[1, 0, 1] == math.inf
 
 
-def test_tokens_that_are_listed_twice_are_refused(server):
+def test_duplicate_top_tokens_are_refused(server):
     server.part = CHAT_PARTS["tokens doubled"]
     with pytest.raises(ApiError, match="lists 6 tokens of an answer of 3 at most"):
         remote(server).attribute(spans(), " golf")
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])
-def test_two_models_in_turn_are_refused(server, attr_target):
+def test_alternating_models_are_refused(server, attr_target):
     server.part = {"answer": by_turns(other_values)}
     with pytest.raises(ApiError, match="other log-probabilities each time"):
         remote(server, attr_target=attr_target).attribute(spans(), " golf")
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])
-def test_answers_that_are_mixed_up_between_requests_are_refused(demo, server, attr_target):
+def test_swapped_responses_are_refused(demo, server, attr_target):
     """A function that keeps what it is asked, and is called in several threads."""
     held = {}
     own = ChatProvider("tiny", api_url=server.url)
@@ -198,7 +198,7 @@ def test_answers_that_are_mixed_up_between_requests_are_refused(demo, server, at
 
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])
-def test_another_model_by_and_by_is_told(server, attr_target):
+def test_model_drift_is_reported(server, attr_target):
     server.failures.extend([None] * 6)
     server.always = lambda handler, body: other_values
     with pytest.warns(UserWarning, match=r"by 0\.5 nats: another model answers by now"):
@@ -206,7 +206,7 @@ def test_another_model_by_and_by_is_told(server, attr_target):
     assert len(found.provenance["doubts"]) == 1
 
 
-def test_another_model_by_and_by_is_told_of_prompts_scored_too(demo, server, monkeypatch):
+def test_model_drift_is_reported_for_scored_prompts(demo, server, monkeypatch):
     def off(values):
         return [v if v is None else v - 0.5 for v in values]
 
@@ -224,14 +224,14 @@ def test_another_model_by_and_by_is_told_of_prompts_scored_too(demo, server, mon
         ours.attribute(spans(demo[1]), " golf")
 
 
-def test_another_name_by_and_by_is_told(server):
+def test_changed_model_name_is_reported(server):
     server.part = {"answer": by_turns(lambda answer: answer | {"model": "tiny-1"})}
     with pytest.warns(UserWarning, match="several models have answered: 'tiny-0', 'tiny-1'"):
         found = remote(server).attribute(spans(), " golf")
     assert found.provenance["answered_by"] == ["tiny-0", "tiny-1"]
 
 
-def test_kept_answers_of_another_model_are_refused(server, tmp_path):
+def test_cached_answers_of_another_model_are_refused(server, tmp_path):
     path = tmp_path / "answers.sqlite"
     remote(server, cache=path).attribute(spans(), " golf")
     server.always = lambda handler, body: other_values
@@ -240,7 +240,7 @@ def test_kept_answers_of_another_model_are_refused(server, tmp_path):
 
 
 @pytest.mark.parametrize("attr_target", ["label", "frequency"])
-def test_prompts_that_are_cut_are_told(server, attr_target):
+def test_truncated_prompts_are_reported(server, attr_target):
     server.part = CHAT_PARTS["prompts are cut"]
     long = " ".join([PROMPT] * 4)
     step = len(PROMPT) + 1
@@ -255,7 +255,7 @@ def test_prompts_that_are_cut_are_told(server, attr_target):
     assert found.provenance["doubts"] == []
 
 
-def test_copies_of_one_answer_are_asked_for_one_by_one(server):
+def test_duplicated_samples_are_requested_one_by_one(server):
     server.part = CHAT_PARTS["one answer, several times"]
     ours = remote(server, attr_target="frequency", n_answers=16)
     found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
@@ -267,7 +267,7 @@ def test_copies_of_one_answer_are_asked_for_one_by_one(server):
 
 
 @pytest.mark.parametrize("part", ["no draws", "kept by question"])
-def test_answers_that_never_vary_are_no_frequencies(server, part):
+def test_constant_answers_are_refused_for_frequencies(server, part):
     kept = {"body": lambda body: body | {"seed": 5}} | CHAT_PARTS["one answer, several times"]
     server.part = CHAT_PARTS["no draws"] if part == "no draws" else kept
     with pytest.raises(
@@ -276,7 +276,7 @@ def test_answers_that_never_vary_are_no_frequencies(server, part):
         remote(server, attr_target="frequency").attribute(spans(), " golf")
     assert len(server.bodies) <= 12  # and what would do, at both endpoints
     server.bodies.clear()
-    with pytest.warns(UserWarning, match="only what changes the likeliest one is seen"):
+    with pytest.warns(UserWarning, match="only changes of the likeliest answer are visible"):
         found = remote(server, attr_target="similarity").attribute(
             spans(), gen_args={"max_new_tokens": 6}
         )
@@ -289,7 +289,7 @@ def test_answers_that_never_vary_are_no_frequencies(server, part):
     assert torch.equal(lower, upper)  # no error of sampling
 
 
-def test_a_temperature_of_zero_is_taken_at_its_word(server):
+def test_temperature_zero_accepts_constant_answers(server):
     how = {"gen_args": {"max_new_tokens": 4, "temperature": 0.0}}
     with pytest.raises(ValueError, match="`temperature` is 0, at which there is one answer alone"):
         remote(server, attr_target="frequency").attribute(spans(), **how)
@@ -299,7 +299,7 @@ def test_a_temperature_of_zero_is_taken_at_its_word(server):
 
 
 @pytest.mark.parametrize("most", [1, 8])
-def test_fewer_answers_at_a_time_where_many_are_refused(server, most):
+def test_samples_per_request_shrink_on_refusal(server, most):
     def refuse(handler, body):
         if body.get("n", 1) > most:
             said = {"error": {"message": f"n must be at most {most}"}}
@@ -325,7 +325,7 @@ def answers_two_in_time(handler, body):
     return None
 
 
-def test_fewer_prompts_at_a_time_where_many_are_too_slow(demo, server):
+def test_prompts_per_request_shrink_on_timeout(demo, server):
     provider = CompletionsProvider(
         server.url, "tiny", max_concurrency=1, prompts_per_request=8, timeout=0.8
     )
@@ -341,7 +341,7 @@ def test_fewer_prompts_at_a_time_where_many_are_too_slow(demo, server):
     assert max(n_sent[1:]) <= n_sent[0] // 2  # not tried again as it was
 
 
-def test_fewer_answers_at_a_time_where_many_are_too_slow(server):
+def test_samples_per_request_shrink_on_timeout(server):
     server.always = answers_two_in_time
     provider = ChatProvider("tiny", api_url=server.url, max_concurrency=1, timeout=0.8)
     ours = RemoteGenerationAttribution(

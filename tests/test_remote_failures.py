@@ -97,7 +97,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("n_threads", [1, 4])
 @pytest.mark.parametrize("kind", FAILURES)
-def test_what_failed_is_asked_for_again(model, tokenizer, server, quick, kind, n_threads):
+def test_failed_requests_are_retried(model, tokenizer, server, quick, kind, n_threads):
     server.failures.extend(FAILURES[kind])
     found = remote(provider_of(server, max_concurrency=n_threads), tokenizer).attribute(
         words(tokenizer), TARGET
@@ -122,7 +122,7 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("failure", [status(503), reset, silent(0), status(502, Retry_After="60")])
-def test_a_server_that_never_answered_is_soon_given_up(tokenizer, server, monkeypatch, failure):
+def test_unreachable_server_is_given_up_early(tokenizer, server, monkeypatch, failure):
     monkeypatch.setattr(transport, "_FIRST_WAIT", 0.02)
     monkeypatch.setattr(transport, "_FIRST_PATIENCE", 0.1)
     server.always = failure
@@ -141,7 +141,7 @@ def test_a_server_that_never_answered_is_soon_given_up(tokenizer, server, monkey
         assert len(server.bodies) == 7
 
 
-def test_what_there_is_instead_is_told(tokenizer, server):
+def test_error_404_names_existing_url_and_models(tokenizer, server):
     server.base = "/v1"
     wrong = server.url.replace("/v1", "/api")
     with pytest.raises(ApiError, match=rf"404: .* There is one at {server.url}\."):
@@ -153,12 +153,12 @@ def test_what_there_is_instead_is_told(tokenizer, server):
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_garbage_is_asked_for_again_but_not_for_ever(model, tokenizer, server, quick, kind):
+def test_garbled_responses_are_retried_a_few_times(model, tokenizer, server, quick, kind):
     provider = provider_of(server, max_concurrency=1)
     server.failures.append(answers_with(GARBAGE[kind]))
     assert_true(remote(provider, tokenizer).attribute(words(tokenizer), TARGET), model, tokenizer)
     server.always, n_before = answers_with(GARBAGE[kind]), len(server.bodies)
-    with pytest.raises(ApiError, match=r"no JSON|without `choices`|upstream timed out"):
+    with pytest.raises(ApiError, match=r"with JSON|without `choices`|upstream timed out"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert len(server.bodies) == n_before + 3
 
@@ -170,7 +170,7 @@ def test_garbage_is_asked_for_again_but_not_for_ever(model, tokenizer, server, q
         (500, "1 validation error for Request: prompt must be a string"),
     ],
 )
-def test_what_no_other_try_mends_is_told_at_once(tokenizer, server, code, message):
+def test_permanent_errors_are_not_retried(tokenizer, server, code, message):
     provider = provider_of(server, max_concurrency=1)
     server.always = status(code, message)
     with pytest.raises(ApiError, match=f"{code}: {message[:20]}"):
@@ -178,7 +178,7 @@ def test_what_no_other_try_mends_is_told_at_once(tokenizer, server, code, messag
     assert len(server.bodies) <= 3  # what else would work is asked, by two questions
 
 
-def test_limits_that_a_server_tells_are_kept(tokenizer, server):
+def test_rate_limit_headers_are_respected(tokenizer, server):
     def limited(handler, body):
         content = handler.owner.answer(body)
         handler.reply(
@@ -193,7 +193,7 @@ def test_limits_that_a_server_tells_are_kept(tokenizer, server):
     assert server.times[1] - server.times[0] >= 0.3
 
 
-def test_a_key_of_the_environment_goes_to_its_own_host_alone(monkeypatch):
+def test_environment_key_is_sent_to_its_own_host_only(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert transport.api_key(None, "https://api.openai.com/v1") == KEY
     assert transport.api_key(None, "http://localhost:8000/v1") == KEY
@@ -204,7 +204,7 @@ def test_a_key_of_the_environment_goes_to_its_own_host_alone(monkeypatch):
     assert transport.api_key(None, "https://gateway.example/v1") == KEY
 
 
-def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
+def test_timeouts_are_retried(model, tokenizer, server, quick):
     server.failures.append(silent(4))
     provider = provider_of(server, timeout=0.3, max_concurrency=1)
     started = time.monotonic()
@@ -218,7 +218,7 @@ def test_a_silent_server_is_asked_again(model, tokenizer, server, quick):
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_the_server_says_when(tokenizer, server, form):
+def test_retry_after_is_respected(tokenizer, server, form):
     # A date has whole seconds.
     after = "0.6" if form == "seconds" else formatdate(time.time() + 2, usegmt=True)
     server.failures.append(status(429, Retry_After=after))
@@ -233,7 +233,7 @@ def test_the_server_says_when(tokenizer, server, form):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
 
 
-def test_all_threads_leave_the_server_alone(tokenizer, server):
+def test_retry_after_pauses_all_threads(tokenizer, server):
     server.delay = 0.02
     server.failures.extend([None, None, status(429, Retry_After="0.7")])
     provider = provider_of(server, max_concurrency=4)
@@ -248,7 +248,7 @@ def test_all_threads_leave_the_server_alone(tokenizer, server):
     assert sorted(pauses)[-2] < pauses[longest] / 2
 
 
-def test_waits_become_longer(tokenizer, server, quick):
+def test_backoff_grows(tokenizer, server, quick):
     server.always = status(500, "out of memory")
     provider = provider_of(server, max_retries=4, max_concurrency=1)
     with pytest.raises(ApiError, match=r"500: out of memory \(5 tries\)"):
@@ -268,7 +268,7 @@ def test_waits_become_longer(tokenizer, server, quick):
         (413, "too large"),
     ],
 )
-def test_what_the_server_refuses_is_told_at_once(tokenizer, server, code, message):
+def test_refused_requests_fail_at_once(tokenizer, server, code, message):
     server.always = status(code, message)
     provider = provider_of(server, api_key=KEY, logprobs="echo", max_concurrency=1)
     with pytest.raises(ApiError) as raised:
@@ -284,7 +284,7 @@ def test_what_the_server_refuses_is_told_at_once(tokenizer, server, code, messag
 
 
 @pytest.mark.parametrize("code", [400, 404])
-def test_who_refuses_everything_is_soon_left_alone(tokenizer, server, code):
+def test_server_refusing_everything_is_given_up_early(tokenizer, server, code):
     """What else would work is asked for once at each endpoint, where the refusal leaves it open."""
     server.always = status(code, "not today")
     provider = provider_of(server, logprobs="echo", max_concurrency=1)
@@ -294,7 +294,7 @@ def test_who_refuses_everything_is_soon_left_alone(tokenizer, server, code):
     assert len(server.bodies) <= 1 + 2
 
 
-def test_which_row_is_refused(tokenizer, server):
+def test_error_names_the_refused_row(tokenizer, server):
     def longest(handler, body):
         prompts = [body["prompt"]] if isinstance(body["prompt"][0], int) else body["prompt"]
         if max(map(len, prompts)) > 16:
@@ -307,7 +307,7 @@ def test_which_row_is_refused(tokenizer, server):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
 
 
-def test_answers_in_another_order(model, tokenizer, server):
+def test_reordered_choices(model, tokenizer, server):
     server.always = changed(lambda answer: answer | {"choices": answer["choices"][::-1]})
     provider = provider_of(server, prompts_per_request=4, max_concurrency=2)
     found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
@@ -315,7 +315,7 @@ def test_answers_in_another_order(model, tokenizer, server):
     assert not any(isinstance(body["prompt"][0], int) for body in server.bodies)
 
 
-def test_errors_of_a_providers_own_say_where(tokenizer):
+def test_provider_errors_name_the_row(tokenizer):
     class Broken:
         def get_logprobs(self, input_prompt, target_str, tokenizer):
             raise KeyError("API response missing 'prompt_logprobs' data")
@@ -325,7 +325,7 @@ def test_errors_of_a_providers_own_say_where(tokenizer):
     assert raised.value.__notes__[0].startswith("This was asked at row 0 (after '<s>Dave lives.")
 
 
-def test_servers_that_take_one_prompt_at_a_time(model, tokenizer, server):
+def test_servers_that_take_one_prompt_per_request(model, tokenizer, server):
     def one(handler, body):
         if not isinstance(body["prompt"][0], int):
             return status(400, "a list of lists is not supported")(handler, body)
@@ -340,7 +340,7 @@ def test_servers_that_take_one_prompt_at_a_time(model, tokenizer, server):
     assert len(refused) <= 2  # by either way of asking, once
 
 
-def test_a_key_is_shown_nowhere(tokenizer, server, monkeypatch, tmp_path):
+def test_api_key_is_never_shown(tokenizer, server, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     provider = provider_of(server, headers={"X-Other": "another-secret"})
     run = remote(provider, tokenizer)
@@ -361,10 +361,10 @@ def test_a_key_is_shown_nowhere(tokenizer, server, monkeypatch, tmp_path):
         pickle.dumps(provider)
 
 
-def test_a_server_that_is_not_there_is_told_at_once(tokenizer):
+def test_connection_refused_fails_at_once(tokenizer):
     provider = CompletionsProvider("http://127.0.0.1:9/v1", "tiny")
     started = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1 cannot be asked"):
+    with pytest.raises(ConnectionError, match=r"http://127\.0\.0\.1:9/v1 cannot be reached"):
         remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert time.monotonic() - started < 2
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections, shakes no hands
@@ -412,15 +412,23 @@ def with_value(value):
 
 WRONG = {
     "no choices": (lambda answer: {"ok": True}, ApiError, "without `choices`"),
-    "wrong count": (fewer_choices, ValueError, "one each is wanted. Say `prompts_per_request=1`"),
+    "wrong count": (fewer_choices, ValueError, "expected one each. Say `prompts_per_request=1`"),
     "wrong tokens": (fewer_tokens, ValueError, "nothing says which is which"),
     "null": (
         with_value(None),
         ValueError,
         r"row \d+ .* gave no log-probability of '\.' .*missing=",
     ),
-    "null within": (with_value("null"), ApiError, "gave 'null' as a log-probability: a number"),
-    "probable": (with_value(5.0), ApiError, r"gave 5\.0 as a log-probability: a number of nats"),
+    "null within": (
+        with_value("null"),
+        ApiError,
+        "gave 'null' as a log-probability: expected a number",
+    ),
+    "probable": (
+        with_value(5.0),
+        ApiError,
+        r"gave 5\.0 as a log-probability: expected a number of nats",
+    ),
     "true": (with_value(True), ApiError, "gave True as a log-probability"),
     "plus infinity": (with_value(float("inf")), ApiError, "gave inf as a log-probability"),
     "text": (with_value("-1.5"), ApiError, r"gave '-1\.5' as a log-probability"),
@@ -433,13 +441,13 @@ WRONG = {
     "neither way": (
         lambda answer: without("logprobs")(without("prompt_logprobs")(answer)),
         ApiError,
-        "no log-probabilities of prompts are to be had",
+        "no log-probabilities of prompts are available",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_answers_are_told(tokenizer, server, kind):
+def test_invalid_responses_are_refused(tokenizer, server, kind):
     function, error, message = WRONG[kind]
     server.always = changed(function)
     provider = provider_of(
@@ -450,13 +458,13 @@ def test_wrong_answers_are_told(tokenizer, server, kind):
     assert no_threads_left()
 
 
-def test_what_is_no_json_is_told(tokenizer, server):
+def test_non_json_response_is_refused(tokenizer, server):
     server.always = lambda handler, body: handler.reply(200, b"<html>It works!</html>")
-    with pytest.raises(ApiError, match="no JSON: '<html>It works"):
+    with pytest.raises(ApiError, match="with JSON: '<html>It works"):
         remote(provider_of(server), tokenizer).attribute(words(tokenizer), TARGET)
 
 
-def test_missing_log_probabilities_where_the_user_says_what_they_are(tokenizer, server, tmp_path):
+def test_missing_logprob_option(tokenizer, server, tmp_path):
     path = tmp_path / "run.safetensors"
     inp = words(tokenizer)
     server.failures.extend([None] * 3 + [changed(with_value(None))])
@@ -487,7 +495,7 @@ def test_missing_log_probabilities_where_the_user_says_what_they_are(tokenizer, 
 
 
 @pytest.mark.parametrize("output_unit", [None, "word"])
-def test_a_run_that_broke_off_goes_on(model, tokenizer, server, quick, tmp_path, output_unit):
+def test_interrupted_run_resumes(model, tokenizer, server, quick, tmp_path, output_unit):
     path = tmp_path / "run.safetensors"
     provider = provider_of(server, max_retries=1, max_concurrency=3)
     arguments = {"n_samples": 40, "output_unit": output_unit}
@@ -518,7 +526,7 @@ def test_a_run_that_broke_off_goes_on(model, tokenizer, server, quick, tmp_path,
         )
 
 
-def test_a_checkpoint_of_other_weights_is_noticed(tokenizer, server, tmp_path):
+def test_checkpoint_of_other_weights_is_detected(tokenizer, server, tmp_path):
     path = tmp_path / "run.safetensors"
     remote(provider_of(server), tokenizer).attribute(words(tokenizer), TARGET, checkpoint=path)
     with Server(tiny.llama(len(tokenizer), seed=9).double(), tokenizer) as other:
@@ -532,7 +540,7 @@ def test_a_checkpoint_of_other_weights_is_noticed(tokenizer, server, tmp_path):
 
 
 @pytest.mark.parametrize("n_threads", [1, 5])
-def test_slow_servers_are_asked_in_threads(tokenizer, server, n_threads):
+def test_slow_servers_are_queried_concurrently(tokenizer, server, n_threads):
     server.delay = 0.05
     provider = provider_of(server, max_concurrency=n_threads)
     found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
@@ -541,7 +549,7 @@ def test_slow_servers_are_asked_in_threads(tokenizer, server, n_threads):
     assert no_threads_left()
 
 
-def test_captums_providers_are_asked_in_threads_where_the_user_says_so(tokenizer, server):
+def test_captum_providers_are_queried_concurrently_on_request(tokenizer, server):
     server.delay = 0.05
 
     class One:
@@ -566,7 +574,7 @@ def hears_interrupts():
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("state", ["silent", "busy"])
 @pytest.mark.parametrize("n_threads", [1, 4])
-def test_ctrl_c_ends_at_once_and_loses_nothing(tokenizer, server, tmp_path, n_threads, state):
+def test_ctrl_c_ends_at_once_and_keeps_answers(tokenizer, server, tmp_path, n_threads, state):
     path = tmp_path / "run.safetensors"
     inp = TextSegmentInput(
         "Dave lives. Ann is in TX. The quick fox jumps", tokenizer, baselines="delete"
@@ -598,7 +606,7 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(tokenizer, server, tmp_path, n_th
     assert len(server.prompts) == found.n_evaluations - 5 + 1
 
 
-def test_a_program_ends_although_threads_wait(tokenizer, server, tmp_path):
+def test_interpreter_exits_with_waiting_threads(tokenizer, server, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     server.always = silent(30)
     program = f"""
@@ -628,7 +636,7 @@ RemoteGenerationAttribution(method, tokenizer, provider).attribute(
     assert time.monotonic() - started < 25
 
 
-def test_through_a_proxy(model, tokenizer, server, monkeypatch):
+def test_proxy(model, tokenizer, server, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url.removesuffix("/v1"))
     provider = CompletionsProvider("http://models.example/v1", "tiny")
     found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
@@ -636,7 +644,7 @@ def test_through_a_proxy(model, tokenizer, server, monkeypatch):
     assert server.headers["Host"] == "models.example"
 
 
-def test_a_server_that_moved(tokenizer, server):
+def test_redirects(tokenizer, server):
     server.always = lambda handler, body: handler.reply(
         307, {}, {"Location": "https://elsewhere.example/v1"}
     )
@@ -652,7 +660,7 @@ def test_progress_counts_requests(tokenizer, server, capsys):
     assert shown.splitlines()[-1].startswith(f"requests: 100 % ({n} of {n}, ")
 
 
-def test_with_a_tolerance_nothing_is_asked_for_twice(tokenizer, server):
+def test_tol_sends_no_prompt_twice(tokenizer, server):
     found = remote(provider_of(server), tokenizer, KernelShap).attribute(
         words(tokenizer), TARGET, n_samples=16, tol=0.02, max_evaluations=100
     )

@@ -29,7 +29,7 @@ NAMED = {
     "zero everywhere": "all are zero",
     "temperature": r"of temperature 0\.5",
     "temperature everywhere": "of another temperature",
-    "positive": "as a log-probability: a number of nats, 0 at most",
+    "positive": "as a log-probability: expected a number of nats, at most 0",
     "NaN": "gave nan as a log-probability",
     "another tokenisation": "it reads it as other tokens",
     "BOS": r"it may put a token \(BOS\) before each",
@@ -72,7 +72,7 @@ def remote(provider, tokenizer, **arguments):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("part", NAMED)
-def test_what_is_told_of_other_tokens_is_named(tokenizer, server, part, way):
+def test_misaligned_log_probabilities_are_refused(tokenizer, server, part, way):
     server.part = PARTS[part]
     if part == "mixed up" and way == "text":
         return  # one prompt at a time is never mixed up
@@ -84,7 +84,7 @@ def test_what_is_told_of_other_tokens_is_named(tokenizer, server, part, way):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("follows", [False, True])
-def test_what_is_right_is_believed(model, tokenizer, server, way, follows):
+def test_correct_servers_are_accepted(model, tokenizer, server, way, follows):
     server.follows_temperature = follows
     found = remote(CompletionsProvider(server.url, **WAYS[way]), tokenizer).attribute(
         words(tokenizer), TARGET
@@ -101,13 +101,13 @@ def test_what_is_right_is_believed(model, tokenizer, server, way, follows):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stop_token_that_is_not_listed_is_named(tokenizer, server, way):
+def test_unlisted_stop_token_is_reported(tokenizer, server, way):
     server.part = PARTS["stop token"]
     ours = remote(CompletionsProvider(server.url, **WAYS[way]), tokenizer)
     assert ours.handshake()["checks"]["stop token"].startswith("not listed")
 
 
-def test_what_is_ignored_is_named(tokenizer, server):
+def test_ignored_request_fields_are_named(tokenizer, server):
     def attributed(**how):
         provider = CompletionsProvider(server.url, **how)
         return remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
@@ -127,13 +127,13 @@ def test_what_is_ignored_is_named(tokenizer, server):
     assert attributed().provenance["handshake"]["way"] == "prompt_logprobs"
     server.always = no_numbers
     for way in ("echo", "prompt_logprobs"):
-        with pytest.raises(ApiError, match="it ignores what it was asked"):
+        with pytest.raises(ApiError, match="it ignores the request for them"):
             attributed(logprobs=way)
     with pytest.raises(ApiError, match=r"(?s)By `prompt_logprobs`: .* By `echo`: .*ignores"):
         attributed()
 
 
-def test_one_garbled_answer_changes_no_way(model, tokenizer, server):
+def test_one_garbled_response_keeps_the_request_style(model, tokenizer, server):
     provider = CompletionsProvider(server.url, prompts_per_request=1, max_concurrency=1)
     ours = remote(provider, tokenizer)
     assert ours.handshake()["way"] == "prompt_logprobs"
@@ -145,7 +145,7 @@ def test_one_garbled_answer_changes_no_way(model, tokenizer, server):
     assert not any("echo" in body for body in server.bodies[-found.n_evaluations :])
 
 
-def test_the_way_that_is_right_is_chosen(tokenizer, server):
+def test_correct_request_style_is_chosen(tokenizer, server):
     def shifted(handler, body):
         server.part = PARTS["shifted left"] if "prompt_logprobs" in body else {}
         return lambda answer: answer
@@ -190,7 +190,7 @@ class OffByOneById(OffByOne):
     ("by", "name"), [(1, "shifted left by one"), (-1, "shifted right by one"), (0, None)]
 )
 @pytest.mark.parametrize("target", [TARGET, " golf"])
-def test_providers_of_the_users_own_that_are_off_by_one(model, tokenizer, kind, by, name, target):
+def test_custom_provider_shifted_by_one_is_refused(model, tokenizer, kind, by, name, target):
     ours = remote(kind(model, by), tokenizer)
     if name is None:
         local = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -203,7 +203,7 @@ def test_providers_of_the_users_own_that_are_off_by_one(model, tokenizer, kind, 
 
 
 @pytest.mark.parametrize("value", [0.0, -0.25, -1.0])
-def test_the_same_value_for_every_token_is_none(tokenizer, value):
+def test_constant_log_probabilities_are_refused(tokenizer, value):
     class Own:
         def get_logprobs(self, input_prompt, target_str, tokenizer):
             return [value] * len(tokenizer.encode(target_str, add_special_tokens=False))
@@ -212,7 +212,7 @@ def test_the_same_value_for_every_token_is_none(tokenizer, value):
         remote(Own(), tokenizer).attribute(words(tokenizer), TARGET)
 
 
-def test_a_server_whose_values_change_from_time_to_time_is_named(model, tokenizer):
+def test_non_deterministic_values_are_reported(model, tokenizer):
     class Own(OffByOneById):
         def get_token_logprobs(self, prompts):
             self.n_extra += 1
@@ -226,7 +226,7 @@ def test_a_server_whose_values_change_from_time_to_time_is_named(model, tokenize
         remote(Own(model, 0), tokenizer).attribute(words(tokenizer), TARGET)
 
 
-def test_missing_values_hide_no_server_that_tells_nothing(model, tokenizer):
+def test_server_with_top_1_values_only_is_refused(model, tokenizer):
     class LikeliestOnly(OffByOneById):
         """Tells a token's value where it is the likeliest, as top-1 servers do."""
 
@@ -314,7 +314,7 @@ def test_missing_values_are_bounds(model, tokenizer, method, attr_target, n_othe
     assert found.provenance["first_cause"] is not None
 
 
-def test_it_takes_place_once_per_provider(tokenizer, server):
+def test_handshake_runs_once_per_provider(tokenizer, server):
     ours = remote(CompletionsProvider(server.url), tokenizer)
     first = ours.attribute(words(tokenizer), TARGET)
     server.prompts.clear()

@@ -120,7 +120,7 @@ def test_every_value_lies_in_its_interval(demo, server, prefill, method):
     assert found.token_attr.sum(0).argmax() == truth.token_attr.sum(0).argmax()
 
 
-def test_all_tokens_told_is_exact(demo, server):
+def test_full_vocabulary_top_logprobs_are_exact(demo, server):
     provider = CompletionsProvider(server.url, "tiny")
     found = remote(provider, top_logprobs=len(demo[1])).attribute(spans(), " golf")
     truth = local(demo, " golf")
@@ -130,7 +130,7 @@ def test_all_tokens_told_is_exact(demo, server):
 
 
 @pytest.mark.parametrize("kind", ["chat", "callable", "anthropic"])
-def test_frequencies_cover_what_is_true(demo, server, kind):
+def test_frequency_intervals_cover_the_truth(demo, server, kind):
     if kind == "chat":
         provider = chat(server)
     elif kind == "anthropic":
@@ -163,7 +163,7 @@ def test_frequencies_cover_what_is_true(demo, server, kind):
     assert "rare answers" in told["cannot_see"]
 
 
-def test_a_predicate_says_what_the_answer_is(demo, server):
+def test_predicate_defines_the_answer(demo, server):
     def is_answer(text):
         return text.strip() in ("golf", "poker")
 
@@ -187,11 +187,11 @@ def test_similarities_are_means_over_answers(server, similarity):
     assert bool((found.token_attr_se > 0).all())
 
 
-def test_what_is_not_told_apart_is_told_before_it_is_paid_for(server):
+def test_indistinguishable_answers_fail_before_the_run(server):
     ours = remote(chat(server), attr_target="frequency", predicate=lambda text: True)
     with pytest.raises(ValueError, match=r"given 8 of 8 times .* 8 of 8 times with none") as raised:
         ours.attribute(spans(), " golf")
-    assert "not distinguished" in str(raised.value)
+    assert "cannot be distinguished" in str(raised.value)
     assert len(server.bodies) == 3  # whether answers vary at all, then eight answers each
     ours = remote(
         chat(server), attr_target="similarity", similarity=lambda text, answer: len(text) % 2
@@ -200,7 +200,7 @@ def test_what_is_not_told_apart_is_told_before_it_is_paid_for(server):
         ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 8})
 
 
-def test_refusals_are_counted_and_never_scored(demo, server):
+def test_refusals_are_counted_and_not_scored(demo, server):
     server.refuses = lambda said: "Dave" not in said and "include" in said
     ours = remote(chat(server), attr_target="frequency", n_answers=16)
     found = ours.attribute(spans(), " golf", gen_args={"max_new_tokens": 1})
@@ -218,7 +218,7 @@ FAULTS = {
     "base 10": "of base 10",
     "zero": "all are zero",
     "temperature": "of another temperature",
-    "positive": "as a log-probability: a number of nats, 0 at most",
+    "positive": "as a log-probability: expected a number of nats, at most 0",
     "NaN": "gave nan as a log-probability",
     "logprobs ignored": "no log-probabilities of the tokens that it generates",
     "values of other tokens": "of another temperature",
@@ -227,7 +227,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("attr_target", ["log_prob", "label"])
 @pytest.mark.parametrize("part", FAULTS)
-def test_what_cannot_be_is_not_believed(server, part, attr_target):
+def test_inconsistent_top_logprobs_are_refused(server, part, attr_target):
     server.part = CHAT_PARTS[part]
     with pytest.raises(ApiError, match=FAULTS[part]) as raised:
         remote(chat(server), attr_target=attr_target).attribute(spans(), " golf")
@@ -235,7 +235,7 @@ def test_what_cannot_be_is_not_believed(server, part, attr_target):
     assert len(server.bodies) < 12
 
 
-def test_a_stop_token_that_is_not_listed_is_noted(server):
+def test_unlisted_stop_token_is_recorded(server):
     class Ends:
         """Ends every answer after its second token."""
 
@@ -269,7 +269,7 @@ def test_a_stop_token_that_is_not_listed_is_noted(server):
 
 @pytest.mark.parametrize("bias", ["told", "raw"])
 @pytest.mark.parametrize("kind", ["chat", "completions"])
-def test_a_bias_makes_every_token_told(demo, server, bias, kind):
+def test_logit_bias_gives_exact_values(demo, server, bias, kind):
     server.bias = bias
     provider = chat(server) if kind == "chat" else CompletionsProvider(server.url, "tiny")
     ours = RemoteGenerationAttribution(
@@ -385,7 +385,7 @@ def test_the_first_cause_is_told_apart_from_every_other_one():
     assert {(True, 1), (False, 1), (False, 2)} <= set(seen)
 
 
-def test_a_bias_that_does_nothing_is_named(demo, server):
+def test_ignored_logit_bias_is_reported(demo, server):
     server.bias = "ignored"
     how = {"rung": "stepwise", "top_logprobs": 5}
     ours = RemoteGenerationAttribution(FeatureAblation(PLACEHOLDER), demo[1], chat(server), **how)
@@ -423,7 +423,7 @@ class Flat(torch.nn.Module):
     ("kind", "lists"),
     [("chat", "beside"), ("chat", "instead"), ("chat", "not"), ("completions", "beside")],
 )
-def test_a_drawn_token_among_the_likeliest_bounds_nothing(demo, flat, kind, lists):
+def test_sampled_token_in_top_logprobs_gives_no_bound(demo, flat, kind, lists):
     flat.lists = lists
     target = " golf and"
     provider = chat(flat) if kind == "chat" else CompletionsProvider(flat.url, "tiny")
@@ -444,7 +444,7 @@ def test_a_drawn_token_among_the_likeliest_bounds_nothing(demo, flat, kind, list
 
 
 @pytest.mark.parametrize("labels", [("golf", "poker"), (None, " poker"), (None, None)])
-def test_two_labels_are_held_against_each_other(demo, server, labels):
+def test_two_label_contrast(demo, server, labels):
     model, tokenizer = demo
     ours = remote(chat(server, prefill="none"), attr_target="label", labels=labels)
     told = ours.estimate(spans(), labels[0] or "golf")
@@ -469,7 +469,7 @@ def test_two_labels_are_held_against_each_other(demo, server, labels):
         remote(chat(server), attr_target="label", labels=("golf", "golf course")).attribute(spans())
 
 
-def test_a_checkpoint_keeps_answers_below_the_first_rung(server, tmp_path):
+def test_checkpoint_keeps_sampled_answers(server, tmp_path):
     def is_answer(text):
         return text.strip() in ("golf", "poker", "table")
 
@@ -495,7 +495,7 @@ def test_a_checkpoint_keeps_answers_below_the_first_rung(server, tmp_path):
         remote(chat(server), cache=tmp_path / "o").attribute(spans(), " golf", checkpoint=path)
 
 
-def test_more_answers_are_drawn_until_the_first_cause_stands_out(server):
+def test_sampling_continues_until_the_top_cause_is_significant(server):
     def is_answer(text):
         return text.strip() in ("golf", "poker", "table")
 
@@ -512,7 +512,7 @@ def test_more_answers_are_drawn_until_the_first_cause_stands_out(server):
     assert sum(body.get("n", 1) for body in server.bodies) <= 8 * 6 + 200 * 6
 
 
-def test_what_would_work_is_told(demo, server):
+def test_error_names_the_rung_that_works(demo, server):
     """Each provider is asked for more than it tells, and what it does tell is named."""
 
     def no_completions(handler, body):
@@ -531,9 +531,9 @@ def test_what_would_work_is_told(demo, server):
         remote(chat(server, prefill="none")).attribute(spans(), " golf")
 
 
-def test_a_server_that_does_not_go_on_with_answers_is_named(server):
+def test_missing_prefill_support_is_reported(server):
     ours = remote(chat(server, prefill="assistant"))
-    with pytest.raises(ApiError, match=r"does not go on with an answer .* would work"):
+    with pytest.raises(ApiError, match=r"does not continue a prefilled answer .* would work"):
         ours.attribute(spans(), gen_args={"max_new_tokens": 3})
     with pytest.raises(ApiError, match="it has no way to"):
         remote(chat(server, prefill="none")).attribute(spans())
@@ -541,7 +541,7 @@ def test_a_server_that_does_not_go_on_with_answers_is_named(server):
         remote(AnthropicProvider("tiny", api_url=server.url)).attribute(spans())
 
 
-def test_auto_takes_the_first_rung_that_is_proven(demo, server):
+def test_auto_takes_the_first_verified_rung(demo, server):
     arguments = {"attr_target": "auto", "n_answers": 12}
     arguments["predicate"] = lambda text: text.strip() in ("golf", "poker", "table")
     settings = {"target": " golf", "gen_args": {"max_new_tokens": 1}}
@@ -575,7 +575,7 @@ def test_auto_takes_the_first_rung_that_is_proven(demo, server):
     )
 
 
-def test_what_it_takes_is_told_beforehand(server):
+def test_cost_estimate_per_rung(server):
     def n_sent():
         return sum(body.get("n", 1) for body in server.bodies)
 
@@ -597,7 +597,7 @@ def test_what_it_takes_is_told_beforehand(server):
 
 
 @pytest.mark.parametrize("limit", [{"max_requests": 5}, {"max_usd": 1e-5, "prices": (1.0, 1.0)}])
-def test_what_may_be_spent_is_not_overspent_and_what_came_is_kept(server, tmp_path, limit):
+def test_spending_limits_stop_the_run_and_keep_answers(server, tmp_path, limit):
     path = tmp_path / "answers.sqlite"
     whole = remote(chat(server, max_concurrency=1)).attribute(spans(), " golf")
     n_all = len(server.bodies)
@@ -621,7 +621,7 @@ def test_what_may_be_spent_is_not_overspent_and_what_came_is_kept(server, tmp_pa
     assert len(server.bodies) == n_all
 
 
-def test_a_run_that_broke_off_loses_nothing_that_came(server, tmp_path):
+def test_interrupted_run_keeps_received_answers(server, tmp_path):
     path = tmp_path / "answers.sqlite"
     server.failures.extend([None] * 6)
     server.always = status(401, "revoked")
@@ -635,11 +635,11 @@ def test_a_run_that_broke_off_loses_nothing_that_came(server, tmp_path):
     remote(chat(server, max_concurrency=1)).attribute(spans(), " golf")
     assert n_left == len(server.bodies) - 4
     path.write_bytes(b"no database at all, but long enough to look like one" * 20)
-    with pytest.raises(ValueError, match="no file of answers"):
+    with pytest.raises(ValueError, match="not a cache of answers"):
         remote(chat(server), cache=path)
 
 
-def test_turns_of_a_chat_are_sent_as_messages(server):
+def test_chat_turns_are_sent_as_messages(server):
     messages = [
         {"role": "system", "content": "Dave lives in Palm Coast, FL and is a lawyer."},
         {"role": "user", "content": "His personal interests include"},
@@ -657,7 +657,7 @@ def test_turns_of_a_chat_are_sent_as_messages(server):
     assert inner.levels[0].parts == found.input_tokens
 
 
-def test_a_client_of_the_users_own_is_asked(server):
+def test_custom_client(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=server.url, api_key="sk-none")
     try:
@@ -684,7 +684,7 @@ def test_results_are_saved_and_shown(server, tmp_path):
         assert "is not among the 20 likeliest has a bound" in shown
 
 
-def test_estimators_that_are_not_linear_give_no_interval(server):
+def test_non_linear_estimators_give_no_interval(server):
     found = remote(chat(server), KernelShap).attribute(spans(), " golf", n_samples=12)
     assert found.token_attr_interval is None
     assert found.value_interval is not None
@@ -697,7 +697,7 @@ def test_estimators_that_are_not_linear_give_no_interval(server):
         ({"similarity": "cosine"}, "give 'lexical', 'f1', 'difflib' or a function"),
         ({"labels": ("a", "b")}, "`labels` is"),
         ({"rung": "highest"}, "`rung` is 'highest': give one of 'forced'"),
-        ({"rung": "label"}, "tells 'label', and `attr_target` is 'log_prob'"),
+        ({"rung": "label"}, "reports 'label', and `attr_target` is 'log_prob'"),
         ({"max_requests": 0}, "at least 1"),
         ({"max_usd": 1.0}, "and `prices`"),
         ({"prices": (1.0,)}, "per million tokens read, and written"),
@@ -705,12 +705,12 @@ def test_estimators_that_are_not_linear_give_no_interval(server):
         ({"predicate": str.isupper}, "`predicate` would be ignored"),
     ],
 )
-def test_wrong_arguments(server, arguments, message):
+def test_bad_arguments_are_refused(server, arguments, message):
     with pytest.raises(ValueError, match=message):
         remote(chat(server), **arguments)
 
 
-def test_what_has_no_use_is_refused(server):
+def test_unused_arguments_are_refused(server):
     with pytest.raises(ValueError, match="`output_unit` needs log-probabilities of prompts"):
         remote(chat(server)).attribute(spans(), " golf", output_unit="token")
     with pytest.raises(TypeError, match="is sent text, so give one"):
@@ -723,7 +723,7 @@ def test_what_has_no_use_is_refused(server):
 
 @pytest.mark.parametrize("n", [8, 50])
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-def test_two_standard_errors_of_a_frequency_cover_nine_tenths(n, p):
+def test_frequency_errors_have_coverage(n, p):
     chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     covered = sum(c for k, c in enumerate(chances) if wilson(k, n)[0] <= p <= wilson(k, n)[1])
     assert covered >= 0.9
@@ -733,7 +733,7 @@ LINE = ["attribute", "--model", "tiny", "--prompt", PROMPT, "--target", " golf",
 LINE += ["--method", "ablation"]
 
 
-def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
+def test_command_line_queries_apis(demo, server, capsys, tmp_path):
     asked = [*LINE, "--api", server.url]
     assert main([*asked, "--estimate", "--rung", "log_prob"]) == 0
     assert not server.bodies
@@ -769,20 +769,20 @@ def test_the_command_line_asks_apis(demo, server, capsys, tmp_path):
         (["--max-requests", "3"], "--max-requests would be ignored without --api"),
         (
             ["--provider", "anthropic", "--tokenizer", "demo"],
-            "Anthropic's messages return text alone",
+            "Anthropic's messages return only text",
         ),
         (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
-        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung says what is explained"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung sets what is explained"),
         (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
         (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
     ],
 )
-def test_the_command_line_ignores_nothing(capsys, more, message):
+def test_command_line_refuses_options_it_would_ignore(capsys, more, message):
     assert main([*LINE, *more]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_doctor_looks_at_servers(server, capsys):
+def test_doctor_checks_servers(server, capsys):
     look = ["doctor", "tiny", "--api", server.url]
     forced = [*look, "--provider", "completions", "--tokenizer", "demo"]
     assert main(forced) == 0
@@ -800,7 +800,7 @@ def test_the_doctor_looks_at_servers(server, capsys):
 
 
 @pytest.mark.parametrize("question", ["counterfactuals", "total_effect"])
-def test_questions_to_the_model_itself_are_refused(question):
+def test_methods_that_need_a_local_model_are_refused(question):
     method = FeatureAblation(RemoteLLMAttribution.placeholder_model)
     provider = CallableProvider(lambda messages, **_: pytest.fail("it was asked"))
     attribution = RemoteGenerationAttribution(method, None, provider, "frequency")

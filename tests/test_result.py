@@ -43,7 +43,7 @@ def _result(
     return attribution.attribute(inp, " golf & chess\n.", output_unit=unit)
 
 
-def test_fields_have_the_shapes_of_the_contract(model, tokenizer):
+def test_fields_have_documented_shapes(model, tokenizer):
     result = _result(model, tokenizer)
     n_target, n_prompt = len(result.target), 4
     n_coalitions = len(result.masks)
@@ -71,7 +71,7 @@ def test_fields_have_the_shapes_of_the_contract(model, tokenizer):
 
 
 @pytest.mark.parametrize("unit", ["token", "word", None])
-def test_a_saved_result_comes_back_bit_for_bit(model, tokenizer, tmp_path, unit):
+def test_saved_result_round_trips_bit_for_bit(model, tokenizer, tmp_path, unit):
     result = _result(model, tokenizer, unit=unit)
     result.save(tmp_path / "result.safetensors")
     loaded = GenerationAttributionResult.load(tmp_path / "result.safetensors")
@@ -87,19 +87,19 @@ def test_a_saved_result_comes_back_bit_for_bit(model, tokenizer, tmp_path, unit)
     assert loaded.inp is None
 
 
-def test_damaged_files_are_told(model, tokenizer, tmp_path):
+def test_damaged_files_are_refused(model, tokenizer, tmp_path):
     path = tmp_path / "result.safetensors"
     _result(model, tokenizer).save(path)
     whole = path.read_bytes()
     rng = random.Random(0)
     for size in [0, 4, 8, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(100))]:
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="damaged or no saved result"):
+        with pytest.raises(ValueError, match="damaged or not a saved result"):
             GenerationAttributionResult.load(path)
     from safetensors.torch import save_file
 
     save_file({"x": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="no saved result"):
+    with pytest.raises(ValueError, match="not a saved result"):
         GenerationAttributionResult.load(path)
     with pytest.raises(FileNotFoundError):
         GenerationAttributionResult.load(tmp_path / "nothing")
@@ -134,7 +134,7 @@ def _warned_of_no_digest(version):
     return pytest.warns(UserWarning, match=rf"format {version}, which has no digest.*`save`")
 
 
-def test_the_format_that_is_written_is_the_documented_one(tmp_path):
+def test_written_format_equals_the_documented_one(tmp_path):
     """Roles are told by the number: readers that know none refuse it as one of a later version."""
     result = GenerationAttributionResult.load(DATA / "result_format_3.safetensors")
     result.save(tmp_path / "again")
@@ -158,7 +158,7 @@ def test_the_format_that_is_written_is_the_documented_one(tmp_path):
     ],
     ids=str,
 )
-def test_pieces_are_those_of_their_format(version, name, piece, tmp_path):
+def test_piece_fields_follow_the_format_version(version, name, piece, tmp_path):
     def change(rest):
         rest[name][0] = piece
 
@@ -173,17 +173,17 @@ def test_pieces_are_those_of_their_format(version, name, piece, tmp_path):
 
 
 @pytest.mark.parametrize("version", [0, -1, 2.0, True, "2", None])
-def test_formats_are_numbers(version, tmp_path):
+def test_format_versions_are_integers(version, tmp_path):
     with safe_open(DATA / "result_format_2.safetensors", framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         rest = json.loads(file.metadata()["captum_llm_ext"])
     text = json.dumps(rest | {"format": version})
     save_file(tensors, tmp_path / "r", metadata={"captum_llm_ext": text})
-    with pytest.raises(ValueError, match=r"damaged or no saved result \(its format is"):
+    with pytest.raises(ValueError, match=r"damaged or not a saved result \(its format is"):
         GenerationAttributionResult.load(tmp_path / "r")
 
 
-def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
+def test_damage_never_changes_a_number(model, tokenizer, tmp_path):
     """A changed byte is told, or it changes nothing (blanks in the header)."""
     path = tmp_path / "result.safetensors"
     result = _result(model, tokenizer)
@@ -203,7 +203,7 @@ def test_no_damage_changes_a_number(model, tokenizer, tmp_path):
             assert found.to_dict() == result.to_dict()
             assert torch.equal(found.values, result.values)
     assert len(told) > 250
-    assert all("damaged" in error or "no saved result" in error for error in told)
+    assert all("damaged" in error or "not a saved result" in error for error in told)
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
@@ -231,7 +231,7 @@ def test_files_of_earlier_versions_are_read(version, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["null", "3", "[]", "{}", '{"format": "x"}', '{"format": 2}'])
-def test_files_of_other_programs_are_no_results(content, tmp_path):
+def test_foreign_files_are_refused(content, tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "other"
@@ -240,13 +240,13 @@ def test_files_of_other_programs_are_no_results(content, tmp_path):
         GenerationAttributionResult.load(path)
 
 
-def test_a_pickle_is_never_opened(tmp_path):
+def test_pickles_are_never_opened(tmp_path):
     path, trace = tmp_path / "pickle", tmp_path / "executed"
     path.write_bytes(pickle.dumps(_Payload(trace)))
     for content in (path.read_bytes(), None):
         if content is None:
             torch.save({"x": torch.ones(3)}, path)
-        with pytest.raises(ValueError, match="damaged or no saved result"):
+        with pytest.raises(ValueError, match="damaged or not a saved result"):
             GenerationAttributionResult.load(path)
     assert not trace.exists()
 
@@ -259,7 +259,7 @@ class _Payload:
         return Path.touch, (self.trace,)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(model, tokenizer, tmp_path, monkeypatch):
+def test_file_is_replaced_atomically(model, tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "result"
     result = _result(model, tokenizer)
     result.save(path)
@@ -282,7 +282,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(model, tokenizer, tmp_path, monk
     assert os.listdir(tmp_path) == ["result"]
 
 
-def test_provenance_tells_model_revision_and_command(tokenizer, tmp_path, monkeypatch):
+def test_provenance_holds_model_revision_and_command(tokenizer, tmp_path, monkeypatch):
     """A cache as Hugging Face lays it out."""
     home, revision = tmp_path / "models--me--tiny", "0123456789abcdef0123456789abcdef01234567"
     tiny.llama(len(tokenizer)).save_pretrained(home / "snapshots" / revision)
@@ -300,7 +300,7 @@ def test_provenance_tells_model_revision_and_command(tokenizer, tmp_path, monkey
     assert (told["model"], told["revision"]) == ("mine", None)
 
 
-def test_to_dict_is_json_and_tells_the_text(model, tokenizer):
+def test_to_dict_is_json_with_the_text(model, tokenizer):
     result = _result(model, tokenizer, FeatureAblation, unit="word")
     data = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert "".join(piece["text"] for piece in data["prompt"]) == "<s>Dave lives in <b>Austin</b>"
@@ -332,14 +332,14 @@ def test_top_causes_are_the_largest_of_each_block(model, tokenizer):
             assert cause.is_marked == bool(result.marked[t, cause.column])
 
 
-def test_why_takes_a_position_or_a_name(model, tokenizer):
+def test_why_accepts_position_or_name(model, tokenizer):
     result = _result(model, tokenizer)
     last = len(result.output_tokens) - 1
     assert result.why(last) == result.why(-1) == result.why(result.output_tokens[-1])
     assert result.why(last) == result.top(5)[last]
     with pytest.raises(ValueError, match="0 target tokens are 'nothing'"):
         result.why("nothing")
-    with pytest.raises(ValueError, match="there is no token 99"):
+    with pytest.raises(ValueError, match="there is no target token 99"):
         result.why(99)
 
 
@@ -353,7 +353,7 @@ def test_printing_names_every_target_token(model, tokenizer):
     assert str(result).splitlines()[1].startswith("whole answer  ←  ")
 
 
-def test_plots_and_pages_are_captums_and_more(model, tokenizer, tmp_path):
+def test_captum_plots_and_pages(model, tokenizer, tmp_path):
     result = _result(model, tokenizer)
     fig, ax = result.plot_token_attr()
     assert ax.figure is fig
@@ -391,7 +391,7 @@ def _plain(text):
     return text
 
 
-def test_a_terminal_gets_colours_and_its_width(model, tokenizer, as_terminal, monkeypatch):
+def test_terminal_output_has_colours_and_fits_its_width(model, tokenizer, as_terminal, monkeypatch):
     result = _result(model, tokenizer)
     whole = str(result)
     assert "\x1b" not in whole
@@ -410,7 +410,7 @@ def test_a_terminal_gets_colours_and_its_width(model, tokenizer, as_terminal, mo
     assert "\x1b" not in str(result)
 
 
-def test_names_cannot_steer_the_terminal(model, tokenizer, as_terminal):
+def test_names_are_escaped_for_terminals(model, tokenizer, as_terminal):
     result = _result(model, tokenizer)
     evil = "evil\x1b[2J\u202e\n名字名字名字名字名字名字名字名字名字名字名字名字"
     result.input_tokens[:] = [f" {evil}{i}" for i in range(len(result.input_tokens))]
@@ -423,7 +423,7 @@ def test_names_cannot_steer_the_terminal(model, tokenizer, as_terminal):
 
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own
-def test_columns_of_one_feature_are_one_cause(model, tokenizer):
+def test_columns_of_one_feature_form_one_cause(model, tokenizer):
     inp = TextTokenInput("Dave lives here", tokenizer)
     n = len(inp.values)
     mask = torch.tensor([[0, 1, 1, *range(2, n - 1)]])
@@ -450,7 +450,7 @@ def test_fewer_than_one_cause_is_refused(model, tokenizer):
 # Other tools -------------------------------------------------------------------------------------
 
 
-def test_json_is_what_the_dictionary_tells(model, tokenizer, tmp_path):
+def test_to_json_equals_to_dict(model, tokenizer, tmp_path):
     result = _result(model, tokenizer)
     text = result.to_json(tmp_path / "r.json", indent=1)
     assert json.loads(text) == json.loads(json.dumps(result.to_dict()))
@@ -459,7 +459,7 @@ def test_json_is_what_the_dictionary_tells(model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("unit", ["token", "word", None])
-def test_frames_hold_every_possible_cause(model, tokenizer, unit):
+def test_to_pandas_holds_every_possible_cause(model, tokenizer, unit):
     result = _result(model, tokenizer, unit=unit)
     frame = result.to_dataframe()
     wide = result.to_dataframe("wide")
@@ -487,7 +487,7 @@ def test_frames_hold_every_possible_cause(model, tokenizer, unit):
 
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # shap's own
-def test_shap_draws_a_result(model, tokenizer):
+def test_to_shap_explanation_can_be_plotted(model, tokenizer):
     shap = pytest.importorskip("shap")
     import matplotlib.pyplot as plt
 
@@ -514,7 +514,7 @@ def test_shap_draws_a_result(model, tokenizer):
 
 
 @pytest.mark.parametrize("package", ["pandas", "shap"])
-def test_what_is_not_installed_is_named(model, tokenizer, monkeypatch, package):
+def test_missing_packages_are_named(model, tokenizer, monkeypatch, package):
     result = _result(model, tokenizer)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"pip install 'captum-llm-ext\[{package}\]'"):

@@ -126,7 +126,7 @@ def test_float64_values_equal_a_plain_loop(name):
         assert scorer.packs == (name not in NOT_PACKED | FLOAT32_INSIDE)
 
 
-def test_attention_of_the_users_own_is_left_alone():
+def test_custom_attention_is_left_alone():
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
@@ -160,7 +160,7 @@ class OwnProperty(transformers.LlamaConfig):
 
 
 @pytest.mark.parametrize("reuse", ["share", "pack"])
-def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
+def test_config_with_attn_implementation_property(reuse):
     torch.manual_seed(0)
     config = OwnProperty(**tiny.llama().config.to_dict())
     model = transformers.LlamaForCausalLM(config).double().eval()
@@ -172,7 +172,7 @@ def test_configurations_with_a_property_of_their_own_are_read_as_others(reuse):
     assert vars(OwnProperty)["_attn_implementation"] is usual
 
 
-def test_keys_that_are_altered_on_their_way_are_not_shared(caplog):
+def test_altered_keys_are_not_shared(caplog):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -196,11 +196,11 @@ def test_keys_that_are_altered_on_their_way_are_not_shared(caplog):
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), truth) < 1e-11
     assert not scorer.shares_cache
-    assert "keys that do not come as the state gives them" in caplog.text
+    assert "keys other than those of the cache" in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
-def test_the_comparison_alone_finds_what_reads_on_wrongly(name, monkeypatch, caplog):
+def test_comparison_detects_wrong_prefix_continuation(name, monkeypatch, caplog):
     monkeypatch.setattr(_compat, "why_not_read_on", lambda model: None)
     model = architectures.build(name)
     rows, target = make_rows()
@@ -224,7 +224,7 @@ def wide_rows(head, n_rows, n_target=3):
     return rows, torch.tensor([12, 13, 14])
 
 
-def test_long_beginnings_of_many_rows_are_shared_and_others_copied():
+def test_long_prefixes_are_shared_and_short_ones_copied():
     model = tiny.llama(max_position_embeddings=400).double()
     for head, shares_cache in ((20, False), (340, True)):
         rows, target = wide_rows(head, 24)
@@ -235,7 +235,7 @@ def test_long_beginnings_of_many_rows_are_shared_and_others_copied():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_sharing_leaves_model_and_registries_as_found(attention, monkeypatch):
+def test_sharing_restores_model_and_registries(attention, monkeypatch):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
 
@@ -260,7 +260,7 @@ def test_sharing_leaves_model_and_registries_as_found(attention, monkeypatch):
     assert (set(ATTENTIONS), set(MASKS)) == names
 
 
-def test_attention_that_the_comparison_did_not_meet_is_given_copies(monkeypatch, caplog):
+def test_unexpected_attention_falls_back_to_copied_caches(monkeypatch, caplog):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -277,13 +277,13 @@ def test_attention_that_the_comparison_did_not_meet_is_given_copies(monkeypatch,
         assert difference(scorer.values(rows, target), truth) < 1e-11
     assert not scorer.shares_cache
     assert [record.getMessage() for record in caplog.records] == [
-        "LlamaForCausalLM is given copies of what rows share (so many rows)."
+        "LlamaForCausalLM gets copies of the shared prefix (so many rows)."
     ]
 
 
 @pytest.mark.parametrize("overhead", [0, 1, 5, 30, 1000])
 @pytest.mark.parametrize("max_rows", [1, 3, None])
-def test_no_way_of_cutting_changes_a_value(overhead, max_rows):
+def test_values_are_independent_of_batching(overhead, max_rows):
     model = tiny.llama().double()
     rows, target = make_rows(n_prompt=24, seed=2)
     scorer = Scorer(model, overhead=overhead, max_rows=max_rows)
@@ -293,7 +293,7 @@ def test_no_way_of_cutting_changes_a_value(overhead, max_rows):
 
 
 @pytest.mark.parametrize("kept", ["count", None])
-def test_models_that_give_all_logits_reuse_as_well(kept, monkeypatch):
+def test_models_with_full_logits_reuse_prefixes(kept, monkeypatch):
     monkeypatch.setattr(_compat, "kept_logits", lambda model: kept)
     model = tiny.llama().double()
     rows, target = make_rows()
@@ -303,7 +303,7 @@ def test_models_that_give_all_logits_reuse_as_well(kept, monkeypatch):
 
 
 @pytest.mark.parametrize("attr_target", ["prob", "logit", "callable"])
-def test_every_kind_of_value_is_the_one_without_reuse(attr_target):
+def test_attr_targets_are_equal_without_reuse(attr_target):
     def against_next(logits, target):  # looks at the logits of all target tokens at once
         own = logits.gather(2, target.view(1, -1, 1))[:, :, 0]
         return own - logits.mean((1, 2))[:, None]
@@ -317,7 +317,7 @@ def test_every_kind_of_value_is_the_one_without_reuse(attr_target):
     assert n_reused(scorer) > 0
 
 
-def test_values_that_rows_do_not_have_stay_missing():
+def test_undefined_values_stay_nan():
     model = tiny.llama().double()
     rows, target = make_rows()
     holes = [TokenRow(row.ids, [-1, *row.positions[1:-1], row.positions[-1]]) for row in rows]
@@ -326,7 +326,7 @@ def test_values_that_rows_do_not_have_stay_missing():
     assert difference(values[:, 1:], loop(model, rows, target)[:, 1:]) < 1e-11
 
 
-def test_text_before_the_first_feature_is_computed_once_per_run():
+def test_fixed_prefix_is_computed_once_per_run():
     model = tiny.llama().double()
     rows, target = make_rows(n_prompt=12)
     head = tuple(range(20, 100))
@@ -342,7 +342,7 @@ def test_text_before_the_first_feature_is_computed_once_per_run():
     assert difference(scorer.values(other, target), loop(model, other, target)) < 1e-11
 
 
-def test_running_out_of_memory_loses_nothing(monkeypatch):
+def test_out_of_memory_keeps_values(monkeypatch):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -364,7 +364,7 @@ def test_running_out_of_memory_loses_nothing(monkeypatch):
     assert scorer.n_evaluations == len({row.ids for row in rows})
 
 
-def test_without_memory_for_states_rows_are_read_alone(monkeypatch):
+def test_rows_run_without_cache_when_memory_is_short(monkeypatch):
     model = tiny.llama().double()
     rows, target = make_rows()
     truth = loop(model, rows, target)
@@ -416,7 +416,7 @@ def test_compiled_models():
     assert n_reused(scorer) > 0
 
 
-def test_bfloat16_models_reuse():
+def test_bfloat16_models_reuse_prefixes():
     model = architectures.build("llama", dtype=torch.bfloat16)
     rows, target = make_rows()
     scorer = Scorer(model, overhead=3)
@@ -426,7 +426,7 @@ def test_bfloat16_models_reuse():
     assert difference(values, loop(model, rows, target)) < 0.25
 
 
-def test_positions_that_depend_on_the_longest_row_are_not_mixed():
+def test_length_dependent_positions_are_not_mixed():
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -441,7 +441,7 @@ def test_positions_that_depend_on_the_longest_row_are_not_mixed():
     assert difference(values, loop(model, rows, target)) < 1e-6  # frequencies are float32
 
 
-def test_a_state_of_the_users_own_and_the_model_are_left_as_found():
+def test_user_cache_and_model_are_unchanged():
     model = tiny.llama().train()
     model.config.use_cache = False
     rows, target = make_rows()
@@ -462,7 +462,7 @@ def test_a_state_of_the_users_own_and_the_model_are_left_as_found():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_short_rows_of_a_small_model_are_not_worth_it():
+def test_short_rows_of_small_models_skip_reuse():
     model = tiny.llama()
     rows, target = make_rows()
     scorer = Scorer(model)
@@ -476,7 +476,7 @@ def test_short_rows_of_a_small_model_are_not_worth_it():
     st.integers(1, 5),
 )
 @settings(max_examples=200, deadline=None)
-def test_a_plan_reads_every_row_to_its_end_once(rows, overhead, most):
+def test_schedule_completes_every_row_once(rows, overhead, most):
     shareable = [max(0, len(row) - 2) for row in rows]
     root = plan(
         rows,
@@ -504,7 +504,7 @@ def test_a_plan_reads_every_row_to_its_end_once(rows, overhead, most):
     assert distinct_positions(rows) == len({tuple(r[: i + 1]) for r in rows for i in range(len(r))})
 
 
-def test_where_passes_cost_nothing_no_position_is_computed_twice():
+def test_zero_overhead_schedule_computes_positions_once():
     rows = [row.ids for row in make_rows()[0]]
     rows = list(dict.fromkeys(rows))
     root = plan(
@@ -521,7 +521,7 @@ def test_where_passes_cost_nothing_no_position_is_computed_twice():
     assert root.positions(lengths) < 0.7 * sum(lengths)
 
 
-def test_positions_stay_near_the_least_possible():
+def test_schedule_is_near_the_minimum_of_positions():
     prompt = list(range(100, 228))
     tail = list(range(300, 331))
     rows = [prompt + tail] + [[*prompt[:i], UNK, *prompt[i + 1 :], *tail] for i in range(128)]

@@ -58,14 +58,14 @@ def a_loss(law, kind, rng):
 
 @pytest.mark.parametrize("kind", ["masked", "same slot"])
 @pytest.mark.parametrize("law", LAWS)
-def test_the_least_loss_is_that_of_a_reader_who_knows_the_grammar(law, kind):
+def test_least_loss_equals_the_grammars_entropy(law, kind):
     rng = random.Random(0)
     losses = [a_loss(law, kind, rng) for _ in range(3_000)]
     error = stdev(losses) / math.sqrt(len(losses)) + 1e-9
     assert abs(mean(losses) - least_loss(law, kind, KNOWN)) < 4 * error
 
 
-def test_what_is_removed_is_gone_and_all_else_is_there():
+def test_removal_changes_only_removed_slots():
     rng = random.Random(1)
     for _ in range(20):
         document = GRAMMAR.sample(rng, "pronoun")
@@ -85,7 +85,7 @@ def test_what_is_removed_is_gone_and_all_else_is_there():
             assert slot.text in slot.alternatives
 
 
-def test_many_texts_are_ranked_as_each_by_the_package():
+def test_batched_ranking_equals_the_package():
     rng = random.Random(3)
     given = [GRAMMAR.sample(rng, "pronoun") for _ in range(3)]
     model, tokenizer = load()
@@ -95,7 +95,7 @@ def test_many_texts_are_ranked_as_each_by_the_package():
         assert own == order(document, result)
 
 
-def test_each_text_by_leave_one_out_has_its_causes_before_what_matters_to_nothing():
+def test_leave_one_out_ranks_causes_before_irrelevant_slots():
     rng = random.Random(4)
     given = [GRAMMAR.sample(rng, "pronoun") for _ in range(4)]
     for document, found in zip(given, ByLeaveOneOut().of(given), strict=True):
@@ -105,7 +105,7 @@ def test_each_text_by_leave_one_out_has_its_causes_before_what_matters_to_nothin
         assert {slots[i] for i in found[: len(causes)]} == causes
 
 
-def test_curves_lie_between_chance_and_the_oracle():
+def test_curves_lie_between_random_and_oracle():
     rng = random.Random(2)
     given = [GRAMMAR.sample(rng, "pronoun") for _ in range(12)]
     best = oracle(given, KNOWN)

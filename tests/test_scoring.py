@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("piece", [1, 7, 40, 10**6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
+def test_values_equal_a_full_log_softmax(monkeypatch, piece, dtype):
     monkeypatch.setitem(logits._PIECE, "cpu", piece)
     generator = torch.Generator().manual_seed(0)
     given = (30 * torch.randn(3, 5, 11, generator=generator)).to(dtype)
@@ -36,14 +36,14 @@ def test_values_are_those_of_a_whole_softmax(monkeypatch, piece, dtype):
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_logits_are_left_as_they_are():
+def test_logits_are_unchanged():
     given = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     before = given.clone()
     HeadOutput(given).values(torch.arange(6), torch.zeros(6, dtype=torch.long), "log_prob")
     assert torch.equal(given, before)
 
 
-def test_a_callable_of_the_wrong_shape_is_told():
+def test_callable_with_wrong_shape_is_refused():
     with pytest.raises(TypeError, match=r"return \(batch, n_target\)"):
         logits.called_values(torch.zeros(2, 3, 5), torch.zeros(3), lambda given, target: given)
 
@@ -53,7 +53,7 @@ def most_rows(model, longest, before=0, *, n_target=8, state_bytes=None):
     return fits.most_rows(longest, before)
 
 
-def test_fewer_rows_fit_the_more_each_takes(monkeypatch):
+def test_batch_size_falls_with_row_memory(monkeypatch):
     model = tiny.llama()
     monkeypatch.setattr(memory, "_CPU_BUDGET", 2**24)
     monkeypatch.setattr(_compat, "free_memory", lambda: None)
@@ -67,7 +67,7 @@ def test_fewer_rows_fit_the_more_each_takes(monkeypatch):
     assert most_rows(model, 100) < at_all
 
 
-def test_the_scores_of_eager_attention_are_counted(monkeypatch):
+def test_eager_attention_memory_is_counted(monkeypatch):
     monkeypatch.setattr(memory, "_CPU_BUDGET", 2**24)
     sizes = [
         most_rows(tiny.llama(attn_implementation=name), 300, n_target=1)
@@ -76,7 +76,7 @@ def test_the_scores_of_eager_attention_are_counted(monkeypatch):
     assert sizes[0] > sizes[1]
 
 
-def test_passes_of_small_models_cost_more_positions():
+def test_pass_overhead_of_small_models_is_larger():
     small, large = tiny.llama(), tiny.llama(hidden_size=256, intermediate_size=512)
     assert memory.overhead(small, CPU) > memory.overhead(large, CPU) > 0
 
@@ -89,11 +89,11 @@ def test_passes_of_small_models_cost_more_positions():
         (RuntimeError("shape mismatch"), False),
     ],
 )
-def test_running_out_of_memory_is_known_by_its_words(error, expected):
+def test_out_of_memory_errors_are_recognised(error, expected):
     assert memory.is_out_of_memory(error) is expected
 
 
-def test_a_lasting_lack_of_memory_is_told(monkeypatch):
+def test_persistent_out_of_memory_is_raised(monkeypatch):
     model = tiny.llama()
 
     def full(**arguments):
@@ -120,7 +120,7 @@ def test_equal_rows_are_scored_once():
 
 @pytest.mark.parametrize("reuse", ["off", "copy", "pack"])
 @pytest.mark.parametrize("look", [{}, {"load_in_8bit": True}])
-def test_the_likeliest_tokens_of_several_rows_are_those_of_each_alone(reuse, look):
+def test_likeliest_tokens_of_a_batch_equal_single_rows(reuse, look):
     model = tiny.llama()
     if look:
         model.config.quantization_config = look
@@ -139,7 +139,7 @@ def test_the_likeliest_tokens_of_several_rows_are_those_of_each_alone(reuse, loo
                     torch.testing.assert_close(own_log_probs[t], best.values, atol=1e-5, rtol=0)
 
 
-def test_a_vocabulary_may_have_fewer_tokens_than_are_asked_for():
+def test_likeliest_tokens_are_bounded_by_the_vocabulary():
     model = tiny.llama(40)
     log_probs, ids = Scorer(model).likeliest([TokenRow((1, 2), (1,))], 50)
     assert sorted(ids[0, 0, :40].tolist()) == [*range(40)]
@@ -148,7 +148,7 @@ def test_a_vocabulary_may_have_fewer_tokens_than_are_asked_for():
     assert (log_probs[0, 0, 40:] == -torch.inf).all()
 
 
-def test_rows_of_models_that_couple_them_run_alone(monkeypatch):
+def test_coupled_rows_run_alone(monkeypatch):
     model = tiny.llama()
     model.config.quantization_config = {"load_in_8bit": True}
     sizes, forward = [], model.forward
@@ -197,7 +197,7 @@ def seen_by(model, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [lambda model: model, with_bias])
-def test_logits_are_made_once_and_then_never_again(change, monkeypatch):
+def test_full_logits_are_materialised_only_in_the_first_pass(change, monkeypatch):
     model = change(tiny.llama().double())
     rows, target = some_rows(12)
     seen = seen_by(model, monkeypatch)
@@ -210,7 +210,7 @@ def test_logits_are_made_once_and_then_never_again(change, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gemma 2, sliding window", "cohere 2, sliding window"])
-def test_logits_that_the_model_changes_are_made_in_the_same_memory(name):
+def test_logits_postprocessed_by_the_model_reuse_memory(name):
     model = architectures.build(name, dtype=torch.float64)
     rows, target = some_rows(12)
     scorer = Scorer(model, max_rows=1, reuse="off")
@@ -223,7 +223,7 @@ def test_logits_that_the_model_changes_are_made_in_the_same_memory(name):
     assert float((values - plain_values(model, rows, target)).abs().max()) < 1e-11
 
 
-def test_the_logits_of_a_forward_of_the_users_own_are_there_whatever_it_does_to_them():
+def test_custom_forward_gets_full_logits():
     model = tiny.llama().double()
     forward, calls = model.forward, []
 
@@ -252,7 +252,7 @@ def test_the_logits_of_a_forward_of_the_users_own_are_there_whatever_it_does_to_
     torch.testing.assert_close(values, own, atol=1e-11, rtol=0)
 
 
-def test_who_listens_to_the_last_layer_hears_its_logits(monkeypatch):
+def test_hooks_on_the_lm_head_get_full_logits(monkeypatch):
     model = tiny.llama()
     heard = []
     rows, target = some_rows(3)
@@ -265,7 +265,7 @@ def test_who_listens_to_the_last_layer_hears_its_logits(monkeypatch):
     torch.testing.assert_close(values, own.double(), atol=1e-5, rtol=0)
 
 
-def test_logits_that_went_missing_are_told(monkeypatch):
+def test_missing_logits_raise(monkeypatch):
     model = tiny.llama()
     seen = seen_by(model, monkeypatch)
     watching = type(model).forward
@@ -279,12 +279,12 @@ def test_logits_that_went_missing_are_told(monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", moody)
     rows, target = some_rows(4)
-    with pytest.raises(RuntimeError, match="does not return what its last layer does"):
+    with pytest.raises(RuntimeError, match="no longer returns the output of its last layer"):
         Scorer(model, max_rows=1, reuse="off").values(rows, target)
     assert "forward" not in vars(model.lm_head)
 
 
-def test_logits_of_autocast_are_its_own():
+def test_autocast_logits_keep_their_dtype():
     model = tiny.llama()
     rows, target = some_rows(2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -300,7 +300,7 @@ def test_logits_of_autocast_are_its_own():
 @pytest.mark.parametrize("piece", [1, 40, 2**19])
 @pytest.mark.parametrize("bias", [None, "small", "rules words out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_values_of_logits_that_are_never_there(monkeypatch, piece, bias, dtype):
+def test_values_without_materialised_logits(monkeypatch, piece, bias, dtype):
     monkeypatch.setitem(logits._PIECE, "cpu", piece)
     monkeypatch.setattr(logits, "_PLACES", 4)
     generator = torch.Generator().manual_seed(0)
@@ -334,7 +334,7 @@ def test_values_of_logits_that_are_never_there(monkeypatch, piece, bias, dtype):
     torch.testing.assert_close(said.logits(), made.to(dtype), atol=1e-4, rtol=1e-5)
 
 
-def test_nan_stays_nan_and_what_is_ruled_out_is_minus_infinity():
+def test_nan_and_minus_infinity_are_kept():
     layer = torch.nn.Linear(3, 9).requires_grad_(False)
     layer.bias[8] = -torch.inf
     vectors = torch.ones(2, 3)
@@ -346,7 +346,7 @@ def test_nan_stays_nan_and_what_is_ruled_out_is_minus_infinity():
     assert found.isnan().tolist() == [False, False, True]
 
 
-def test_logits_that_a_callable_keeps_stay_its_own():
+def test_logits_kept_by_a_callable_are_not_overwritten():
     model = tiny.llama()
     kept = []
 
@@ -362,7 +362,7 @@ def test_logits_that_a_callable_keeps_stay_its_own():
     assert torch.equal(values, again.double())
 
 
-def test_the_output_layer_is_left_as_found_by_failures(monkeypatch):
+def test_lm_head_is_restored_after_failures(monkeypatch):
     model = tiny.llama()
     monkeypatch.setattr(model.lm_head, "weight", torch.nn.Parameter(torch.ones(400, 5)))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
@@ -372,7 +372,7 @@ def test_the_output_layer_is_left_as_found_by_failures(monkeypatch):
 
 @pytest.mark.parametrize("scale", [0.1, 3, 30])
 @pytest.mark.parametrize("vocabulary", [7, 50_000])
-def test_log_sum_exps_are_those_of_float64(scale, vocabulary):
+def test_log_sum_exp_equals_float64(scale, vocabulary):
     generator = torch.Generator().manual_seed(0)
     given = scale * torch.randn(40, vocabulary, generator=generator) + 50
     given[:, 0] = -torch.inf  # ids that a model rules out

@@ -13,7 +13,7 @@ from captum_llm_ext.base.seeded import reseeded, seeded, seeded_rows
         (torch.randn_like, torch.randn),
     ],
 )
-def test_what_is_drawn_like_a_tensor_is_drawn_in_its_shape(like, plain):
+def test_rand_like_functions_keep_shape_and_dtype(like, plain):
     base = torch.zeros(3, 4, dtype=torch.float64)
     with seeded(5):
         found = like(base)
@@ -25,13 +25,13 @@ def test_what_is_drawn_like_a_tensor_is_drawn_in_its_shape(like, plain):
         assert not torch.equal(like(base), expected)
 
 
-def test_a_generator_of_the_callers_own_stays():
+def test_explicit_generator_is_respected():
     with seeded(5):
         found = torch.rand(4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(found, torch.rand(4, generator=torch.Generator().manual_seed(1)))
 
 
-def test_compiled_code_draws_by_the_global_generator_which_is_put_back():
+def test_compiled_code_uses_a_restored_global_generator():
     model = torch.nn.Linear(2, 2)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -41,7 +41,7 @@ def test_compiled_code_draws_by_the_global_generator_which_is_put_back():
     assert torch.equal(found, torch.rand(4, generator=torch.Generator().manual_seed(5)))
 
 
-def test_rows_draw_by_seeds_of_their_own():
+def test_rows_have_their_own_seeds():
     """Whatever else is in the batch."""
     chances = torch.full((3, 50), 1 / 50)
     with seeded_rows([1, 2, 3]):

@@ -141,7 +141,7 @@ def test_sentences(text, expected):
         ("en", f"{FAMILY} came.\r\n\r\nIt was e.g. he. 👋 Bye.", 3),
     ],
 )
-def test_sentences_of_a_language(language, text, expected):
+def test_sentences_by_language(language, text, expected):
     pytest.importorskip("sentencex")
     found = segment(text, sentences_of(language))
     assert len(found) == expected
@@ -149,13 +149,13 @@ def test_sentences_of_a_language(language, text, expected):
     assert not any(piece[-1].isspace() for piece in _cut(text, found))
 
 
-def test_sentences_of_a_language_say_what_to_install(monkeypatch):
+def test_missing_sentencex_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencex", None)
     with pytest.raises(ImportError, match=r"pip install 'captum-llm-ext\[sentences\]'"):
         sentences_of("de")
 
 
-def test_sentencex_is_loaded_by_sentences_of_alone():
+def test_sentencex_is_imported_lazily():
     code = "import sys, captum_llm_ext.segment; sys.exit('sentencex' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -164,7 +164,7 @@ def test_sentencex_is_loaded_by_sentences_of_alone():
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028"])
-def test_lines_and_paragraphs_know_every_line_break(end):
+def test_lines_and_paragraphs_accept_every_line_break(end):
     text = end.join(["one", "  two", "", " \t", "three", ""])
     gap = end + end + " \t" + end
     assert _cut(text, lines(text)) == ["one", end + "  two", gap + "three" + end]
@@ -258,7 +258,7 @@ def test_markdown_blocks_begin_where_commonmark_says(pieces):
 # Chosen parts
 
 
-def test_a_pattern_chooses_its_matches():
+def test_pattern_selects_its_matches():
     text = "Born 1907 in Rome, died 1990."
     assert _cut(text, pattern(r"\d+")(text)) == ["1907", "1990"]
     assert _cut(text, pattern(r"in (\w+)", 1)(text)) == ["Rome"]
@@ -271,7 +271,7 @@ def test_a_pattern_chooses_its_matches():
     assert pattern(r"x*|\d*")(text) == [Span(5, 9), Span(24, 28)]
 
 
-def test_a_match_takes_whole_grapheme_clusters():
+def test_matches_extend_to_grapheme_clusters():
     text = f"e\u0301{FAMILY}{FRANCE}{GERMANY}क्षि\r\n"
     every = ["e\u0301", FAMILY, FRANCE, GERMANY, "क्षि", "\r\n"]
     assert _cut(text, pattern("(?s).")(text)) == every
@@ -288,14 +288,14 @@ def test_passages_between_markers():
     assert _cut("a<b>c<d>", between(re.compile("<?"), re.compile(">?"))("a<b>c<d>")) == ["b", "d"]
 
 
-def test_blocks_that_a_delimiter_separates():
+def test_delimiter_separates_blocks():
     text = "Do it.\n###\nQ: 1\nA: 2\n###\n\n###\nQ: 3\nA: "
     assert _cut(text, blocks("###")(text)) == ["Do it.", "\nQ: 1\nA: 2", "\nQ: 3\nA: "]
     rule = blocks(re.compile(r"^#+$", re.M))
     assert rule(text) == blocks("###")(text)
 
 
-def test_blocks_that_a_delimiter_begins():
+def test_delimiter_begins_blocks():
     text = "Do it.\n\nQ: 1\nA: 2\n\nQ: 3\nA: "
     found = blocks("Q:", delimiter_is="following")(text)
     assert _cut(text, found) == ["Do it.", "\n\nQ: 1\nA: 2", "\n\nQ: 3\nA: "]
@@ -313,11 +313,11 @@ def test_strings_are_found_in_order():
     assert _cut(text, segment(text, strings(["saw", "other"]))) == ["saw", "other"]
 
 
-def test_spans_are_taken_as_they_are():
+def test_explicit_spans_are_unchanged():
     assert segment("one two three", spans([(4, 7), (0, 3)])) == [Span(0, 3), Span(4, 7)]
 
 
-def test_spans_come_in_reading_order():
+def test_explicit_spans_are_sorted():
     assert segment("one two three", [(4, 7), (0, 3)]) == [Span(0, 3), Span(4, 7)]
 
 
@@ -334,7 +334,7 @@ def test_spans_come_in_reading_order():
     ],
     ids=repr,
 )
-def test_a_segmenter_is_shown_as_the_call_that_makes_it(made):
+def test_segmenter_repr_is_its_call(made):
     names = {f.__name__: f for f in (pattern, between, blocks, strings, spans)}
     again = eval(repr(made), {"__builtins__": builtins, "re": re, **names})
     assert repr(again) == repr(made)
@@ -345,7 +345,7 @@ def test_a_segmenter_is_shown_as_the_call_that_makes_it(made):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: pattern("("), ValueError, "no regular expression"),
+        (lambda: pattern("("), ValueError, "not a regular expression"),
         (lambda: pattern("(a)", 2), ValueError, r"no group 2: give one of \[0, 1\]"),
         (lambda: pattern("(?P<x>a)", "y"), ValueError, r"no group 'y'.*'x'"),
         (lambda: between("", "b"), ValueError, "empty marker"),
@@ -355,10 +355,10 @@ def test_a_segmenter_is_shown_as_the_call_that_makes_it(made):
         (lambda: strings(["a", 3]), TypeError, "list of strings"),
         (lambda: strings([]), ValueError, "at least one"),
         (lambda: strings(["a", ""]), ValueError, "none that is empty"),
-        (lambda: spans([(0, 1, 2)]), TypeError, r"no \(start, stop\)"),
+        (lambda: spans([(0, 1, 2)]), TypeError, r"not a \(start, stop\)"),
     ],
 )
-def test_bad_choices_fail_before_any_text(make, error, message):
+def test_bad_segmenter_arguments_fail_early(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -376,7 +376,7 @@ def test_bad_choices_fail_before_any_text(make, error, message):
         (strings(["one", "four"]), "string 1 'four'.*nowhere"),
     ],
 )
-def test_choices_that_find_nothing_say_so(unit, message):
+def test_segmenter_without_matches_is_refused(unit, message):
     with pytest.raises(ValueError, match=message):
         segment("one two three", unit)
 
@@ -394,7 +394,7 @@ def test_units_have_names(name, function):
 
 @pytest.mark.parametrize("unit", ["word", "sentence", "line", "paragraph", "block"])
 @pytest.mark.parametrize("text", ["", " \r\n\t\n "])
-def test_white_space_holds_no_feature(unit, text):
+def test_white_space_text_has_no_feature(unit, text):
     with pytest.raises(ValueError, match="finds no feature"):
         segment(text, unit)
 
@@ -412,8 +412,8 @@ def no_clause(text):
         ([(-1, 3)], ValueError, "leaves the text"),
         ([(3, 3)], ValueError, "is empty"),
         ([], ValueError, "finds no feature"),
-        ([(0, 1, 2)], TypeError, r"no \(start, stop\)"),
-        ([(0.0, 1.0)], TypeError, r"no \(start, stop\)"),
+        ([(0, 1, 2)], TypeError, r"not a \(start, stop\)"),
+        ([(0.0, 1.0)], TypeError, r"not a \(start, stop\)"),
         (pattern("four"), ValueError, "pattern.*finds nothing"),
         (no_clause, ValueError, "unit no_clause finds no feature"),
         ("phrase", ValueError, "unknown unit 'phrase'.*'word'"),
@@ -422,7 +422,7 @@ def no_clause(text):
         (lambda text: [(0, 50)], ValueError, "leaves the text"),
     ],
 )
-def test_bad_units_say_what_to_do(unit, error, message):
+def test_bad_units_are_refused(unit, error, message):
     with pytest.raises(error, match=message):
         segment("one two three", unit)
 
@@ -471,7 +471,7 @@ def test_chosen_spans_are_disjoint_and_cut_no_grapheme_cluster(text, regex):
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.sampled_from("ab \n."), min_size=1, max_size=40).map("".join), st.data())
-def test_strings_find_any_words_of_the_text_in_order(text, data):
+def test_strings_find_any_words_in_order(text, data):
     pieces = text.split()
     wanted = [piece for piece in pieces if data.draw(st.booleans())]
     if wanted:
@@ -493,21 +493,21 @@ def test_nested_units_and_their_parents():
     assert parents(coarse, fine) == [0, 0, 0, 0, 1, 1]
 
 
-def test_units_that_do_not_nest_by_themselves_are_made_to():
+def test_overlapping_units_are_split_to_nest():
     text = "One\n\ntwo. Three\nfour."
     assert _cut(text, sentences(text)) == ["One", "\n\ntwo.", " Three\nfour."]
     by_line = nest(text, ["line", "sentence"])[1]
     assert _cut(text, by_line) == ["One", "\n\ntwo.", " Three", "\nfour."]
 
 
-def test_chosen_parts_within_chosen_parts():
+def test_explicit_spans_nest_in_explicit_spans():
     text = "x <d>a 1 b 22</d> 3 <d>4</d>"
     passages, numbers = nest(text, [between("<d>", "</d>"), pattern(r"\d+")])
     assert _cut(text, numbers) == ["1", "22", "4"]
     assert parents(passages, numbers) == [0, 0, 1]
 
 
-def test_positions_and_strings_speak_of_the_whole_text():
+def test_nested_positions_and_strings_refer_to_the_whole_text():
     text = "A b. C d."
     for unit in ([(0, 1), (4, 6)], spans([(0, 1), (4, 6)]), strings(["A", " C"])):
         coarse, fine = nest(text, ["sentence", unit])
@@ -527,7 +527,7 @@ def test_positions_and_strings_speak_of_the_whole_text():
         ([[(0, 1)], [(2, 3)]], "lies within none"),
     ],
 )
-def test_units_that_do_not_nest_say_where(units, message):
+def test_nesting_error_names_the_position(units, message):
     with pytest.raises(ValueError, match=message):
         nest("A b. C d.", units)
 
@@ -577,7 +577,7 @@ def _joined(text, found):
 
 
 @pytest.mark.parametrize("part", HOSTILE, ids=ascii)
-def test_long_texts_of_one_kind_are_tiled(part):
+def test_long_uniform_texts_are_tiled(part):
     # Quadratic work on these would be 2e10 steps: an hour where linear work takes a second.
     text = part * (LONG // len(part)) + "x"
     for cut in TILING:
@@ -585,14 +585,14 @@ def test_long_texts_of_one_kind_are_tiled(part):
 
 
 @pytest.mark.parametrize("part", [".", "\n", " ", "e\u0301", FRANCE, "\u0600"], ids=ascii)
-def test_long_texts_of_one_kind_are_chosen_from(part):
+def test_long_uniform_texts_are_searched(part):
     text = part * (LONG // len(part)) + "x"
     assert _joined(text, pattern("(?s).")(text))
     assert _joined(text, blocks(part, delimiter_is="following")(text))
     assert segment(text, strings([part, "x"]))[-1] == Span(len(text) - 1, len(text))
 
 
-def test_a_long_text_nests():
+def test_long_text_nests():
     text = "Dr. No paid 3.5 million. He ran!\n\n" * (LONG // 34)
     coarse, middle, fine = nest(text, ["paragraph", "sentence", "word"])
     assert len(middle) == 2 * len(coarse)

@@ -100,7 +100,7 @@ def conclusion(comparison, token=0):
 # The demo, whose causes are known ----------------------------------------------------------------
 
 
-def test_the_city_is_the_cause_of_the_second_interest_by_the_corpus_and_not_by_deletion(demo):
+def test_corpus_baselines_find_the_city_and_deletion_does_not(demo):
     *_, found = demo
     assert found.names == ["deleted", "<unk>", "corpus"]
     said = next(c for c in found.conclusions() if c.name == "surfing")
@@ -118,7 +118,7 @@ def test_the_city_is_the_cause_of_the_second_interest_by_the_corpus_and_not_by_d
     assert deleted.column in under.swapped_with
 
 
-def test_every_result_is_what_attribute_gives_under_that_baseline(demo):
+def test_every_result_equals_attribute_under_its_baseline(demo):
     attribution, inp, baselines, found = demo
     target = attribution.attribute(inp, gen_args={"max_new_tokens": 15}).target
     for name, baseline in zip(found.names, baselines, strict=True):
@@ -130,7 +130,7 @@ def test_every_result_is_what_attribute_gives_under_that_baseline(demo):
         assert torch.equal(found.results[name].full_attr_se, alone.full_attr_se)
 
 
-def test_what_the_corpus_calls_a_cause_of_nothing_depends_on_deletion(demo):
+def test_constant_slot_depends_on_the_baseline(demo):
     *_, found = demo
     comma = conclusion(found, 1)
     assert comma.causes["corpus"] is None
@@ -138,7 +138,7 @@ def test_what_the_corpus_calls_a_cause_of_nothing_depends_on_deletion(demo):
     assert comma.verdict == "depends"
 
 
-def test_to_dict_is_json_and_tells_all(demo):
+def test_to_dict_is_complete_json(demo):
     *_, found = demo
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["names"] == found.names
@@ -152,7 +152,7 @@ def test_to_dict_is_json_and_tells_all(demo):
 # Statistics, with hand-made results --------------------------------------------------------------
 
 
-def test_two_features_that_swap():
+def test_rank_swap_of_two_features():
     found = compare(made([[3.0, 1.0, 0.0]]), made([[1.0, 2.0, 0.0]]))
     first, second = sorted(found.changes(0, "rank"), key=lambda change: change.column)
     assert (first.column, first.ranks, first.swapped_with) == (0, (1, 2), (1,))
@@ -164,7 +164,7 @@ def test_two_features_that_swap():
     assert str(conclusion(found)) == "t0  ←  A: p0; B: p1"
 
 
-def test_a_sign_counts_only_beyond_its_error():
+def test_sign_change_counts_only_beyond_errors():
     clear = compare(made([[4.0, 0.5]], 0.2), made([[4.0, -2.0]], 0.1))
     (change,) = clear.changes(0, "sign")
     assert change.column == 1
@@ -174,13 +174,13 @@ def test_a_sign_counts_only_beyond_its_error():
     assert not compare(made([[4.0, 0.5]], 0.2), made([[4.0, -2.0]], 0.1), z=3.0).changes(0, "sign")
 
 
-def test_rounding_is_no_change_of_sign():
+def test_rounding_is_no_sign_change():
     first, second = made([[4.0, 1e-6, -1.0]]), made([[4.0, -1e-6, -1.0]])
     assert not compare(first, second).changes()
     assert [c.column for c in compare(first, second, least=0.0).changes(0)] == [1]
 
 
-def test_without_standard_errors_differences_count_as_they_are():
+def test_differences_without_errors_count_fully():
     unknown, known = made([[3.0, 1.0]], torch.nan), made([[1.0, -3.0]], 0.1)
     found = compare(unknown, known)
     assert found.without_errors == ["A"]
@@ -203,11 +203,11 @@ def test_without_standard_errors_differences_count_as_they_are():
         ([0.1, 0.1], 5.0, "open"),  # nothing can be told
     ],
 )
-def test_what_becomes_of_the_strongest_cause(second, se, verdict):
+def test_conclusion_for_the_strongest_cause(second, se, verdict):
     assert conclusion(compare(made([[3.0, 1.0]], 0.1), made([second], se))).verdict == verdict
 
 
-def test_where_nothing_is_a_cause():
+def test_conclusion_without_causes():
     found = compare(made([[0.01, 0.0], [9.0, 0.0]]), made([[0.0, 0.02], [9.0, 0.0]]))
     assert [c.verdict for c in found.conclusions()] == ["none", "robust", "robust"]
     assert conclusion(found).causes == {"A": None, "B": None}
@@ -217,14 +217,14 @@ def test_where_nothing_is_a_cause():
     assert "nothing in particular under any: 1 of 2 tokens" in str(found)
 
 
-def test_overlap_of_the_strongest():
+def test_top_k_overlap():
     first = made([[5.0, -4.0, 3.0, 2.0, 0.0]])
     second = made([[5.0, 0.0, 0.0, 2.0, -4.0]])
     overlap = {k: compare(first, second, k=k).agreement()[0].top_overlap for k in (1, 2, 3, 5)}
     assert overlap == {1: 1.0, 2: 0.5, 3: pytest.approx(1 / 3), 5: 0.5}
 
 
-def test_only_what_came_before_a_token_may_cause_it():
+def test_only_earlier_features_are_causes():
     output = [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]  # a word of two tokens, then one of its own
     result = made([[1.0, 2.0]] * 3, output_attr=output, owners=[0, 0, 1])
     agreement = compare(result, result).agreement()
@@ -232,7 +232,7 @@ def test_only_what_came_before_a_token_may_cause_it():
     assert all(a.rank_correlation == pytest.approx(1.0) for a in agreement)
 
 
-def test_the_whole_answer_is_a_sum_whose_error_is_at_most_that_of_its_parts():
+def test_whole_answer_error_is_at_most_the_sum_of_errors():
     first, second = made([[1.0, 4.0], [0.5, 4.0]], 0.3), made([[-9.0, 4.0], [-9.0, 4.0]], 0.3)
     found = [c for c in compare(first, second, z=2.0).changes() if c.token is None]
     assert {c.kind for c in found} == {"sign", "rank"}
@@ -242,7 +242,7 @@ def test_the_whole_answer_is_a_sum_whose_error_is_at_most_that_of_its_parts():
     assert not [c for c in within if c.token is None]
 
 
-def test_tokens_of_the_whole_answer_share_their_coalitions(model, tokenizer):
+def test_whole_answer_errors_account_for_shared_coalitions(model, tokenizer):
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
     inp = TextSegmentInput(
         "Dave lives in Austin, TX and is a lawyer.", tokenizer, baselines="delete"
@@ -255,7 +255,7 @@ def test_tokens_of_the_whole_answer_share_their_coalitions(model, tokenizer):
         assert cause.standard_error > 0
 
 
-def test_a_joint_probability_that_is_estimated_has_no_known_error():
+def test_estimated_joint_probability_has_no_error():
     joint = {"attr_target": "prob", "estimate": True}
     first, second = made([[1.0]], 0.1, provenance=joint), made([[-1.0]], 0.1, provenance=joint)
     (change,) = (c for c in compare(first, second).changes() if c.token is None)
@@ -272,7 +272,7 @@ def views(n_features, seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_changes_are_those_of_a_loop_over_all_pairs(seed):
+def test_changes_equal_a_plain_loop(seed):
     view = views(9, seed)
     attr, se = view.attr.tolist(), view.se.tolist()
     scale = [max(map(abs, row)) for row in attr]
@@ -312,21 +312,21 @@ def test_changes_are_those_of_a_loop_over_all_pairs(seed):
     }
 
 
-def test_those_loops_saw_changes_of_all_kinds():
+def test_reference_loop_covers_all_kinds_of_change():
     assert any(views(9, seed).presence_changes(0, 1) for seed in range(8))
     assert any(views(9, seed).rank_changes(0, 1) for seed in range(8))
     assert any(views(9, seed).sign_changes(0, 1) for seed in range(8))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_ranks_and_their_correlation_are_scipys(seed):
+def test_rank_correlation_equals_scipy(seed):
     view = views(12, seed)
     expected = spearmanr(*view.clear.abs().numpy()).statistic
     assert view.rank_correlation(0, 1) == pytest.approx(expected)
     assert view.ranks.numpy() == pytest.approx(rankdata(-view.attr.abs(), "min", axis=1))
 
 
-def test_what_changes_most_in_attribution_is_told_first():
+def test_largest_attribution_change_comes_first():
     """Not what it overtakes: of two that swap, the one that moved."""
     first = made([[9.0, 1.0, 0.6, 0.2, -0.3], [0.0, 0.0, 0.0, 0.0, 5.0]])
     second = made([[0.4, 2.0, 0.5, -0.15, -0.2], [0.0, 0.0, 0.0, 0.0, 5.0]])
@@ -338,7 +338,7 @@ def test_what_changes_most_in_attribution_is_told_first():
     assert "of 5 features 1 change sign" in str(compare(first, second))
 
 
-def test_a_cause_that_vanishes_is_a_change():
+def test_vanishing_cause_is_a_change():
     """It stays the strongest, of nothing."""
     found = compare(made([[9.0, 0.0], [9.0, 1.0]]), made([[0.05, 0.0], [9.0, 1.0]]))
     (change,) = found.changes(0)
@@ -350,7 +350,7 @@ def test_a_cause_that_vanishes_is_a_change():
     assert not unsure.changes()
 
 
-def test_changes_come_by_importance():
+def test_changes_are_sorted_by_importance():
     found = compare(made([[3.0, 2.0, -1.0]]), made([[1.0, -2.0, 3.0]]))
     importance = [change.importance for change in found.changes()]
     assert len(importance) > 3
@@ -395,7 +395,7 @@ def rendered(inp, tokenizer):
 
 
 @pytest.mark.parametrize("kind", INPUTS)
-def test_baselines_are_exchanged_as_if_the_input_had_been_made_with_them(kind, model, tokenizer):
+def test_with_baselines_equals_a_new_input(kind, model, tokenizer):
     make, absent = INPUTS[kind], ABSENT[kind]
     inp = make(tokenizer, absent[-1])
     before = rendered(inp, tokenizer)
@@ -408,7 +408,7 @@ def test_baselines_are_exchanged_as_if_the_input_had_been_made_with_them(kind, m
     assert rendered(inp, tokenizer) == before
 
 
-def test_turns_of_a_chat(model, tokenizer):
+def test_chat_turns(model, tokenizer):
     tokenizer = tiny.byte_level()
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
@@ -423,7 +423,7 @@ def test_turns_of_a_chat(model, tokenizer):
     assert torch.equal(found.results["texts"].full_attr, alone.full_attr)
 
 
-def test_a_copy_differs_in_its_baselines_only(tokenizer):
+def test_with_baselines_changes_only_baselines(tokenizer):
     inp = TextSegmentInput(
         "Dave lives here", tokenizer, groups=[["Dave", "here"]], baselines="delete"
     )
@@ -439,7 +439,7 @@ def test_a_copy_differs_in_its_baselines_only(tokenizer):
         inp.with_baselines(["Ann", "sits"])
 
 
-def test_entries_of_a_list_are_named_by_what_they_are(model, tokenizer):
+def test_baseline_list_entries_are_named(model, tokenizer):
     def anything(slot, generator):
         return "x"
 
@@ -456,7 +456,7 @@ def test_entries_of_a_list_are_named_by_what_they_are(model, tokenizer):
     ]  # fmt: skip
 
 
-def test_the_target_is_generated_once(model, tokenizer, monkeypatch):
+def test_target_is_generated_once(model, tokenizer, monkeypatch):
     generate, runs = model.generate, []
     monkeypatch.setattr(model, "generate", lambda **given: runs.append(given) or generate(**given))
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -469,7 +469,7 @@ def test_the_target_is_generated_once(model, tokenizer, monkeypatch):
         compare_baselines(attribution, inp, [None, 5], target=" golf", gen_args=gen_args)
 
 
-def test_other_arguments_hold_for_every_baseline(model, tokenizer):
+def test_arguments_apply_to_every_baseline(model, tokenizer):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     arguments = {"output_unit": None, "feature_mask": torch.tensor([[0, 0, 1, 1]])}
@@ -479,7 +479,7 @@ def test_other_arguments_hold_for_every_baseline(model, tokenizer):
         assert len(result.input_tokens) == 2
 
 
-def test_a_lasso_tells_no_errors_and_the_summary_says_so(model, tokenizer):
+def test_lasso_summary_reports_missing_errors(model, tokenizer):
     attribution = GenerationAttribution(Lime(model), tokenizer)
     inp = TextSegmentInput("Dave lives in Austin", tokenizer, baselines="delete")
     found = compare_baselines(attribution, inp, [None, "<unk>"], target=" golf.")
@@ -519,7 +519,7 @@ class Silent(torch.nn.Module):
         ({"a": None, "b": lambda slot, generator: 3}, TypeError, "baseline 'b': .* returned 3"),
     ],
 )
-def test_mistakes_are_told_before_the_model_runs(model, tokenizer, baselines, error, message):
+def test_bad_arguments_fail_before_the_model_runs(model, tokenizer, baselines, error, message):
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
     inp = TextSegmentInput("Dave lives", tokenizer, baselines="delete")
     with pytest.raises(error, match=message):
@@ -529,7 +529,7 @@ def test_mistakes_are_told_before_the_model_runs(model, tokenizer, baselines, er
 @pytest.mark.parametrize(
     ("make", "baselines", "message"),
     [
-        (INPUTS["captum's tokens"], ["<unk>", None], "baseline 'deleted': None cannot stand in"),
+        (INPUTS["captum's tokens"], ["<unk>", None], "baseline 'deleted': None cannot be used in"),
         (INPUTS["captum's template"], [None, "<unk>"], "'<unk>' does not fit the template"),
         (INPUTS["captum's template"], [None, ["a"]], "does not fit the template: .*0, 1, 2"),
         (INPUTS["captum's template"], [None, TokenBaseline(3)], "value of a template is a text"),
@@ -538,14 +538,14 @@ def test_mistakes_are_told_before_the_model_runs(model, tokenizer, baselines, er
         (lambda t, b: "a text", [None, 3], "is a str, whose baselines cannot be exchanged"),
     ],
 )
-def test_baselines_that_an_input_cannot_take_are_told(model, tokenizer, make, baselines, message):
+def test_unsupported_baselines_are_refused(model, tokenizer, make, baselines, message):
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
     make_valid = make(tokenizer, 0 if make is INPUTS["captum's tokens"] else None)
     with pytest.raises((TypeError, ValueError), match=message):
         compare_baselines(attribution, make_valid, baselines)
 
 
-def test_an_image_has_no_baselines_to_exchange(model, tokenizer):
+def test_image_inputs_are_refused(model, tokenizer):
     inp = ImageMaskInput(Image.new("RGB", (2, 2)))
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
     with pytest.raises(TypeError, match="ImageMaskInput, whose baselines cannot be exchanged"):
@@ -561,7 +561,7 @@ def test_an_image_has_no_baselines_to_exchange(model, tokenizer):
         ({"least": 1.0}, "`least` is 1.0"),
     ],
 )
-def test_numbers_out_of_range(model, tokenizer, number, message):
+def test_out_of_range_arguments_are_refused(model, tokenizer, number, message):
     attribution = GenerationAttribution(FeatureAblation(Silent(model)), tokenizer)
     with pytest.raises(ValueError, match=message):
         compare_baselines(
@@ -574,7 +574,7 @@ def test_numbers_out_of_range(model, tokenizer, number, message):
         compare(made([[1.0]]), made([[1.0]]), **number)
 
 
-def test_only_this_packages_attribution_explains(model, tokenizer):
+def test_foreign_attribution_classes_are_refused(model, tokenizer):
     with pytest.raises(TypeError, match="is a KernelShap: give a `GenerationAttribution`"):
         compare_baselines(
             KernelShap(model), TextSegmentInput("Dave", tokenizer, baselines="delete"), [None, 3]
@@ -582,7 +582,7 @@ def test_only_this_packages_attribution_explains(model, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:.*steps are too few:UserWarning")
-def test_gradients_under_several_baselines(model, tokenizer):
+def test_gradient_methods_under_several_baselines(model, tokenizer):
     attribution = GenerationGradientAttribution(LayerIntegratedGradients(model, None), tokenizer)
     inp = TextSegmentInput("Dave lives in Palm Coast, FL", tokenizer, baselines="delete")
     comparison = compare_baselines(attribution, inp, [None, 3], target=" golf", n_steps=5)
@@ -607,17 +607,17 @@ def test_gradients_under_several_baselines(model, tokenizer):
         ({"provenance": {"attr_target": "logit"}}, "values"),
     ],
 )
-def test_results_of_different_things_are_not_compared(change, what):
+def test_results_of_different_inputs_are_refused(change, what):
     with pytest.raises(ValueError, match=f"'A' and 'B' have different {what}"):
         compare(made([[1.0]]), made([[1.0]], **change))
     with pytest.raises(ValueError, match="1 result came"):
         BaselineComparison({"A": made([[1.0]])})
 
 
-def test_tokens_that_are_not_there():
+def test_missing_tokens_are_refused():
     found = compare(made([[1.0], [2.0]]), made([[1.0], [2.0]]))
     for method in (found.changes, found.plot):
-        with pytest.raises(ValueError, match="there is no token 2"):
+        with pytest.raises(ValueError, match="there is no target token 2"):
             method(2)
     assert found.changes("t1") == found.changes(1) == found.changes(-1)
 
@@ -639,7 +639,7 @@ def labels(axis):
     return [label.get_text() for label in axis]
 
 
-def test_the_plot_shows_every_baseline_in_one_scale():
+def test_plot_uses_one_scale_for_all_baselines():
     first = made([[3.0, 1.0, -0.5]], [[0.1, 0.1, 0.9]])
     fig, ax = compare(first, made([[1.0, -6.0, -0.5]], 0.1)).plot(0)
     (image,) = ax.images
@@ -659,7 +659,7 @@ def test_the_plot_shows_every_baseline_in_one_scale():
     assert fig.axes[1].get_ylim() == (-6.0, 6.0)
 
 
-def test_earlier_output_stands_apart_and_later_output_not_at_all():
+def test_plot_separates_earlier_and_omits_later_output():
     result = made([[1.0], [1.0]], output_attr=[[0.0, 0.0], [2.0, 0.0]], owners=[0, 1])
     _, ax = compare(result, result).plot("t1")
     assert [image.get_array().tolist() for image in ax.images] == [[[1.0]] * 2, [[2.0]] * 2]
@@ -670,7 +670,7 @@ def test_earlier_output_stands_apart_and_later_output_not_at_all():
 
 
 @pytest.mark.parametrize("n", [5, 60, 300])
-def test_signs_and_what_matters_are_readable_at_any_size(n):
+def test_plot_signs_are_readable_at_any_size(n):
     values = np.random.default_rng(0).normal(size=(3, n))
     strongest = [n - 2, n // 2, 1]
     fig, ax = plot.baseline_map(
@@ -694,7 +694,7 @@ def test_signs_and_what_matters_are_readable_at_any_size(n):
 
 
 @pytest.mark.parametrize("n", [5, 300])
-def test_changes_are_marked_below_columns_of_any_width(n):
+def test_plot_marks_changes_below_columns(n):
     fig, ax = plot.baseline_map(
         np.random.default_rng(0).normal(size=(2, n)),
         labels=[f"w{i}" for i in range(n)],
@@ -723,14 +723,14 @@ def test_changes_are_marked_below_columns_of_any_width(n):
 
 
 @pytest.mark.parametrize("token", ["$x$ $", "東京", "\n", "$\\no"])
-def test_tokens_of_any_text_can_be_named_in_the_title(token):
+def test_plot_title_takes_any_token_text(token):
     result = made([[1.0]], output_tokens=[token])
     fig, ax = compare(result, result).plot(0)
     fig.canvas.draw()  # warnings of missing glyphs, or of mathtext, would fail here
     assert ax.get_title(loc="left").startswith("Causes of '")
 
 
-def test_a_plot_goes_into_given_axes_and_may_be_shown(monkeypatch):
+def test_plot_accepts_ax_and_show(monkeypatch):
     found = compare(made([[1.0, 2.0]]), made([[2.0, 1.0]]))
     fig, ax = plt.subplots()
     assert found.plot(0, ax=ax, cmap="PuOr") == (fig, ax)

@@ -22,7 +22,7 @@ def every(n):
     return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(bool)
 
 
-def test_values_are_those_of_plain_forwards(model, tokenizer):
+def test_values_equal_plain_forwards(model, tokenizer):
     game, _, inp = make(model, tokenizer, token=2, normalize=False)
     target = tokenizer.encode(TARGET, add_special_tokens=False)
     assert isinstance(game, CoalitionGame)
@@ -41,7 +41,7 @@ def test_values_are_those_of_plain_forwards(model, tokenizer):
     assert game.grand_coalition_value == pytest.approx(found[-1])
 
 
-def test_the_empty_coalition_is_worth_nothing_when_normalised(model, tokenizer):
+def test_normalised_empty_coalition_is_zero(model, tokenizer):
     game, _, _ = make(model, tokenizer, token=1)
     plain, _, _ = make(model, tokenizer, token=1, normalize=False)
     coalitions = every(game.n_players)
@@ -51,7 +51,7 @@ def test_the_empty_coalition_is_worth_nothing_when_normalised(model, tokenizer):
     np.testing.assert_allclose(game(coalitions), plain(coalitions) - shift, atol=1e-12)
 
 
-def test_spans_hold_themselves_fixed(model, tokenizer):
+def test_span_game_holds_its_own_tokens_fixed(model, tokenizer):
     whole, attribution, inp = make(model, tokenizer)
     assert whole.player_names == ["Dave", " lives", " in", " Austin."]
     fixed = attribution.attribute(inp, TARGET, output_unit=None)
@@ -69,7 +69,7 @@ def test_spans_hold_themselves_fixed(model, tokenizer):
     assert (last.n_players, first_two.n_players) == (4 + 3, 4 + 1)
 
 
-def test_random_baselines_make_a_game_that_does_not_change(model, tokenizer):
+def test_random_baselines_give_a_deterministic_game(model, tokenizer):
     names = [["Ann", "Bob", "Eve"], ["has", "won"], "in", "Waco."]
     game, _, _ = make(model, tokenizer, baselines=names, token=0, n_draws=4)
     coalitions = every(4)
@@ -79,7 +79,7 @@ def test_random_baselines_make_a_game_that_does_not_change(model, tokenizer):
     assert len(np.unique(first.round(6))) > 4
 
 
-def test_mistakes_are_told(model, tokenizer):
+def test_bad_arguments_are_refused(model, tokenizer):
     game, _, _ = make(model, tokenizer, token=0)
     with pytest.raises(ValueError, match=r"give \(n_coalitions, 4\)"):
         game(np.ones((2, 5), bool))
@@ -92,7 +92,7 @@ def test_mistakes_are_told(model, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_shapiq_takes_it_as_it_is(model, tokenizer):
+def test_shapiq_accepts_the_game(model, tokenizer):
     shapiq = pytest.importorskip("shapiq")
     game, attribution, inp = make(model, tokenizer, token=2)
     n = game.n_players
@@ -114,7 +114,7 @@ def test_shapiq_takes_it_as_it_is(model, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_proxyspex_takes_it_as_it_is(model, tokenizer):
+def test_proxyspex_accepts_the_game(model, tokenizer):
     shapiq = pytest.importorskip("shapiq")
     pytest.importorskip("lightgbm")
     game, _, _ = make(model, tokenizer, token=2)

@@ -30,7 +30,7 @@ def _solution(attributions, errors):
     return Solution(found, spread, found.sum(1), found.sum(1) * 0)
 
 
-def test_the_strongest_are_told_apart_one_comparison_at_a_time():
+def test_top_causes_are_separated_by_single_comparisons():
     # Sizes 5, 4 | 1, 0; within = .05 of the range 9. The hardest comparison is 4 against 1.
     solution = _solution([[5.0, -4.0, 1.0, 0.0]], [[0.3, 0.6, 0.8, 0.0]])
     expected = 1.645 * (0.6**2 + 0.8**2) ** 0.5 / (4 - 1 + 0.05 * 9)
@@ -40,7 +40,7 @@ def test_the_strongest_are_told_apart_one_comparison_at_a_time():
     assert TopCauses(4).excess(solution).tolist() == [0]
 
 
-def test_what_nothing_in_particular_caused_has_no_causes_to_tell_apart():
+def test_tokens_without_significant_causes_are_settled():
     solution = _solution([[9.0, 0.0, 0.0], [2e-3, 1e-3, 1e-3]], [[0.1] * 3, [1e-3] * 3])
     assert bool((TopCauses(1).excess(solution) < 1).all())
 
@@ -48,12 +48,12 @@ def test_what_nothing_in_particular_caused_has_no_causes_to_tell_apart():
 @pytest.mark.parametrize(
     ("of", "expected"), [("all", [0.2, 0.2]), ("token", [0.1, 2.0]), ("answer", [0.1, 2.0])]
 )
-def test_precision_is_of_all_tokens_or_of_each(of, expected):
+def test_precision_rule_for_all_tokens_or_each(of, expected):
     solution = _solution([[10.0, 0.0], [1.0, 0.0]], [[0.1, 0.0], [0.2, 0.1]])
     assert Precision(0.1, of).excess(solution).tolist() == pytest.approx(expected)
 
 
-def test_names_of_rules():
+def test_rule_names():
     assert as_rule("top3", None) == TopCauses(3)
     assert as_rule("answer top1", None) == TopCauses(1, "answer")
     assert as_rule(None, 0.1) == Precision(0.1)
@@ -64,14 +64,14 @@ def test_names_of_rules():
     ("arguments", "error", "words"),
     [
         ({"stop": "top"}, ValueError, "'top3'"),
-        ({"stop": "top0"}, ValueError, "1 or more"),
+        ({"stop": "top0"}, ValueError, "at least 1"),
         ({"stop": 3}, TypeError, "TopCauses"),
         ({"stop": "top3", "tol": 0.1}, ValueError, "one of them"),
         ({"max_evaluations": 9}, ValueError, "`tol` or `stop`"),
         ({"stop": "top3", "method": Lime}, ValueError, "standard errors"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(demo, arguments, error, words):
+def test_invalid_rules_are_refused(demo, arguments, error, words):
     model, tokenizer, texts = demo
     method = arguments.pop("method", KernelShap)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines=CorpusBaselines(texts[:50]))
@@ -80,7 +80,7 @@ def test_what_cannot_be_meant_is_refused(demo, arguments, error, words):
 
 
 @pytest.mark.parametrize("bad", [{"k": 0}, {"within": 0.0}, {"of": "all"}])
-def test_rules_check_what_they_are_given(bad):
+def test_rules_validate_their_arguments(bad):
     with pytest.raises(ValueError, match="give"):
         TopCauses(**bad)
 
@@ -99,7 +99,7 @@ def _deleting(demo, method, **arguments):
 
 @pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling, PartitionShap])
 @pytest.mark.parametrize("stop", ["top1", "answer top2"])
-def test_the_causes_are_those_of_all_coalitions_for_less(demo, exact, method, stop):
+def test_early_stopping_finds_exact_causes_with_fewer_evaluations(demo, exact, method, stop):
     found, usual = _deleting(demo, method, stop=stop), _deleting(demo, method)
     assert len(found.masks) <= len(usual.masks)
     if stop == "top1":  # the second is not always told from the third by 16 evaluations a feature
@@ -113,7 +113,7 @@ def test_the_causes_are_those_of_all_coalitions_for_less(demo, exact, method, st
     assert float(lost) <= 0.05 * float(exact.max() - exact.min())
 
 
-def test_each_token_is_judged_and_what_is_left_open_is_named(demo):
+def test_each_token_is_judged_and_open_ones_reported(demo):
     model, tokenizer, texts = demo
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines=CorpusBaselines(texts))
     attribution = GenerationAttribution(ShapleyValueSampling(model), tokenizer)
@@ -126,7 +126,7 @@ def test_each_token_is_judged_and_what_is_left_open_is_named(demo):
     assert f"was not met by {found.settled.count(False)} of {len(found.target)} tok" in str(found)
 
 
-def test_a_run_that_stops_is_the_beginning_of_one_that_goes_on(demo):
+def test_stopped_run_is_a_prefix_of_a_longer_run(demo):
     short, long = (
         _deleting(demo, ShapleyValueSampling, n_samples=4, stop=Precision(tol, "token"))
         for tol in (0.3, 0.05)
@@ -137,7 +137,7 @@ def test_a_run_that_stops_is_the_beginning_of_one_that_goes_on(demo):
     torch.testing.assert_close(long.values[:n], short.values, atol=1e-4, rtol=1e-4)
 
 
-def test_draws_are_added_where_coalitions_are_few(demo):
+def test_draws_are_added_when_coalitions_are_exhausted(demo):
     model, tokenizer, texts = demo
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines=CorpusBaselines(texts[:100]))
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
@@ -148,7 +148,7 @@ def test_draws_are_added_where_coalitions_are_few(demo):
     assert found.settled == (True,)
 
 
-def test_a_checkpoint_of_it_is_gone_on_with(demo, tmp_path):
+def test_checkpoint_resumes(demo, tmp_path):
     model, tokenizer, texts = demo
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines=CorpusBaselines(texts[:100]))
     attribution = GenerationAttribution(KernelShap(model), tokenizer)

@@ -75,7 +75,7 @@ def game(n, n_target, seed, order=3):
     return lambda masks: play(masks, sizes), lambda masks: play(masks, off)
 
 
-def test_the_sum_of_both_levels_is_the_answer_and_its_errors_hold():
+def test_sum_of_both_levels_is_unbiased_with_valid_errors():
     """Against all coalitions of the game: 95 % intervals hold it as often as they say."""
     n, n_target, within, count, squares, errors = 10, 3, 0, 0, 0.0, 0.0
     for seed in range(40):
@@ -106,7 +106,7 @@ def test_the_sum_of_both_levels_is_the_answer_and_its_errors_hold():
 
 
 @pytest.mark.parametrize("ratio", [0.001, 0.01, 0.1])
-def test_the_split_is_the_cheapest_of_all_that_are_as_good(ratio):
+def test_split_minimises_cost_at_equal_variance(ratio):
     """Against a search over all splits."""
     n, cost = 500, 4.5
     first, second = Level(n, 1.0, 1.0), Level(50, cost, ratio * n / 50)
@@ -137,7 +137,7 @@ METHODS = {
         ("ShapleyValues", None),
     ],
 )
-def test_attributions_are_the_models_whatever_the_surrogate(name, output_unit):
+def test_attributions_converge_to_the_model_for_any_surrogate(name, output_unit):
     """Against all coalitions of the model, with a surrogate that is far off."""
     model = tiny.llama()
     surrogate = perturbed(model, 0.2)
@@ -178,7 +178,7 @@ def near_truth(found, truth):
     return bool((off <= 5 * errors_of(found) + 1e-5).all())
 
 
-def test_a_scorer_stands_in():
+def test_surrogate_may_be_a_scorer():
     model = tiny.llama()
     scorer = Remembers(Scorer(perturbed(model, 0.1)))
     found = attribute(KernelShap(model), scorer, n_samples=120, output_unit=None)
@@ -192,7 +192,7 @@ def test_a_scorer_stands_in():
         attribute(KernelShap(model), scorer, attr_target="prob")
 
 
-def test_nested_orders_of_a_surrogate_are_those_of_the_model():
+def test_owen_values_with_a_surrogate_converge_to_the_model():
     """Against the model alone with a hundred times as many orders."""
     model = tiny.llama()
     given = {"unit": ("sentence", "word"), "output_unit": None}
@@ -205,7 +205,7 @@ def test_nested_orders_of_a_surrogate_are_those_of_the_model():
     assert float(found.efficiency_gap.abs().max()) < 1e-4
 
 
-def test_ridges_of_both_levels_add_up():
+def test_ridge_fits_of_both_levels_add_up():
     """A ridge is linear in the values: against the model alone on many coalitions."""
     model = tiny.llama()
     method = Lime(model, interpretable_model=_ridge())
@@ -216,7 +216,7 @@ def test_ridges_of_both_levels_add_up():
     assert bool((off <= 5 * errors + 1e-5).all())
 
 
-def test_random_baselines_are_drawn_alike_for_both():
+def test_both_levels_share_baseline_draws():
     """Against every draw of the two texts, and all coalitions."""
     model, tokenizer = tiny.llama(), tiny.byte_level()
     inp = TextSegmentInput("Dave golfs in Palm", tokenizer, "word", baselines=[["he", "chess"]] * 4)
@@ -237,7 +237,7 @@ def test_random_baselines_are_drawn_alike_for_both():
 
 
 @pytest.mark.parametrize("surrogate", ["bf16", "float16"])
-def test_equal_seeds_score_the_same_whatever_the_clock_says(surrogate, monkeypatch):
+def test_equal_seeds_score_equal_rows_despite_timing(surrogate, monkeypatch):
     model = tiny.llama()
     found = []
     for seed in range(2):  # a machine that is busy with something else
@@ -251,7 +251,7 @@ def test_equal_seeds_score_the_same_whatever_the_clock_says(surrogate, monkeypat
     assert found[0].provenance["surrogate"]["cost"] == 0.5  # of the bytes
 
 
-def test_work_is_that_of_the_weights_which_every_token_meets():
+def test_relative_cost_counts_weights_used_per_token():
     model = tiny.llama()
     apart = model.lm_head.weight is not model.model.embed_tokens.weight
     assert apart  # the table is looked up, not multiplied with
@@ -265,7 +265,7 @@ def test_work_is_that_of_the_weights_which_every_token_meets():
     assert Surrogate(model, shorter.bfloat16()).work_of_model == pytest.approx(2 * own / other)
 
 
-def test_brain_float_copies_are_made_once_and_the_model_is_left_as_found():
+def test_bfloat16_copy_is_made_once_and_the_model_unchanged():
     model = tiny.llama()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     attribution = GenerationAttribution(KernelShap(model), tiny.byte_level(), surrogate="bf16")
@@ -285,7 +285,7 @@ def test_brain_float_copies_are_made_once_and_the_model_is_left_as_found():
 
 
 @pytest.mark.parametrize("attr_target", ["prob", "contrast"])
-def test_other_values(attr_target):
+def test_other_attr_targets(attr_target):
     # Probabilities that are not next to 0 but for a few coalitions, which errors could not tell.
     model = tiny.llama(initializer_range=0.05)
     surrogate = perturbed(model, 0.1)
@@ -300,7 +300,7 @@ def test_other_values(attr_target):
         torch.testing.assert_close(found.output_probs, truth.output_probs, atol=1e-5, rtol=0)
 
 
-def test_a_refit_is_the_answer_again_and_others_come_from_both_levels(tmp_path):
+def test_refit_uses_both_levels(tmp_path):
     model = tiny.llama()
     surrogate = perturbed(model, 0.1)
     found = attribute(KernelShap(model), surrogate, n_samples=400, output_unit=None)
@@ -335,7 +335,7 @@ def _ridge():
         lambda model: PartitionShap(model, scheme="splits"),
     ],
 )
-def test_what_is_not_linear_or_takes_all_is_refused(method):
+def test_non_linear_and_exact_methods_are_refused(method):
     model = tiny.llama()
     with pytest.raises(ValueError, match="Leave `surrogate` out"):
         attribute(method(model), "bf16")
@@ -349,7 +349,7 @@ def test_what_is_not_linear_or_takes_all_is_refused(method):
         (lambda model: 3, "a model or a scorer"),
     ],
 )
-def test_surrogates_that_are_none(surrogate, message):
+def test_invalid_surrogates_are_refused(surrogate, message):
     model = tiny.llama()
     given = surrogate if isinstance(surrogate, str) else surrogate(model)
     with pytest.raises((TypeError, ValueError), match=message):
@@ -359,7 +359,7 @@ def test_surrogates_that_are_none(surrogate, message):
 
 
 @pytest.mark.parametrize("stop", ["top1", "answer top1", None])
-def test_rules_stop_by_the_errors_of_both(stop):
+def test_stopping_rules_use_errors_of_both_levels(stop):
     model = tiny.llama()
     surrogate = perturbed(model, 0.05)
     tol = None if stop else 0.1
@@ -371,7 +371,7 @@ def test_rules_stop_by_the_errors_of_both(stop):
         assert bool((off <= 5 * found.token_attr_se + 1e-5).all())
 
 
-def test_a_run_goes_on_where_it_was(tmp_path):
+def test_interrupted_run_resumes(tmp_path):
     model = tiny.llama()
     surrogate = perturbed(model, 0.05)
     path = tmp_path / "run.safetensors"
@@ -388,7 +388,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
         attribute(KernelShap(model), perturbed(model, 0.05, seed=1), **arguments)
 
 
-def test_a_copy_is_of_the_model_as_it_is_now():
+def test_bfloat16_copy_follows_changed_weights():
     model = tiny.llama()
     surrogate = Surrogate(model, "bf16")
     first = surrogate.scorer("log_prob", None, False, None).model

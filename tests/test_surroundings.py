@@ -93,7 +93,7 @@ class Noting(TorchFunctionMode):
         return tensor.dtype == self.dtype or tensor.device == self.device
 
 
-def test_every_path_gives_its_numbers_under_other_defaults_and_in_inference_mode(paths, expected):
+def test_every_path_is_equal_under_other_defaults_and_inference_mode(paths, expected):
     noting = Noting(torch.float16, "meta")
     failed = {}
     for name, call in paths.items():
@@ -127,7 +127,7 @@ def test_every_path_gives_its_numbers_under_other_defaults_and_in_inference_mode
 @pytest.mark.parametrize(
     "name", ["pairs", "a corpus", "expected gradients", "driven orders", "generated"]
 )
-def test_each_of_them_alone(paths, expected, around, name):
+def test_each_default_alone(paths, expected, around, name):
     with around():
         found = paths[name]()
     main_paths.same(found, expected[name])
@@ -144,7 +144,7 @@ def test_deterministic_algorithms(paths, expected):
         main_paths.same(found[name], expected[name])
 
 
-def test_a_model_made_in_inference_mode(tokenizer, model, paths, expected, tmp_path):
+def test_model_created_in_inference_mode(tokenizer, model, paths, expected, tmp_path):
     with torch.inference_mode():
         frozen = tiny.llama(len(tokenizer), initializer_range=0.15)
     own = main_paths.paths(frozen, tokenizer, tmp_path)
@@ -157,7 +157,7 @@ def test_a_model_made_in_inference_mode(tokenizer, model, paths, expected, tmp_p
             own[name]()
 
 
-def test_what_is_made_in_inference_mode_serves_outside_of_it(tokenizer, model):
+def test_objects_created_in_inference_mode_work_outside(tokenizer, model):
     with torch.inference_mode():
         baselines = CorpusBaselines(main_paths.TEXTS, min_candidates=0)
         inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines=baselines)
@@ -186,7 +186,7 @@ class MakesTensors(torch.nn.Module):
         return self.inner(input_ids=input_ids, position_ids=position_ids, use_cache=False)
 
 
-def test_a_model_that_leaves_the_device_to_the_default(tokenizer, model):
+def test_model_with_default_device(tokenizer, model):
     attribution = GenerationAttribution(FeatureAblation(MakesTensors(model)), tokenizer)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     expected = attribution.attribute(inp, TARGET)
@@ -195,14 +195,14 @@ def test_a_model_that_leaves_the_device_to_the_default(tokenizer, model):
     assert torch.equal(found.token_attr, expected.token_attr)
 
 
-def test_a_target_without_numbers_is_told(tokenizer, model):
+def test_meta_target_is_refused(tokenizer, model):
     attribution = GenerationAttribution(FeatureAblation(model), tokenizer)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     with pytest.raises(TypeError, match="on the device meta"):
         attribution.attribute(inp, torch.tensor([5, 6], device="meta"))
 
 
-def test_whatever_makes_a_tensor_says_where_and_of_what_type():
+def test_tensor_constructors_name_device_and_dtype():
     missing = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

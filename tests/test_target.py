@@ -74,7 +74,7 @@ def accepted(tokenizer):
 
 
 @pytest.mark.parametrize("name", accepted(tiny.byte_level()))
-def test_what_has_one_meaning_is_taken(tokenizer, name):
+def test_unambiguous_targets_are_accepted(tokenizer, name):
     given, wanted = accepted(tokenizer)[name]
     assert as_ids(given, tokenizer).tolist() == wanted
 
@@ -111,7 +111,7 @@ def test_what_has_one_meaning_is_taken(tokenizer, name):
     ],
 )
 @pytest.mark.parametrize("kind", ["coalitions", "gradients", "remote"])
-def test_what_has_none_is_told_before_anything_is_run(tokenizer, kind, target, error, message):
+def test_invalid_targets_fail_before_any_pass(tokenizer, kind, target, error, message):
     model = tiny.llama(len(tokenizer))
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     silent = SimpleNamespace(get_logprobs=lambda **_: pytest.fail("the provider was asked"))
@@ -128,7 +128,7 @@ def test_what_has_none_is_told_before_anything_is_run(tokenizer, kind, target, e
         attribution.attribute(TextSegmentInput(PROMPT, tokenizer, baselines="delete"), target)
 
 
-def test_the_whole_output_of_generate_is_noticed(own, tokenizer):
+def test_target_that_includes_the_prompt_is_detected(own, tokenizer):
     wanted = attribute(own, tokenizer, gen_args={"max_new_tokens": 3})
     encoded = tokenizer(PROMPT, return_tensors="pt")
     n = encoded["input_ids"].shape[1]
@@ -154,7 +154,7 @@ def test_the_whole_output_of_generate_is_noticed(own, tokenizer):
     assert len(found.target) > n - 1
 
 
-def test_a_short_prompt_that_the_answer_repeats_is_left_as_it_is(own):
+def test_answer_that_repeats_a_short_prompt_is_kept(own):
     tokenizer = tiny.byte_level(bos=False)
     ids = [*tokenizer.encode("Dave"), 5]
     assert len(ids) < 5
@@ -163,13 +163,13 @@ def test_a_short_prompt_that_the_answer_repeats_is_left_as_it_is(own):
     assert found.target.tolist() == ids
 
 
-def test_a_token_that_texts_begin_with_is_noticed(own, tokenizer):
+def test_target_that_begins_with_bos_is_detected(own, tokenizer):
     with pytest.warns(UserWarning, match="add_special_tokens=False"):
         found = attribute(own, tokenizer, tokenizer(" golf"))
     assert found.target.tolist() == tokenizer.encode(" golf")
 
 
-def test_records_take_the_same_targets(own, tokenizer, tmp_path):
+def test_dataset_records_accept_the_same_targets(own, tokenizer, tmp_path):
     attribution = GenerationAttribution(FeatureAblation(own), tokenizer)
     encoded = tokenizer(" golf", add_special_tokens=False, return_tensors="pt")
     forms = [encoded, encoded["input_ids"].numpy(), encoded["input_ids"][0].tolist()]
@@ -226,7 +226,7 @@ CONFIGURED = {
 
 
 @pytest.mark.parametrize("name", CONFIGURED)
-def test_defaults_stand_where_nothing_is_said(own, tokenizer, name):
+def test_generation_defaults_apply(own, tokenizer, name):
     gen_args, plain = CONFIGURED[name]
     # Which is not given, and says what happens where the others say nothing.
     own.generation_config.update(do_sample=True, temperature=0.7)
@@ -246,7 +246,7 @@ def test_defaults_stand_where_nothing_is_said(own, tokenizer, name):
         assert gen_args["generation_config"].to_dict() == kept["generation_config"].to_dict()
 
 
-def test_a_configuration_on_gradients(own, tokenizer):
+def test_gradient_attribution_accepts_generation_config(own, tokenizer):
     attribution = GenerationGradientAttribution(LayerIntegratedGradients(own, None), tokenizer)
     config = GenerationConfig(do_sample=True, max_new_tokens=3)
     inp = TextSegmentInput(PROMPT, tokenizer, baselines="<unk>")
@@ -256,7 +256,7 @@ def test_a_configuration_on_gradients(own, tokenizer):
     assert found.provenance["generation"]["max_new_tokens"] == "3"
 
 
-def test_what_is_computed_beside_changes_nothing(own, tokenizer, capsys):
+def test_extra_generate_outputs_change_nothing(own, tokenizer, capsys):
     wanted = attribute(own, tokenizer, gen_args={"max_new_tokens": 4})
     beside = {"output_scores": True, "return_dict_in_generate": True, "output_logits": True}
     streamer = TextStreamer(tokenizer, skip_prompt=True)
@@ -268,7 +268,7 @@ def test_what_is_computed_beside_changes_nothing(own, tokenizer, capsys):
     assert tokenizer.decode(found.target[:1]) in capsys.readouterr().out
 
 
-def test_stop_strings_and_assistants_need_nothing_beside(own, tokenizer):
+def test_stop_strings_and_assistant_models_need_no_extra_argument(own, tokenizer):
     wanted = generated(own, tokenizer, do_sample=False, max_new_tokens=9)
     stop = tokenizer.decode(wanted[2:4])
     for gen_args in (
@@ -282,7 +282,7 @@ def test_stop_strings_and_assistants_need_nothing_beside(own, tokenizer):
     assert found.provenance["generation"]["assistant_model"].startswith("LlamaForCausalLM ")
 
 
-def test_functions_and_processors_are_told_the_same_every_time(own, tokenizer):
+def test_provenance_of_logits_processors_is_reproducible(own, tokenizer):
     def told():
         processor = MinNewTokensLengthLogitsProcessor(8, 3, 2)
         gen_args = {
@@ -313,10 +313,14 @@ def silent(tokenizer):
             ValueError,
             "is 2, and one answer",
         ),
-        ({"input_ids": torch.ones(1, 3).long()}, ValueError, "`input_ids`, which would put"),
-        ({"inputs_embeds": torch.ones(1, 3, 32)}, ValueError, "`inputs_embeds`, which would put"),
-        ({"attention_mask": torch.ones(1, 3)}, ValueError, "`attention_mask`, which would put"),
-        ({"past_key_values": object()}, ValueError, "`past_key_values`, which would put"),
+        ({"input_ids": torch.ones(1, 3).long()}, ValueError, "`input_ids`, which would replace"),
+        (
+            {"inputs_embeds": torch.ones(1, 3, 32)},
+            ValueError,
+            "`inputs_embeds`, which would replace",
+        ),
+        ({"attention_mask": torch.ones(1, 3)}, ValueError, "`attention_mask`, which would replace"),
+        ({"past_key_values": object()}, ValueError, "`past_key_values`, which would replace"),
         ({"temperature": 0.7}, ValueError, "`temperature` would be ignored"),
         ({"top_p": 0.9, "max_new_tokens": 3}, ValueError, "`top_p` would be ignored"),
         ({"min_new_tokens": 30}, ValueError, "give a larger `max_new_tokens`"),
@@ -325,12 +329,12 @@ def silent(tokenizer):
         ({"generation_config": {"max_new_tokens": 3}}, TypeError, "has a dict as"),
     ],
 )
-def test_what_cannot_be_meant_is_told_before_the_run(tokenizer, gen_args, error, message):
+def test_invalid_gen_args_fail_before_the_run(tokenizer, gen_args, error, message):
     with pytest.raises(error, match=message):
         attribute(silent(tokenizer), tokenizer, gen_args=gen_args)
 
 
-def test_several_answers_of_the_models_own_configuration(tokenizer):
+def test_num_return_sequences_of_the_model_config(tokenizer):
     model = silent(tokenizer)
     model.generation_config.num_return_sequences = 2
     with pytest.raises(ValueError, match="is 2, and one answer"):
@@ -356,7 +360,7 @@ class Own(torch.nn.Module):
         return idx if self._whole else idx[:, start:]
 
 
-def test_a_generate_of_the_users_own(own, tokenizer):
+def test_custom_generate(own, tokenizer):
     model = Own(own)
     found = attribute(model, tokenizer, gen_args={"max_new_tokens": 4}, seed=2)
     again = attribute(model, tokenizer, gen_args={"max_new_tokens": 4}, seed=2)
@@ -371,7 +375,7 @@ def test_a_generate_of_the_users_own(own, tokenizer):
         attribute(torch.nn.DataParallel(own), tokenizer)
 
 
-def test_one_answer_of_a_server(own, tokenizer):
+def test_single_server_answer(own, tokenizer):
     with Server(own, tokenizer) as server:
         method = FeatureAblation(RemoteLLMAttribution.placeholder_model)
         attribution = RemoteGenerationAttribution(
@@ -381,7 +385,7 @@ def test_one_answer_of_a_server(own, tokenizer):
         for gen_args, message in (
             ({"n": 2}, "`n` is 2"),
             ({"num_return_sequences": 2}, "`num_return_sequences` is 2"),
-            ({"generation_config": GenerationConfig()}, "nothing that an API takes"),
+            ({"generation_config": GenerationConfig()}, "cannot be sent to an API"),
         ):
             with pytest.raises(ValueError, match=message):
                 attribution.attribute(inp, gen_args=gen_args)

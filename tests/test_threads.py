@@ -50,7 +50,7 @@ def rows_of(tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
-def test_what_comes_out_is_that_of_one_call_after_another(tokenizer, name):
+def test_concurrent_calls_equal_sequential_calls(tokenizer, name):
     model = threads.model_of(name, len(tokenizer))
     own = threads.attributions(model, tokenizer, PROMPT, " golf and")
     others = threads.uses(model, tokenizer)
@@ -71,7 +71,7 @@ class Meeting:
         return logits.gather(2, target.expand(len(logits), -1)[..., None])[..., 0]
 
 
-def test_two_models_are_asked_at_the_same_time(tokenizer):
+def test_different_models_run_concurrently(tokenizer):
     """Also if they have a configuration in common, and attend in ways of this package's."""
     one = tiny.llama(len(tokenizer))
     other = type(one)(one.config).eval()
@@ -121,7 +121,7 @@ def with_encoder_of(model):
         lambda model: model.model,
     ],
 )
-def test_models_with_parts_in_common_wait_for_one_another(related):
+def test_models_with_shared_modules_exclude_one_another(related):
     model = tiny.llama()
     other = related(model)
     inside, leave, order = threading.Event(), threading.Event(), []
@@ -147,7 +147,7 @@ def test_models_with_parts_in_common_wait_for_one_another(related):
     assert order == ["first", "second"]
 
 
-def test_a_thread_may_hold_what_it_holds_and_other_models_too(tokenizer):
+def test_model_lock_is_reentrant_with_other_models(tokenizer):
     """A surrogate that is asked within a pass of the model, and the model within itself."""
     model, other = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer), seed=1)
     rows, target = rows_of(tokenizer)
@@ -156,7 +156,7 @@ def test_a_thread_may_hold_what_it_holds_and_other_models_too(tokenizer):
         torch.testing.assert_close(Scorer(model).values(rows, target), expected)
 
 
-def test_threads_that_would_wait_for_ever_are_told():
+def test_deadlock_is_detected():
     one, other = nn.Linear(2, 2), nn.Linear(2, 2)
     both = threading.Barrier(2, timeout=PATIENCE)
 
@@ -173,13 +173,13 @@ def test_threads_that_would_wait_for_ever_are_told():
     assert found.count("both") == 1
     (error,) = [one for one in found if one != "both"]
     assert isinstance(error, RuntimeError)
-    assert "two threads that hold a model each" in str(error)
+    assert "two threads each hold a model" in str(error)
     with locked(one), locked(other):  # nothing is left behind
         pass
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_model_is_let_go_after_errors(tokenizer, error):
+def test_model_lock_is_released_after_errors(tokenizer, error):
     model = tiny.llama(len(tokenizer))
     rows, target = rows_of(tokenizer)
 
@@ -194,7 +194,7 @@ def test_a_model_is_let_go_after_errors(tokenizer, error):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
-def test_who_waits_can_be_interrupted():
+def test_waiting_thread_can_be_interrupted():
     model = nn.Linear(2, 2)
     inside, leave = threading.Event(), threading.Event()
 
@@ -222,7 +222,7 @@ def test_who_waits_can_be_interrupted():
         pass
 
 
-def test_other_threads_see_no_other_attention_meanwhile(tokenizer):
+def test_attention_patch_is_invisible_to_other_threads(tokenizer):
     """What they read of the configuration, a sibling of which another thread reads otherwise."""
     model = tiny.llama(len(tokenizer))
     rows, target = rows_of(tokenizer)
@@ -248,7 +248,7 @@ def test_other_threads_see_no_other_attention_meanwhile(tokenizer):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_sampling_neither_reads_nor_writes_what_other_threads_draw_from(tokenizer, model):
+def test_sampling_is_independent_of_other_threads_generators(tokenizer, model):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -272,7 +272,7 @@ def test_sampling_neither_reads_nor_writes_what_other_threads_draw_from(tokenize
     assert found.tolist() == said[0, ids.shape[1] :].tolist()
 
 
-def test_a_method_of_the_users_own_draws_from_no_global_generator(tokenizer, model):
+def test_foreign_method_draws_from_no_global_generator(tokenizer, model):
     class Own(ShapleyValueSampling):
         pass
 
@@ -286,7 +286,7 @@ def test_a_method_of_the_users_own_draws_from_no_global_generator(tokenizer, mod
     assert not torch.equal(one.masks, other.masks)
 
 
-def test_a_tokenizer_that_other_threads_have_cut_and_pad_texts(model):
+def test_tokenizer_truncation_in_other_threads_is_harmless(model):
     """It keeps that in itself; what was encoded for us meanwhile is encoded again."""
     tokenizer = tiny.byte_level()
     expected, stop = tokenizer(PROMPT)["input_ids"], threading.Event()
@@ -312,7 +312,7 @@ def test_a_tokenizer_that_other_threads_have_cut_and_pad_texts(model):
     assert all(list(ids) == expected for ids in found + said)
 
 
-def test_a_tokenizer_that_never_gives_the_whole_text_is_told():
+def test_always_truncating_tokenizer_is_refused():
     tokenizer = tiny.byte_level()
 
     class Cut:
@@ -321,11 +321,11 @@ def test_a_tokenizer_that_never_gives_the_whole_text_is_told():
         def __call__(self, text, **options):
             return tokenizer(text, truncation=True, max_length=3)
 
-    with pytest.raises(RuntimeError, match="a tokenizer of its own"):
+    with pytest.raises(RuntimeError, match="its own tokenizer"):
         encoding.ids(Cut(), PROMPT)
 
 
-def test_convergence_leaves_the_filters_of_warnings_alone(tokenizer, model, monkeypatch):
+def test_convergence_keeps_warning_filters(tokenizer, model, monkeypatch):
     """They belong to all threads."""
     inp = TextSegmentInput(threads.PROMPT, tokenizer, "word", baselines="delete")
     attribution = GenerationAttribution(KernelShap(model), tokenizer)
@@ -341,7 +341,7 @@ def test_convergence_leaves_the_filters_of_warnings_alone(tokenizer, model, monk
         assert len(earlier(result._evidence(), [0])) > 2
 
 
-def test_a_model_in_training_mode_is_put_back(tokenizer):
+def test_training_mode_is_restored(tokenizer):
     model = tiny.llama(len(tokenizer), attention_dropout=0.5).train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
@@ -354,7 +354,7 @@ def test_a_model_in_training_mode_is_put_back(tokenizer):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process_waits_for_no_thread_of_its_parent():
+def test_forked_process_inherits_no_lock():
     model = nn.Linear(2, 2)
     inside, leave = threading.Event(), threading.Event()
 

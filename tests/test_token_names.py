@@ -34,18 +34,18 @@ from captum_llm_ext.result.token_names import (
         ([], []),
     ],
 )
-def test_fragments_are_marked_where_their_word_goes_on(texts, expected):
+def test_word_fragments_are_marked(texts, expected):
     assert fragment_names([text.strip() or text for text in texts], texts) == expected
     assert is_fragmented(texts) == any("·" in name for name in expected)
 
 
-def test_parts_of_a_character_have_names_of_their_own():
+def test_partial_characters_have_names():
     texts, names = [" ", "", "🎉", "!"], ["␣", "🎉[1/2]", "🎉[2/2]", "!"]
     assert fragment_names(names, texts) == names
     assert is_fragmented(texts)
 
 
-def test_a_word_goes_on_behind_a_part_of_a_character():
+def test_word_continues_after_a_partial_character():
     assert fragment_names(["caf", "é[1/2]", "é[2/2]"], ["caf", "", "é"]) == [
         "caf·",
         "é[1/2]",
@@ -53,7 +53,7 @@ def test_a_word_goes_on_behind_a_part_of_a_character():
     ]
 
 
-def test_names_that_are_alike_have_their_place():
+def test_equal_names_get_their_position():
     assert numbered_where_alike(["The", " cat", "the", "The"]) == [
         "The #1",
         " cat",
@@ -85,7 +85,7 @@ def byte_level():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_names_of_byte_level_tokens_spell_the_text(byte_level, text):
+def test_byte_level_names_spell_the_text(byte_level, text):
     """Dots are exactly where a word of letters or a number goes on."""
     tokens = byte_level.encode(text)
     shown, before = [], ""
@@ -113,7 +113,7 @@ def test_names_of_byte_level_tokens_spell_the_text(byte_level, text):
     assert len(set(own)) == len(own)
 
 
-def test_the_rest_of_a_word_is_told():
+def test_cut_word_shows_its_remainder():
     assert words_around([" How", " est", "im", "ates", "?"]) == [
         ("", ""),
         ("", "imates"),

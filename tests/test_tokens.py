@@ -21,7 +21,7 @@ WORDS = st.lists(st.sampled_from("Dave lives golf, 東京 🙂 naïve FL. x ches
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_token_is_anchored_in_its_own_word(name):
+def test_every_token_has_offsets_in_its_own_word(name):
     text = "Dave lives in Palm Coast, FL. golf"
     encoding = tokens.encode(TOKENIZERS[name], text)
     assert list(encoding.ids) == TOKENIZERS[name].encode(text)
@@ -32,7 +32,7 @@ def test_every_token_is_anchored_in_its_own_word(name):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_offsets_found_by_decoding_are_those_of_the_fast_tokenizer(name):
+def test_decoded_offsets_equal_fast_tokenizer_offsets(name):
     if not name.startswith("no offsets"):
         pytest.skip("the reference itself")
     text = "Dave lives in Palm Coast, FL and is a lawyer. His golf 🙂 ends."
@@ -49,7 +49,7 @@ def test_offsets_found_by_decoding_are_those_of_the_fast_tokenizer(name):
     assert list(map(visible, found.anchors)) == list(map(visible, fast.anchors))
 
 
-def test_a_tokenizer_of_bytes_that_hides_parts_of_characters():
+def test_byte_tokenizer_with_replacement_characters():
     tokenizer = transformers.ByT5Tokenizer()
     text = "Dave lives, 東京 🙂 ok"
     encoding = tokens.encode(tokenizer, text)
@@ -61,7 +61,7 @@ def test_a_tokenizer_of_bytes_that_hides_parts_of_characters():
 @pytest.mark.parametrize("name", EXACT)
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(codec="utf-8"), max_size=30))
-def test_pieces_put_together_are_the_decoded_text(name, text):
+def test_pieces_concatenate_to_the_decoded_text(name, text):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text, add_special_tokens=False)
     parts = tokens.pieces(tokenizer, ids)
@@ -72,7 +72,7 @@ def test_pieces_put_together_are_the_decoded_text(name, text):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=50, deadline=None)
 @given(WORDS, st.integers(0, 40))
-def test_labels_never_fail_even_on_a_target_cut_inside_a_character(name, words, cut):
+def test_labels_of_a_target_cut_inside_a_character(name, words, cut):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(" ".join(words), add_special_tokens=False)[cut:]
     names = tokens.labels(tokenizer, ids)
@@ -80,7 +80,7 @@ def test_labels_never_fail_even_on_a_target_cut_inside_a_character(name, words, 
     assert all(names)
 
 
-def test_parts_of_a_character_say_so(tokenizer):
+def test_partial_characters_are_labelled(tokenizer):
     ids = tokenizer.encode(" 🙂", add_special_tokens=False)
     names = tokens.labels(tokenizer, ids)
     assert names[-1] == f"🙂[{len(ids) - names.count('␣')}/{len(ids) - names.count('␣')}]"
@@ -90,7 +90,7 @@ def test_parts_of_a_character_say_so(tokenizer):
 @pytest.mark.parametrize("name", ["byte-level", "metaspace", "word piece"])
 @settings(max_examples=100, deadline=None)
 @given(WORDS, WORDS)
-def test_text_tokenised_in_place_is_what_the_whole_text_gives(name, left, right):
+def test_in_place_tokenisation_equals_the_whole_text(name, left, right):
     tokenizer = TOKENIZERS[name]
     before, after = " ".join(left), " " + " ".join(right)
     whole = tokenizer.encode(before + after, add_special_tokens=False)
@@ -98,21 +98,21 @@ def test_text_tokenised_in_place_is_what_the_whole_text_gives(name, left, right)
     assert [*own, *tokens.encode_in_place(tokenizer, after, before)] == whole
 
 
-def test_text_that_begins_with_bos_gets_no_second_one(tokenizer):
+def test_bos_in_text_is_not_duplicated(tokenizer):
     assert tokens.encode(tokenizer, "<s>Dave").ids == tokens.encode(tokenizer, "Dave").ids
 
 
-def test_a_long_text_takes_no_quadratic_time(tokenizer):
+def test_long_text_takes_no_quadratic_time(tokenizer):
     # 100,000 characters: a quadratic pass would run for minutes.
     text = "Dave lives in Palm Coast, FL and is a lawyer. " * 2200
     slow = tokens.encode(tiny.NoOffsets(tokenizer), text)
     assert slow.anchors == tokens.encode(tokenizer, text).anchors
 
 
-def test_token_names_are_looked_up_as_captum_does(tokenizer):
+def test_token_names_equal_captum(tokenizer):
     assert tokens.token_id(tokenizer, "<pad>") == 0
     assert tokens.token_id(tokenizer, "<unk>") == 3
-    with pytest.raises(ValueError, match="no token of this vocabulary"):
+    with pytest.raises(ValueError, match="not a token of this vocabulary"):
         tokens.token_id(tokenizer, "no such token")
 
 
@@ -126,7 +126,7 @@ class Pieces(layouts.NoOffsets):
 @pytest.mark.parametrize(
     "text", ["Dave lives in Palm Coast.", "Grüße 🎉!\n\nNew  line", "▁ <0x41>"]
 )
-def test_tokenizers_that_decode_to_names_of_tokens_are_shown_as_others(text):
+def test_tokenizers_that_decode_to_token_names(text):
     inner = layouts.llama2()
     shown = Pieces(inner)
     ids = inner.encode(text, add_special_tokens=False)
@@ -137,7 +137,7 @@ def test_tokenizers_that_decode_to_names_of_tokens_are_shown_as_others(text):
     assert tokens.labels(shown, ids, start) == tokens.labels(inner, ids, start)
 
 
-def test_a_text_without_a_start_of_its_own_comes_after_a_line_break():
+def test_text_without_bos_follows_a_newline():
     own = tiny.byte_level()
     ids = own.encode("Dave lives")
     assert list(tokens.after_start(own, ids)) == ids

@@ -53,7 +53,7 @@ def random_graph(seed=0, dead=()):
 
 
 @pytest.mark.parametrize("dead", [(), (2,), (0, 3)])
-def test_the_total_is_the_recursion_token_by_token(dead):
+def test_total_equals_the_token_recursion(dead):
     graph = random_graph(1, dead)
     prompt, own = passed_back(graph, graph)
     known = []
@@ -72,7 +72,7 @@ def test_the_total_is_the_recursion_token_by_token(dead):
     torch.testing.assert_close(sums[alive], torch.ones(len(alive), dtype=torch.float64))
 
 
-def test_the_total_is_the_sum_over_chains_of_every_length():
+def test_total_equals_the_sum_over_chains():
     graph = random_graph(2)
     powers = torch.eye(N_OUTPUT, dtype=torch.float64)
     summed = torch.zeros_like(powers)
@@ -100,7 +100,7 @@ def chains_to(graph, node):
 
 
 @pytest.mark.parametrize("dead", [(), (1,), (0, 3)])
-def test_the_strongest_chains_are_those_of_brute_force(dead):
+def test_strongest_chains_equal_brute_force(dead):
     graph = random_graph(3, dead)
     expected = chains_to(graph, 5)
     found = strongest_chains(graph, 5, graph, 10**4)
@@ -111,7 +111,7 @@ def test_the_strongest_chains_are_those_of_brute_force(dead):
     assert strongest_chains(graph, 5, graph, 3) == found[:3]
 
 
-def test_what_passes_through_links_is_what_chains_through_them_have():
+def test_link_flow_equals_the_sum_of_chains_through_it():
     graph = random_graph(4, dead=(1,))
     edges = flow_towards(graph, 5, graph)
     expected = torch.zeros(N_OUTPUT, N_PROMPT + N_OUTPUT, dtype=torch.float64)
@@ -139,7 +139,7 @@ def absent():
 
 
 @pytest.mark.parametrize("method", ["leave-one-out", "Shapley, permutations", "Shapley, kernel"])
-def test_the_last_word_is_owed_to_the_occupation(known, absent, method):
+def test_last_word_total_is_attributed_to_the_occupation(known, absent, method):
     """Directly it depends on interest A alone, which the answer wrote; A on the occupation."""
     for document in documents(2, seed=11)[1:]:
         result = attribute(*known, document, method, absent)
@@ -181,7 +181,7 @@ def explained(model, tokenizer, method=FeatureAblation, *, baselines="delete", *
 
 @pytest.mark.parametrize("output_unit", ["token", "word", None])
 @pytest.mark.parametrize("method", [FeatureAblation, ShapleyValueSampling])
-def test_shares_of_every_unit_are_those_of_the_definition(model, tokenizer, method, output_unit):
+def test_shares_of_every_unit_equal_the_definition(model, tokenizer, method, output_unit):
     result = explained(model, tokenizer, method, output_unit=output_unit)
     total = result.total(floor=0.5, n_resamples=0)
     rows = result.full_attr.double()
@@ -225,7 +225,7 @@ def test_shares_of_every_unit_are_those_of_the_definition(model, tokenizer, meth
     assert str(total).count("⇐") == len(result.output_tokens)
 
 
-def test_sentences_are_summed_up_before_signs_are_looked_at(model, tokenizer):
+def test_sentence_shares_sum_before_clipping(model, tokenizer):
     result = explained(model, tokenizer)
     total = result.total(level="sentence")
     names, sums = result.at_level("sentence")
@@ -239,7 +239,7 @@ def test_sentences_are_summed_up_before_signs_are_looked_at(model, tokenizer):
         result.total(level="page")
 
 
-def test_what_was_left_out_is_told(model, tokenizer):
+def test_omitted_amount_is_reported(model, tokenizer):
     result = explained(model, tokenizer)
     total = result.total()
     sizes = result.full_attr.double()
@@ -252,7 +252,7 @@ def test_what_was_left_out_is_told(model, tokenizer):
     assert "nothing in particular" in str(result.total(floor=1e6))
 
 
-def test_slots_that_are_always_the_same_word_are_exactly_nothing(known, absent, tmp_path):
+def test_constant_slots_have_zero_share(known, absent, tmp_path):
     """A regression does not have to find out what replacements say."""
     (document,) = documents(1, seed=4)
     result = attribute(*known, document, "Shapley, kernel", absent)
@@ -272,7 +272,7 @@ def test_slots_that_are_always_the_same_word_are_exactly_nothing(known, absent, 
 @pytest.mark.parametrize(
     ("method", "n_samples"), [(ShapleyValueSampling, 24), (KernelShap, 24 * 12)]
 )
-def test_errors_are_the_spread_over_seeds(model, tokenizer, method, n_samples):
+def test_errors_equal_the_spread_over_seeds(model, tokenizer, method, n_samples):
     found, told, wholes, of_wholes = [], [], [], []
     for seed in range(6):
         result = explained(
@@ -289,7 +289,7 @@ def test_errors_are_the_spread_over_seeds(model, tokenizer, method, n_samples):
         assert 0.5 < float(stated / spread) < 2.5  # without interactions it is larger
 
 
-def test_the_same_seed_leaves_out_the_same_groups(model, tokenizer, tmp_path):
+def test_equal_seeds_resample_equal_groups(model, tokenizer, tmp_path):
     result = explained(model, tokenizer, ShapleyValueSampling, n_samples=10)
     result.save(tmp_path / "r.safetensors")
     again = GenerationAttributionResult.load(tmp_path / "r.safetensors").total()
@@ -320,7 +320,7 @@ OUTSIDE = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", [*INSIDE, *OUTSIDE])
-def test_results_of_every_method_have_totals_by_every_level(model, tokenizer, name):
+def test_every_method_has_totals_at_every_level(model, tokenizer, name):
     text = "Dave lives in Austin. He has a dog."
     inp = TextSegmentInput(text, tokenizer, ("sentence", "word"), baselines="<unk>")
     method = (INSIDE | OUTSIDE)[name](model)
@@ -349,7 +349,7 @@ def test_results_of_every_method_have_totals_by_every_level(model, tokenizer, na
         assert str(total).count("⇐") == len(sums)
 
 
-def test_totals_can_be_drawn(model, tokenizer):
+def test_total_plots(model, tokenizer):
     result = explained(model, tokenizer, output_unit="word")
     total = result.total()
     for draw in (total.plot, lambda: result.plot_flow(-1, total=True), total.plot_flow):
@@ -364,13 +364,13 @@ def test_totals_can_be_drawn(model, tokenizer):
     assert float(prompt[token].sum() + output[token].sum()) == pytest.approx(1)
 
 
-def test_what_is_no_question_is_refused(model, tokenizer):
+def test_bad_arguments_are_refused(model, tokenizer):
     result = explained(model, tokenizer)
     with pytest.raises(ValueError, match="`floor` is -1"):
         result.total(-1)
     with pytest.raises(ValueError, match="`n_resamples` is 1"):
         result.total(n_resamples=1)
-    with pytest.raises(ValueError, match="there is no token 99"):
+    with pytest.raises(ValueError, match="there is no target token 99"):
         result.route(99)
     words = explained(model, tokenizer, output_unit="word").refit(attr_target="prob")
     with pytest.raises(ValueError, match='refit\\(attr_target="log_prob"\\)'):
@@ -378,7 +378,7 @@ def test_what_is_no_question_is_refused(model, tokenizer):
     assert result.refit(attr_target="prob").total().shares.gt(0).any()
 
 
-def test_notebooks_show_shares_as_a_table(model, tokenizer):
+def test_total_html_repr_is_a_table(model, tokenizer):
     """The names of the largest shares, escaped, in the order of `why`."""
     import html
     import re

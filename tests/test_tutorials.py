@@ -94,14 +94,14 @@ def unprinted_quotes(notebook):
     return found
 
 
-def test_every_tutorial_is_listed_with_its_question():
+def test_readme_lists_every_tutorial():
     listed = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
     assert len(NOTEBOOKS) >= 5
     assert all(f"]({path.name}) | " in listed for path in NOTEBOOKS)
     assert listed.count("? | ") == len(NOTEBOOKS)
 
 
-def test_a_fresh_run_prints_what_is_committed(committed_and_fresh):
+def test_fresh_run_reproduces_committed_outputs(committed_and_fresh):
     committed, fresh = map(code_cells, committed_and_fresh)
     for old, new in zip(committed, fresh, strict=True):
         assert NUMBER.sub("#", printed(new)) == NUMBER.sub("#", printed(old)), old.source
@@ -110,12 +110,12 @@ def test_a_fresh_run_prints_what_is_committed(committed_and_fresh):
 
 
 @each_notebook
-def test_the_text_quotes_numbers_that_are_printed(path):
+def test_quoted_numbers_are_printed(path):
     assert unprinted_quotes(nbformat.read(path, as_version=4)) == []
 
 
 @each_notebook
-def test_it_is_committed_as_run_once_from_the_top(path):
+def test_committed_cells_are_run_in_order(path):
     notebook = nbformat.read(path, as_version=4)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
@@ -126,7 +126,7 @@ def test_it_is_committed_as_run_once_from_the_top(path):
 
 
 @each_notebook
-def test_it_stays_small(path):
+def test_committed_notebook_is_small(path):
     notebook = nbformat.read(path, as_version=4)
     pictures = [
         out.data["image/png"]
@@ -138,7 +138,7 @@ def test_it_stays_small(path):
     assert path.stat().st_size <= 300_000
 
 
-def test_a_number_off_by_more_than_rounding_is_found():
+def test_comparison_detects_changed_numbers():
     assert differences("a -0.00 b 12% 7 runs", "a +0.00 b 13% 7 runs") == []
     assert differences("+1.95 ± 0.02, 12%, 7", "+1.97 ± 0.02, 14%, 8") == [
         ("+1.95", "+1.97"),
@@ -147,7 +147,7 @@ def test_a_number_off_by_more_than_rounding_is_found():
     ]
 
 
-def test_a_quoted_number_that_no_cell_prints_is_found():
+def test_comparison_detects_unprinted_quotes():
     code = nbformat.v4.new_code_cell("print(1)")
     code.outputs = [nbformat.v4.new_output("stream", name="stdout", text="x +4.78 96% 292 runs")]
     text = nbformat.v4.new_markdown_cell("+4.78, 96%, 292 and `1e-4`; but −4.78, 97% and 293")

@@ -52,8 +52,8 @@ def attribute(model, tokenizer, method, *, baselines=filled, unit="word", **opti
         ),
     ],
 )
-def test_a_budget_that_tells_no_errors_is_warned_of(model, tokenizer, method, options, needs):
-    with pytest.warns(UserWarning, match=f"no standard errors come of .* at least {needs}") as told:
+def test_budget_without_errors_warns(model, tokenizer, method, options, needs):
+    with pytest.warns(UserWarning, match=f"gives no standard errors .* at least {needs}") as told:
         result = attribute(model, tokenizer, method, **options)
     assert len(told) == 1
     assert told[0].filename == __file__
@@ -70,11 +70,11 @@ def test_a_budget_that_tells_no_errors_is_warned_of(model, tokenizer, method, op
 
 
 @pytest.mark.parametrize("options", [{"n_samples": 3}, {"n_samples": 2, "num_trials": 2}])
-def test_two_draws_of_orders_are_enough(model, tokenizer, options):
+def test_two_permutation_pairs_give_errors(model, tokenizer, options):
     assert not attribute(model, tokenizer, ShapleyValueSampling, **options).errors_unknown.any()
 
 
-def test_few_coalitions_of_random_baselines_are_sampled_not_enumerated_once(model, tokenizer):
+def test_few_coalitions_with_random_baselines_are_sampled(model, tokenizer):
     """All coalitions, each with a single draw, would tell no errors."""
     spans = [(0, 10), (10, 25), (25, 32), (32, 45)]
     options = {"output_unit": None, "unit": spans, "baselines": drawn, "n_samples": 5}
@@ -83,8 +83,8 @@ def test_few_coalitions_of_random_baselines_are_sampled_not_enumerated_once(mode
     assert not found.errors_unknown.any()
 
 
-@pytest.mark.filterwarnings("ignore:no standard errors come of")
-def test_a_tolerance_without_errors_is_told_before_the_run(tokenizer):
+@pytest.mark.filterwarnings("ignore:.* gives no standard errors")
+def test_tol_without_errors_fails_before_the_run(tokenizer):
     model = tiny.llama(len(tokenizer))
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
     with pytest.raises(ValueError, match="`tol` and `stop` need standard errors"):
@@ -97,7 +97,7 @@ def unknown(model, tokenizer):
         return attribute(model, tokenizer, ShapleyValueSampling, n_samples=2)
 
 
-def test_nothing_is_marked_as_certain_in_words(unknown, tmp_path):
+def test_text_marks_nothing_as_certain(unknown, tmp_path):
     kinds = []
 
     def paint(text, kind):
@@ -119,7 +119,7 @@ def test_nothing_is_marked_as_certain_in_words(unknown, tmp_path):
     assert again.table() == unknown.table()
 
 
-def test_nor_in_pictures(unknown):
+def test_plots_mark_nothing_as_certain(unknown):
     pale = []
     for draw in (
         unknown.plot_text,
@@ -133,7 +133,7 @@ def test_nor_in_pictures(unknown):
     assert max(pale[1]) < 0.5
 
 
-def test_errors_of_some_are_said_to_be_of_some(model, tokenizer):
+def test_partially_known_errors_are_described(model, tokenizer):
     options = {"n_samples": 24, "unit": ("sentence", "word")}
     found = attribute(model, tokenizer, lambda m: PartitionShap(m, scheme="splits"), **options)
     n, n_all = int(found.errors_unknown.sum()), int((found.full_attr != 0).sum())
@@ -143,12 +143,12 @@ def test_errors_of_some_are_said_to_be_of_some(model, tokenizer):
     assert ax.get_title(loc="left").startswith("Estimates in part of unknown error")
 
 
-def test_a_lasso_tells_none(model, tokenizer):
+def test_lasso_has_no_errors(model, tokenizer):
     found = attribute(model, tokenizer, Lime, n_samples=40)
     assert "nothing tells them from noise (a lasso has none; a ridge has)" in found.table()
 
 
-def test_exact_numbers_have_nothing_unknown(model, tokenizer):
+def test_exact_results_have_no_unknown_errors(model, tokenizer):
     found = attribute(model, tokenizer, FeatureAblation)
     assert not found.errors_unknown.any()
     assert "unknown" not in found.table()

@@ -13,7 +13,7 @@ LANGUAGES = ((1, True), (5, True), (7, False))
 
 
 @pytest.mark.parametrize(("seed", "varied"), LANGUAGES)
-def test_draws_come_from_the_slot_that_was_asked_for(seed, varied):
+def test_draws_come_from_the_right_slot(seed, varied):
     language = Invented(seed, varied)
     baselines = CorpusBaselines(texts(language, 500), min_candidates=0)
     share = right_slot(language, baselines, "slot", n=3, draws=2)
@@ -25,7 +25,7 @@ def test_draws_come_from_the_slot_that_was_asked_for(seed, varied):
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("varied", [False, True])
-def test_a_document_says_where_its_slots_are_and_what_decides_them(seed, varied):
+def test_document_holds_slots_and_causes(seed, varied):
     language = Invented(seed, varied)
     rng = random.Random(seed)
     for before in ("slot", "line"):
@@ -40,14 +40,14 @@ def test_a_document_says_where_its_slots_are_and_what_decides_them(seed, varied)
             assert set(document.causes[name]) <= facts.keys()
 
 
-def test_a_language_is_its_seed():
+def test_language_depends_on_its_seed():
     one, two = (Invented(4, varied=True) for _ in range(2))
     other = Invented(5, varied=True)
     assert texts(one, 5) == texts(two, 5) != texts(other, 5)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_no_cause_is_told_by_another_fact(seed):
+def test_causes_are_not_inferable_from_other_facts(seed):
     language = Invented(seed)
     # D differs between the A of one fact, so that the fact does not tell it; C needs both facts.
     a_of = {x: language.allowed("A", {language.causes["A"][0]: x}) for x in _list(language, "A")}

@@ -25,13 +25,13 @@ def _attributions(tokenizer, seed):
     strict=True,
     reason="captum 0.9 on transformers >= 5.3 feeds the whole sequence on top of the filled cache",
 )
-def test_captums_default_is_right(tokenizer):
+def test_captum_default_equals_uncached(tokenizer):
     # When this passes, captum is fixed: drop it, and the sentence about it in the README.
     default, uncached, _ = _attributions(tokenizer, seed=0)
     torch.testing.assert_close(default, uncached, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_ours_is_right_where_captums_default_is_not(tokenizer, seed):
+def test_package_is_right_where_captum_default_is_wrong(tokenizer, seed):
     _, uncached, ours = _attributions(tokenizer, seed)
     torch.testing.assert_close(ours, uncached, atol=1e-4, rtol=1e-4)

@@ -73,7 +73,7 @@ def brute_force(model, prompts, target, max_size, flips):
 
 
 @pytest.mark.parametrize("flips", ["argmax", 2.0])
-def test_what_is_found_is_what_brute_force_finds(model, tokenizer, flips):
+def test_counterfactuals_equal_brute_force(model, tokenizer, flips):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     whole = attribution(model, tokenizer)
     search = whole.counterfactuals(inp, flips=flips, max_size=2, gen_args={"max_new_tokens": 3})
@@ -114,7 +114,7 @@ def test_what_is_found_is_what_brute_force_finds(model, tokenizer, flips):
         assert f"→ ‘{new}’" in str(one)
 
 
-def test_size_one_names_the_causes_of_a_known_language(known):
+def test_single_feature_counterfactuals_find_known_causes(known):
     right = told = true = 0
     for document in documents(2, seed=21):
         inp, _ = as_input(document, known[1], Absence(by_hand("prompt"), by_hand("continuation")))
@@ -144,7 +144,7 @@ def test_size_one_names_the_causes_of_a_known_language(known):
     assert right / true >= 0.95
 
 
-def test_what_was_not_searched_is_told(model, tokenizer):
+def test_unsearched_sets_are_reported(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     whole = attribution(model, tokenizer)
     search = whole.counterfactuals(inp, " won a dog", flips=50.0, max_size=2, budget=20)
@@ -159,7 +159,7 @@ def test_what_was_not_searched_is_told(model, tokenizer):
     assert first.n_evaluations <= early.n_evaluations <= 9
 
 
-def test_a_callable_says_what_counts(model, tokenizer):
+def test_flips_callable_defines_a_counterfactual(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     asked = []
 
@@ -179,7 +179,7 @@ def test_a_callable_says_what_counts(model, tokenizer):
     ("token", "said"),
     [("\n", "‘\\n’"), ("\n\n", "‘\\n\\n’"), (" ", "‘␣’"), (" Palm", "‘Palm’"), ("", "nothing")],
 )
-def test_a_token_of_white_space_is_not_told_as_nothing(token, said):
+def test_white_space_token_is_displayed(token, said):
     found = Counterfactual(
         token=0,
         name=token,
@@ -207,7 +207,7 @@ def test_a_token_of_white_space_is_not_told_as_nothing(token, said):
     assert f"{quoted} (82 %) is likelier than {quoted}" in shown["said"]
 
 
-def test_arguments_without_meaning_are_refused(model, tokenizer):
+def test_invalid_arguments_are_refused(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     whole = attribution(model, tokenizer)
     for arguments, said in (
@@ -225,14 +225,14 @@ def test_arguments_without_meaning_are_refused(model, tokenizer):
 # Total effects
 
 
-def test_places_of_tokens_in_another_answer():
+def test_token_positions_in_another_answer():
     assert places([1, 2, 3], [1, 2, 3]) == [(0, 0), (1, 0), (2, 0)]
     # What is said otherwise is read as the target says it; what comes after, as the answer does.
     assert places([1, 2, 3, 4], [1, 8, 9, 7, 4]) == [(0, 0), (1, 0), (1, 1), (4, 0)]
     assert places([1, 2], [1]) == [(0, 0), (1, 0)]
 
 
-def test_the_total_effect_is_that_of_integrating_out_what_was_written(known):
+def test_total_effect_equals_marginalised_generation(known):
     """D depends on A alone, A on the occupation: exactly, by trying every A."""
     model, tokenizer = known
     document, grammar = documents(2, seed=3)[1], Grammar()
@@ -274,7 +274,7 @@ def test_the_total_effect_is_that_of_integrating_out_what_was_written(known):
     json.dumps(found.to_dict())
 
 
-def test_the_first_token_has_no_other_than_the_direct_effect(model, tokenizer):
+def test_first_token_has_only_a_direct_effect(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     found = attribution(model, tokenizer).total_effect(inp, " won a dog", n_samples=3)
     torch.testing.assert_close(found.values[:, 0], found.direct[:, 0], atol=1e-5, rtol=0)
@@ -283,7 +283,7 @@ def test_the_first_token_has_no_other_than_the_direct_effect(model, tokenizer):
         attribution(model, tokenizer).total_effect(inp, " won", feature=8)
 
 
-def test_other_settings_than_the_models_own_distribution_weight_nothing(model, tokenizer):
+def test_other_sampling_settings_regenerate_without_weights(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     found = attribution(model, tokenizer).total_effect(
         inp, " won a dog", n_samples=2, again={"do_sample": False}
@@ -291,7 +291,7 @@ def test_other_settings_than_the_models_own_distribution_weight_nothing(model, t
     assert found.is_regenerated == [True] * 8
 
 
-def test_errors_of_a_word_know_how_its_tokens_vary_together(known):
+def test_word_errors_account_for_token_covariance(known):
     document = documents(2, seed=3)[1]
     inp, _ = as_input(document, known[1], Absence(by_hand("prompt"), by_hand("continuation")))
     job = next(i for i, s in enumerate(document.segments("prompt")) if s.slot == "occupation")
@@ -319,7 +319,7 @@ def test_errors_of_a_word_know_how_its_tokens_vary_together(known):
     ],
     ids=["greedy", "sampled", "of a few", "beams"],
 )
-def test_answers_to_many_prompts_are_those_to_each_alone(known, monkeypatch, how):
+def test_batched_answers_equal_single_answers(known, monkeypatch, how):
     model, tokenizer = known
     texts = [document.prompt for document in documents(6, seed=8)]
     # Some end by themselves, others do not, and lengths differ.
@@ -345,7 +345,7 @@ def test_answers_to_many_prompts_are_those_to_each_alone(known, monkeypatch, how
     assert (max(calls) > 1) == ("num_beams" not in how)
 
 
-def test_a_generate_of_ones_own_is_asked_row_by_row(model, tokenizer):
+def test_custom_generate_is_called_row_by_row(model, tokenizer):
     class Own(type(model)):
         def generate(self, input_ids, **_):
             assert len(input_ids) == 1
@@ -361,7 +361,7 @@ def test_a_generate_of_ones_own_is_asked_row_by_row(model, tokenizer):
 # Smile
 
 
-def test_with_a_distance_of_0_or_1_it_is_lime_on_the_same_indicator(model, tokenizer):
+def test_smile_with_indicator_distance_equals_lime(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     smile = Smile(model, lambda a, b: float(a != b))
     result = GenerationAttribution(smile, tokenizer).attribute(
@@ -383,7 +383,7 @@ def test_with_a_distance_of_0_or_1_it_is_lime_on_the_same_indicator(model, token
     assert result.output_attr is None
 
 
-def test_an_api_that_tells_only_text_will_do():
+def test_text_only_api():
     def ask(messages, **_):
         return "yes" if "Dave" in messages[-1]["content"] else "no"
 
@@ -396,7 +396,7 @@ def test_an_api_that_tells_only_text_will_do():
     assert float(result.token_attr[0, 0]) == pytest.approx(1, abs=0.05)
 
 
-def test_distances_between_texts_as_the_model_embeds_them(known):
+def test_embedding_distance(known):
     model, tokenizer = known
     generator = torch.Generator().manual_seed(0)
     linear_sum_assignment = pytest.importorskip("scipy.optimize").linear_sum_assignment
@@ -414,7 +414,7 @@ def test_distances_between_texts_as_the_model_embeds_them(known):
         assert between("", "golf") == 1
 
 
-def test_smile_names_what_the_answer_depends_on(known):
+def test_smile_finds_known_causes(known):
     document = documents(1, seed=5)[0]
     facts = [s for s in document.segments() if s.slot]
     inp = TextSegmentInput(
@@ -431,7 +431,7 @@ def test_smile_names_what_the_answer_depends_on(known):
     assert {facts[i].slot for i in strongest} == {"occupation", "city"}
 
 
-def test_smile_refuses_what_it_would_ignore(model, tokenizer):
+def test_smile_refuses_unused_arguments(model, tokenizer):
     inp = TextSegmentInput(TEXT, tokenizer, baselines=OTHERS)
     whole = GenerationAttribution(Smile(model), tokenizer)
     with pytest.raises(ValueError, match="`output_unit` would be ignored"):

@@ -73,7 +73,7 @@ def log_prob(logits, token):
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma 3, sliding window", "mixtral", "mamba"])
-def test_saliency_is_that_of_a_plain_loop(name, norm, tokenizer):
+def test_saliency_equals_a_plain_loop(name, norm, tokenizer):
     model = architectures.build(name)
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     found = attributed(model, tokenizer, LayerSaliency(model, norm=norm), inp=inp)
@@ -89,7 +89,7 @@ def test_saliency_is_that_of_a_plain_loop(name, norm, tokenizer):
     assert found.is_unsigned
 
 
-def test_l2_is_less_than_l1_and_alone_survives_another_basis(tokenizer):
+def test_l2_norm_is_below_l1_and_basis_invariant(tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     size = model.config.hidden_size
     drawn = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_l2_is_less_than_l1_and_alone_survives_another_basis(tokenizer):
     assert not torch.allclose(found["l1", model], found["l1", other], rtol=0.01)
 
 
-def test_both_have_an_attribute_of_their_own(tokenizer):
+def test_methods_have_a_captum_style_attribute(tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     ids = torch.tensor([tokenizer.encode(PROMPT), tokenizer.encode(PROMPT)])
     ids[1] = ids[1].flip(0)
@@ -151,7 +151,7 @@ def test_both_have_an_attribute_of_their_own(tokenizer):
 
 
 @pytest.mark.parametrize("kind", [Saliency, InputXGradient, GradientShap])
-def test_methods_for_numbers_point_to_those_for_layers(kind, tokenizer):
+def test_non_layer_methods_name_their_layer_counterpart(kind, tokenizer):
     with pytest.raises(TypeError, match=r"Layer\w+\(model.*is that of token ids"):
         GenerationGradientAttribution(kind(tiny.llama(len(tokenizer))), tokenizer)
 
@@ -179,13 +179,13 @@ def test_shares_sum_to_the_logit(name, dtype, tokenizer):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_linear_is_refused_by_name(name, tokenizer):
+def test_non_linear_modules_are_refused_by_name(name, tokenizer):
     model = built(name)
     with pytest.raises(ValueError, match=REFUSED[name] + " is not linear"):
         attributed(model, tokenizer, EquivalentLinearSystem(model))
 
 
-def test_a_recurrent_layer_of_another_kind_is_refused_by_name(tokenizer):
+def test_unsupported_recurrent_layers_are_refused_by_name(tokenizer):
     model = tiny.llama(len(tokenizer))
 
     class Remembering(nn.Module):
@@ -201,7 +201,7 @@ def test_a_recurrent_layer_of_another_kind_is_refused_by_name(tokenizer):
         attributed(model, tokenizer, EquivalentLinearSystem(model))
 
 
-def test_functions_of_linear_attention_are_put_back_and_are_plain_for_others(tokenizer):
+def test_linear_attention_functions_are_restored_and_thread_local(tokenizer):
     from transformers.models.mamba import modeling_mamba
 
     plain, seen = modeling_mamba.mamba_selective_scan, []
@@ -247,7 +247,7 @@ def held(model):
     return model
 
 
-def test_shares_are_those_of_a_llama_that_is_held_by_hand(tokenizer):
+def test_shares_equal_a_hand_written_llama(tokenizer):
     model = tiny.llama(len(tokenizer)).double()
     found = attributed(model, tokenizer, EquivalentLinearSystem(model))
     other = held(tiny.llama(len(tokenizer)).double())
@@ -268,7 +268,7 @@ def test_shares_are_those_of_a_llama_that_is_held_by_hand(tokenizer):
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
-def test_norms_are_those_of_the_slopes_of_a_llama_that_is_held_by_hand(tokenizer, norm):
+def test_gradient_norms_equal_a_hand_written_llama(tokenizer, norm):
     model = tiny.llama(len(tokenizer)).double()
     method = EquivalentLinearSystem(model, norm=norm)
     found = attributed(model, tokenizer, method)
@@ -308,21 +308,21 @@ def test_norms_are_those_of_the_slopes_of_a_llama_that_is_held_by_hand(tokenizer
         EquivalentLinearSystem(model, norm="max")
 
 
-def test_norms_are_refused_where_the_sum_would_not_be_exact(tokenizer):
+def test_norms_are_refused_without_exact_sum(tokenizer):
     (name,) = REFUSED
     model = built(name)
     with pytest.raises(ValueError, match=REFUSED[name]):
         attributed(model, tokenizer, EquivalentLinearSystem(model, norm="l2"))
 
 
-def test_wrappers_such_as_quantised_weights_have_no_memory_of_their_own():
+def test_wrapper_tensors_have_no_storage():
     two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
     plain = torch.ones(3)
     assert storage_of(plain) == (plain.untyped_storage().data_ptr(), 12)
     assert storage_of(two(plain, plain.clone()))[0] == 0
 
 
-def test_words_that_have_begun_are_fixed_text_while_they_last(tokenizer):
+def test_begun_output_words_are_fixed_text(tokenizer):
     model = tiny.llama(len(tokenizer))
     inp = TextSegmentInput(PROMPT, tokenizer, "word", baselines="delete")
     found = attributed(model, tokenizer, EquivalentLinearSystem(model), inp=inp, output_unit="word")
@@ -337,7 +337,7 @@ def test_words_that_have_begun_are_fixed_text_while_they_last(tokenizer):
     assert found.efficiency_gap.abs().max() < 1e-4
 
 
-def test_differences_of_logits_are_exact_and_log_probabilities_say_that_they_are_not(tokenizer):
+def test_logit_differences_are_exact_and_log_probabilities_are_not(tokenizer):
     model = tiny.llama(len(tokenizer))
 
     def against(logits, target):
@@ -351,7 +351,7 @@ def test_differences_of_logits_are_exact_and_log_probabilities_say_that_they_are
     assert (other.full_values < 0).all()
 
 
-def test_a_decoder_layer_is_a_place_as_good(tokenizer):
+def test_decoder_layers_as_attribution_layer(tokenizer):
     model = tiny.llama(len(tokenizer))
     method = EquivalentLinearSystem(model, model.model.layers[0])
     found = attributed(model, tokenizer, method)
@@ -359,14 +359,14 @@ def test_a_decoder_layer_is_a_place_as_good(tokenizer):
     assert found.provenance["layer"] == ["model.layers.0"]
 
 
-def test_half_precision_says_by_how_much_it_misses(tokenizer):
+def test_half_precision_reports_its_reconstruction_error(tokenizer):
     model = tiny.llama(len(tokenizer)).bfloat16()
     with pytest.warns(UserWarning, match="in this precision"):
         found = attributed(model, tokenizer, EquivalentLinearSystem(model))
     assert 1e-3 < found.provenance["reconstruction_error"] < 0.06
 
 
-def test_weights_that_are_trained_or_frozen_eager_or_sdpa_make_no_difference(tokenizer):
+def test_trainable_frozen_eager_and_sdpa_agree(tokenizer):
     expected = attributed(
         model := tiny.llama(len(tokenizer)), tokenizer, EquivalentLinearSystem(model)
     )
@@ -393,7 +393,7 @@ def test_offloaded_and_adapted_models(tokenizer):
     assert torch.allclose(found.full_attr, expected.full_attr, atol=1e-5)
 
 
-def test_results_of_both_are_saved_shown_and_read_by_levels(tokenizer, tmp_path):
+def test_results_support_saving_display_and_levels(tokenizer, tmp_path):
     model = tiny.llama(len(tokenizer))
     tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
     messages = [{"role": "user", "content": "Dave lives in Palm Coast. He plays golf."}]
@@ -410,7 +410,7 @@ def test_results_of_both_are_saved_shown_and_read_by_levels(tokenizer, tmp_path)
         assert "golf" in found.to_html()
 
 
-def test_sizes_are_drawn_without_a_sign_and_in_one_hue(tokenizer):
+def test_magnitudes_are_plotted_in_one_hue(tokenizer):
     model = tiny.llama(len(tokenizer))
     saliency = attributed(model, tokenizer, LayerSaliency(model), target=" golf is")
     shares = attributed(model, tokenizer, EquivalentLinearSystem(model), target=" golf is")
@@ -427,7 +427,7 @@ def test_sizes_are_drawn_without_a_sign_and_in_one_hue(tokenizer):
         assert len(hues) == 1 or lowest is None
 
 
-def test_nothing_is_left_on_the_model_and_other_threads_gradients_are_theirs(tokenizer):
+def test_model_is_restored_and_other_threads_unaffected(tokenizer):
     model = tiny.llama(len(tokenizer))
     ids = torch.tensor([tokenizer.encode(PROMPT)])
     names = {n: dict(vars(m)) for n, m in model.named_modules()}

@@ -56,9 +56,7 @@ def assert_same(found, expected):
 
 @every_method
 @pytest.mark.parametrize("where", ["disk", "mixed"])
-def test_weights_that_are_elsewhere_until_they_are_needed(
-    where, name, tokenizer, tmp_path, expected
-):
+def test_offloaded_weights(where, name, tokenizer, tmp_path, expected):
     model = tiny.llama(len(tokenizer))
     if where == "disk":
         model = disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
@@ -71,7 +69,7 @@ def test_weights_that_are_elsewhere_until_they_are_needed(
 
 
 @every_method
-def test_a_model_in_training_is_explained_as_it_answers(name, tokenizer):
+def test_training_mode_model_is_explained_in_eval_mode(name, tokenizer):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -89,7 +87,7 @@ def test_a_model_in_training_is_explained_as_it_answers(name, tokenizer):
 
 
 @every_method
-def test_an_embedding_that_is_the_head_too(name, tokenizer):
+def test_tied_embedding_and_head(name, tokenizer):
     tied = tiny.llama(len(tokenizer), tie_word_embeddings=True)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     apart = tiny.llama(len(tokenizer))
@@ -97,7 +95,7 @@ def test_an_embedding_that_is_the_head_too(name, tokenizer):
     assert_same(attributed(name, tied, tokenizer), attributed(name, apart, tokenizer))
 
 
-def test_an_embedding_that_is_scaled_is_worth_the_same_at_either_end_of_the_scale(tokenizer):
+def test_scaled_embedding_gives_equal_shares(tokenizer):
     """Gemma's `√d` is within its embedding; as a layer of its own it changes no share."""
 
     class Scaled(nn.Module):
@@ -139,7 +137,7 @@ class Adapted(nn.Module):
 
 
 @every_method
-def test_adapters_are_what_they_are_merged_into(name, tokenizer):
+def test_adapters_equal_merged_weights(name, tokenizer):
     adapted, merged = tiny.llama(len(tokenizer)), tiny.llama(len(tokenizer))
     for layer, other in zip(adapted.model.layers, merged.model.layers, strict=True):
         for part, other_part in ((layer.self_attn, other.self_attn), (layer.mlp, other.mlp)):
@@ -152,7 +150,7 @@ def test_adapters_are_what_they_are_merged_into(name, tokenizer):
 
 
 @every_method
-def test_adapters_of_peft(name, tokenizer):
+def test_peft_adapters(name, tokenizer):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny.llama(len(tokenizer))
     config = peft.LoraConfig(
@@ -184,13 +182,13 @@ def quantised_but(kept, tokenizer):
     [EquivalentLinearSystem, LayerSaliency, lambda model: LayerIntegratedGradients(model, None)],
 )
 @pytest.mark.filterwarnings("ignore:quantized..linear_dynamic")  # of torch, once
-def test_weights_that_no_gradient_goes_through_are_refused(kind, kept, tokenizer):
+def test_weights_without_gradient_are_refused(kind, kept, tokenizer):
     model = quantised_but(kept, tokenizer)
     with pytest.raises(ValueError, match=r"quantised|is not linear in its input"):
         attributed("", model, tokenizer, kind(model))
 
 
-def test_attention_of_quantised_weights_can_be_looked_at_but_has_no_parts(quantised, tokenizer):
+def test_quantised_attention_has_weights_but_no_contributions(quantised, tokenizer):
     ids = torch.tensor(tokenizer.encode(PROMPT))
     found = AttentionWeights(quantised).map(ids)
     plain = AttentionWeights(tiny.llama(len(tokenizer))).map(ids)
@@ -202,7 +200,7 @@ def test_attention_of_quantised_weights_can_be_looked_at_but_has_no_parts(quanti
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["weights", "values", "alti"])
-def test_attention_of_half_precision_is_read(kind, dtype, tokenizer):
+def test_half_precision_attention(kind, dtype, tokenizer):
     ids = torch.tensor(tokenizer.encode(PROMPT + TARGET))
     found = AttentionRollout(tiny.llama(len(tokenizer)).to(dtype), kind).map(ids)
     plain = AttentionRollout(tiny.llama(len(tokenizer)), kind).map(ids)
@@ -214,20 +212,20 @@ def test_attention_of_half_precision_is_read(kind, dtype, tokenizer):
     ("layer", "error"),
     [
         ("model.layers", "does not run"),
-        ("model", "BaseModelOutputWithPast: attribution wants one tensor"),
-        ("model.rotary_emb", "attribution wants one tensor"),
+        ("model", "BaseModelOutputWithPast: attribution needs one tensor"),
+        ("model.rotary_emb", "attribution needs one tensor"),
     ],
 )
-def test_what_is_no_layer_of_places_is_refused(layer, error, tokenizer):
+def test_layers_without_positions_are_refused(layer, error, tokenizer):
     for kind in (EquivalentLinearSystem, LayerSaliency):
         model = tiny.llama(len(tokenizer))
         with pytest.raises(ValueError, match=error):
             attributed("", model, tokenizer, kind(model, model.get_submodule(layer)))
-        with pytest.raises(ValueError, match="no module of the model"):
+        with pytest.raises(ValueError, match="not a module of the model"):
             attributed("", model, tokenizer, kind(model, nn.Linear(2, 2)))
 
 
-def test_a_layer_that_makes_attention_weights_alone_has_no_share(tokenizer):
+def test_layer_of_attention_weights_has_no_share(tokenizer):
     model = tiny.llama(len(tokenizer))
     method = EquivalentLinearSystem(model, model.model.layers[1].self_attn.q_proj)
     with pytest.raises(ValueError, match="what a linear system holds alone"):
@@ -235,7 +233,7 @@ def test_a_layer_that_makes_attention_weights_alone_has_no_share(tokenizer):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mamba"])
-def test_threads_find_what_one_finds(architecture, tokenizer):
+def test_threads_equal_a_single_thread(architecture, tokenizer):
     """On one model, and on models that share functions of transformers."""
     one, other = architectures.build(architecture), architectures.build(architecture)
     expected = attributed("linear system", one, tokenizer)
@@ -293,7 +291,7 @@ def with_kernels(model, names, *, has_way_back):
 
 
 @pytest.mark.parametrize("part", ["self_attn.o_proj", "self_attn.q_proj", "mlp.down_proj"])
-def test_a_product_with_a_way_back_of_its_own_is_no_activation(part, tokenizer, expected):
+def test_custom_backward_matmul_is_not_an_activation(part, tokenizer, expected):
     """Whether or not it is square: an activation mixes nothing of a place."""
     names = [f"model.layers.{layer}.{part}" for layer in (0, 1)]
     model = with_kernels(tiny.llama(len(tokenizer)), names, has_way_back=True)
@@ -302,7 +300,7 @@ def test_a_product_with_a_way_back_of_its_own_is_no_activation(part, tokenizer, 
 
 @pytest.mark.parametrize("name", ["linear system", "saliency"])
 @pytest.mark.parametrize("part", ["self_attn.o_proj", "self_attn.v_proj", "mlp.down_proj", "mlp"])
-def test_what_has_no_way_back_is_no_constant(part, name, tokenizer):
+def test_modules_without_backward_are_refused(part, name, tokenizer):
     """The sum of shares would be exact all the same, with most of it booked as a constant."""
     model = tiny.llama(len(tokenizer))
     if part == "mlp":

@@ -1,4 +1,4 @@
-"""The ground truth: a language in which the causes of every word are known, and a model of it.
+"""A language in which the causes of every word are known, and a model trained on it.
 
 `Grammar` draws documents that say what their generated words depend on; `load` gives the small
 Llama that was trained on such documents and ships with the package. `train` makes it anew.

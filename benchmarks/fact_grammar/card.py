@@ -1,4 +1,4 @@
-"""How well a model has learnt the grammar and which words move which: measured, written down."""
+"""Writes the model card: how well the model learnt the grammar, and which words affect which."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 128
 
 
 class Score(NamedTuple):
-    """How a model took the words in a slot.
+    """Probabilities that a model assigns to the words in a slot.
 
     Attributes:
         log_prob: Log-probability of all their tokens, given everything before them, in nats.
@@ -45,7 +45,7 @@ def slot_scores(
 def interventions(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]
 ) -> dict[tuple[str, str], float]:
-    """What putting other words into one slot does to the words in a later one.
+    """Effects of replacing one slot on the words in a later one.
 
     Args:
         model: The model.
@@ -77,7 +77,7 @@ def interventions(
 def continuation(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, limit: int = 64
 ) -> str:
-    """What the model writes after a prompt, greedily; `</s>` shows where it stopped by itself."""
+    """The model's greedy continuation of a prompt; `</s>` shows where it ended."""
     inputs = tokenizer(prompt, return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     return tokenizer.decode(written[0, inputs["input_ids"].shape[1] :])
@@ -86,7 +86,7 @@ def continuation(
 def loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Document]
 ) -> tuple[float, float]:
-    """Cross-entropy per token, end of text included, and the least that any model can reach.
+    """Cross-entropy per token including the end of text, and the entropy of the grammar.
 
     Returns:
         Both in nats per token. The minimum is the documents' information over their tokens.
@@ -194,7 +194,7 @@ def _greedy_is_right(
 
 
 def _log_prob_of_a(stray: float) -> float:
-    """Log-probability of an allowed A when a share of all documents takes any A at all."""
+    """Log-probability of an allowed A if a share of the documents takes any A."""
     allowed = len(next(iter(BIOGRAPHIES.occupations.values())))
     return math.log((1 - stray) / allowed + stray / len(BIOGRAPHIES.interests))
 

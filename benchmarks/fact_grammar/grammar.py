@@ -43,7 +43,7 @@ _CAUSES = {
 
 @dataclass(frozen=True)
 class Slot:
-    """A fact where it stands in a document.
+    """A fact at its position in a document.
 
     Attributes:
         name: Which fact: ``"city"``, ``"A"``...
@@ -62,7 +62,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a document: a slot, or a word of it, or a word outside of any.
+    """A span of a document: a slot, a word of one, or a connecting word.
 
     Attributes:
         start: Its first character in the document's text: the leading space, if it has one.
@@ -80,7 +80,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Document:
-    """A biography, cut into what a model is given and what it has to write.
+    """A biography, split into the prompt and the continuation.
 
     Attributes:
         text: All of it, without special tokens.
@@ -100,12 +100,12 @@ class Document:
 
     @property
     def prompt(self) -> str:
-        """What the model is given."""
+        """The text given to the model."""
         return self.text[: self.cut]
 
     @property
     def continuation(self) -> str:
-        """What it has to write, up to the end of the biography."""
+        """The text to be generated, up to the end of the biography."""
         return self.text[self.cut :]
 
     def slot(self, name: str) -> Slot:
@@ -135,7 +135,7 @@ class Document:
         return [self._segment(list(group), owner) for owner, group in groups]
 
     def edited(self, name: str, text: str) -> Document:
-        """The same document with other words in one slot and everything else left as it is.
+        """The same document with another value in one slot.
 
         What depends on the slot is not adjusted: the result need not be of the language.
         """
@@ -174,14 +174,15 @@ class Document:
 
 
 def _part(text: str, first: int, n: int, n_all: int) -> str:
-    """What a text has in place of `n` words, from the `first` on, of one with `n_all`."""
+    """The words of a replacement that correspond to `n` words from `first` of an original of
+    `n_all`."""
     words = text.split()
     start = first * len(words) // n_all
     return " ".join(words[start : max(-(-(first + n) * len(words) // n_all), start + 1)])
 
 
 class _Draws:
-    """A random source that keeps count of how surprising its draws were, in nats."""
+    """A random source that sums the information of its draws, in nats."""
 
     def __init__(self, rng: random.Random):
         self.rng = rng
@@ -272,7 +273,7 @@ class Grammar:
         return self._document(template, facts, before, draws.nats)
 
     def allowed(self, name: str, facts: Mapping[str, str]) -> tuple[str, ...]:
-        """What the grammar lets stand in a generated slot, all equally likely.
+        """The words that the grammar allows in a generated slot, all equally likely.
 
         Args:
             name: ``"pronoun"``, ``"A"``, ``"B"``, ``"C"`` or ``"D"``.
@@ -297,7 +298,7 @@ class Grammar:
         return (table[facts[_CAUSES[name][0]]],)
 
     def permits(self, document: Document, continuation: str) -> bool:
-        """Whether the grammar could have continued the document's prompt like this, to the end."""
+        """Whether the grammar can continue the document's prompt by this text to the end."""
         given = {slot.name: slot.text for slot in document.slots if slot.start < document.cut}
         for template in itertools.product(*self._generated):
             match = re.search(self._pattern(template), document.prompt + continuation)

@@ -1,4 +1,4 @@
-"""Languages with known causes by the dozen: each seed makes one with words and forms of its own.
+"""Generated languages with known causes: each seed makes one with its own words and forms.
 
 Some are real (orders, recipes, weather, matches, case notes, flats), some are made of syllables;
 some are prose, some forms, lists, questions or solved examples. In all of them
@@ -122,7 +122,7 @@ _CAUSING = ("lower", "capital", "phrase", "title", "mixed", "code")
 
 @dataclass(frozen=True)
 class Line:
-    """What a sentence or an entry of a form says, in one or several wordings with ``{slots}``."""
+    """A sentence or form entry, in one or several wordings with ``{slots}``."""
 
     wordings: tuple[str, ...]
     generated: bool = False
@@ -230,7 +230,7 @@ class Invented:
         )
 
     def allowed(self, name: str, facts: Mapping[str, str]) -> tuple[str, ...]:
-        """What may stand in a generated slot; anything if a fact that decides it is missing."""
+        """The values allowed in a generated slot; any if a fact that determines it is missing."""
         if any(cause not in facts for cause in self.causes[name]):
             return self.alternatives[name]
         return self._table[name](*(facts[cause] for cause in self.causes[name]))
@@ -260,7 +260,7 @@ class Invented:
         return information + (math.lgamma(len(told) + 1) if self._shuffled else 0.0)
 
     def _lay_out(self, layout: str, rng: random.Random, word: Callable[[], str]) -> None:
-        """Gives the lines the form of the layout."""
+        """Arranges the lines in the layout's form."""
         self._joiner = " " if layout == "prose" else "\n"
         self._shuffled = self.varied and layout != "examples"
         facts = [n for line in self.lines if not line.generated for n in line.names]
@@ -363,7 +363,7 @@ class Invented:
             self.alternatives[name] = tuple(b)
 
     def _confuse(self, rng: random.Random) -> None:
-        """Makes a connecting word one of the fillers of a slot that decides nothing."""
+        """Makes a connecting word equal to a filler of an irrelevant slot."""
         decisive = {cause for causes in self.causes.values() for cause in causes}
         used = [self.alternatives[name] for name in decisive]
         free = [n for n in self.facts if self.alternatives[n] not in used]
@@ -428,7 +428,8 @@ def names_in(template: str) -> list[str]:
 
 
 def _told(text: str) -> tuple[list[Line], dict[str, str]]:
-    """The lines of a domain and the kind of every slot; ``=other`` for the fillers of another."""
+    """The lines of a domain and the kind of every slot; ``=other`` uses the fillers of another
+    one."""
     kinds = dict(re.findall(r"\{(\w+)[:](\w+)\}", text))
     kinds |= {name: f"={other}" for name, other in re.findall(r"\{(\w+)=(\w+)\}", text)}
     lines: list[Line] = []
@@ -440,7 +441,7 @@ def _told(text: str) -> tuple[list[Line], dict[str, str]]:
 
 
 def _syllabic(rng: random.Random, word: Callable[[], str]) -> tuple[list[Line], dict[str, str]]:
-    """Lines of invented words, with slots in invented places."""
+    """Lines of invented words with slots at random positions."""
     kinds: dict[str, str] = {}
     lines: list[Line] = []
     opening = word().capitalize()
@@ -578,7 +579,7 @@ def _filler(kind: str, style: int, rng: random.Random, word: Callable[[], str]) 
 
 
 def _words(rng: random.Random, *, real: bool) -> Callable[[], str]:
-    """A source of lower-case words that never gives one twice."""
+    """A source of distinct lower-case words."""
     used: set[str] = set()
     syllables = [
         a + b

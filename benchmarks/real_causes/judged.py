@@ -1,4 +1,4 @@
-"""What a model makes of a prompt, and whether an attribution names the cause."""
+"""Answers of a model to a prompt, and whether an attribution names the cause."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _LONGEST_ANSWER = 6  # tokens in which the answer has to be written
 
 
 def answer_of(model: Any, tokenizer: Any, prompt: Prompt) -> list[int] | None:
-    """The token ids of the answer, up to its last letter; None if it is not the right one.
+    """The token ids of the answer, up to its last letter; None if it is wrong.
 
     The greedy answer has to be right, and to be the other one where the cause is replaced by
     another word of its kind: by the first one or, if that is not answered right, by the next.
@@ -30,7 +30,7 @@ def answer_of(model: Any, tokenizer: Any, prompt: Prompt) -> list[int] | None:
 
 
 def _written(model: Any, tokenizer: Any, text: str, wanted: str) -> list[int] | None:
-    """The first tokens that the model writes, if they spell what is wanted."""
+    """The first generated tokens, if they spell the expected text."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
     written = model.generate(
         ids,
@@ -47,7 +47,7 @@ def _written(model: Any, tokenizer: Any, text: str, wanted: str) -> list[int] | 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an attribution says is the strongest feature.
+    """The strongest feature of an attribution, compared with the cause.
 
     Attributes:
         strongest: Its text.
@@ -67,7 +67,7 @@ def judge(
     *,
     content_only: bool = False,
 ) -> Judgement:
-    """Holds the word of the largest attribution against the cause.
+    """Compares the word with the largest attribution with the cause.
 
     Args:
         prompt: The prompt.
@@ -85,7 +85,7 @@ def judge(
 
 
 def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Where the true share most likely lies (Wilson 1927): with 95 % by default."""
+    """Confidence interval of a share (Wilson 1927), 95 % by default."""
     if n == 0:
         return 0.0, 1.0
     share, spread = n_right / n, z * z / n
@@ -95,7 +95,7 @@ def wilson(n_right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def paired(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """How likely two equally good ways differ as often as these on the same cases.
+    """Probability of so large a difference on the same cases between equally good alternatives.
 
     The exact test of McNemar (1947), two-sided.
     """

@@ -1,4 +1,4 @@
-"""What may stand for a word, by hand, and texts of the same kind as the prompts, made of it."""
+"""Replacements of words, made by hand, and texts of the same kind as the prompts."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ _SLOT = re.compile(r"\{([\w -]+)(?::(\w))?\}")
 
 
 def digest_of(*names: str) -> str:
-    """Of files that words and texts come from."""
+    """Digest of the files of words and texts."""
     data = b"".join(_FOLDER.joinpath(name).read_bytes() for name in names)
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -41,13 +41,13 @@ def _parts(word: str) -> tuple[str, str, str]:
 
 
 def is_function_word(word: str) -> bool:
-    """Whether a word is none of content; marks alone are not, either."""
+    """Whether a word is a function word; punctuation alone is not."""
     core = bare(word)
     return not core or core in _FUNCTION_WORDS or core.lower() in _FUNCTION_WORDS
 
 
 def alternatives(word: str) -> list[str]:
-    """Other words of its kind, written as it is; none for marks.
+    """Other words of the same kind, in the same form; none for punctuation.
 
     Raises:
         KeyError: If no list has it.
@@ -65,7 +65,7 @@ def alternatives(word: str) -> list[str]:
 
 
 def by_hand(inp: TextSegmentInput) -> list[list[str]]:
-    """Per word what else may stand there, its punctuation kept; marks stay."""
+    """Replacements of each word, with its punctuation; punctuation alone stays."""
     found: list[list[str]] = []
     for slot in inp.slots:
         head, _, tail = _parts(slot.text)

@@ -1,4 +1,4 @@
-"""One attribution of one prompt, with what it cost; kept on disk, so that a run goes on."""
+"""One attribution of one prompt with its cost, cached on disk so that runs resume."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ METHODS = ("leave-one-out", "Shapley, kernel", "integrated gradients")
 
 
 def makes_sense(method: str, absence: str) -> bool:
-    """Gradients know tokens and texts; of others it would be said of a path what is of a text."""
+    """Whether a combination can be measured: gradients take tokens and texts only."""
     if method in INSIDE or absence == NOTHING:
         return method in INSIDE and absence == NOTHING
     known = ("end of text", "lists by hand", "`ModelBaselines`")
@@ -74,7 +74,7 @@ def makes_sense(method: str, absence: str) -> bool:
 
 @dataclass
 class Cost:
-    """Passes of the model and seconds of the processor.
+    """Model passes and processor seconds.
 
     Attributes:
         positions: Tokens that the model read.
@@ -93,7 +93,7 @@ class Cost:
 
 
 class _Asked:
-    """A language model as a baseline asks it, on somebody's account."""
+    """A language model for baselines that counts its calls."""
 
     def __init__(self, model: Any, cost: Cost) -> None:
         self._model, self._cost = model, cost
@@ -113,7 +113,7 @@ class _Asked:
 
 
 class _Counted(ModelBaselines):
-    """Its questions are counted; what the run used is in `bound`."""
+    """Counts the calls; `bound` is the model of the run."""
 
     cost: Cost
     bound: ModelBaselines
@@ -131,7 +131,7 @@ class _Counted(ModelBaselines):
 
 
 def _told(baselines: Any, inp: TextSegmentInput) -> list[str]:
-    """Per word what may stand there, where that was looked for."""
+    """Per word its replacements, if these were determined."""
     if not isinstance(baselines, CorpusBaselines | ModelBaselines):
         return []
     return [str(match) for match in baselines.matches(inp)]
@@ -139,7 +139,7 @@ def _told(baselines: Any, inp: TextSegmentInput) -> list[str]:
 
 @dataclass
 class Measured:
-    """What a model makes of the prompts.
+    """Results of a model on the prompts.
 
     Args:
         name: One of `checkpoints.PACKAGES`, or a folder or name of transformers.
@@ -244,7 +244,7 @@ class Measured:
             return {first: result} | {t: result.refit(attr_target=t) for t in others}
 
     def _inside(self, inp: TextSegmentInput, answer: Any, method: str, target: str) -> Any:
-        """By one value, of which attention knows nothing."""
+        """Attributions by a white-box method for one value; attention has none."""
         kind = INSIDE[method](self.model)
         if isinstance(kind, AttentionRollout | AttentionWeights):
             attribution: Any = GenerationAttentionAttribution(kind, self.tokenizer)
@@ -254,7 +254,7 @@ class Measured:
         return attribution.attribute(inp, answer, output_unit=None)
 
     def _baselines(self, absence: str, inp: TextSegmentInput, cost: Cost) -> Any:
-        """What stands for absent words of a prompt; looking for it is on the account."""
+        """Replacements of absent words of a prompt; finding them counts as cost."""
         if absence in ("deletion", NOTHING):
             return Deletion()
         if absence == "end of text":
@@ -280,7 +280,7 @@ class Measured:
         return {name: CorpusBaselines(own, min_candidates=0) for name, own in texts.items()}
 
     def _kept(self, key: dict[str, Any], run: Callable[[], Any], *, again: bool = False) -> Any:
-        """What was found before, if anything was."""
+        """The cached result, if there is one."""
         given = json.dumps(key | {"model": self._weights, "dtype": self.dtype}, sort_keys=True)
         digest = hashlib.sha256(given.encode()).hexdigest()[:24]
         path = self.cache / f"{digest}.json"
@@ -293,6 +293,6 @@ class Measured:
 
     @cached_property
     def _weights(self) -> list[Any]:
-        """Tells models apart that have one name."""
+        """A digest that distinguishes models of one name."""
         files = Path(checkpoints.folder(self.name)).glob("*.safetensors")
         return [Path(self.name).name, *sorted(file.stat().st_size for file in files)]

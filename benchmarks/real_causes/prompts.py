@@ -1,4 +1,4 @@
-"""Natural prompts whose cause is known: one word decides what is written next."""
+"""Natural prompts whose cause is known: one word determines the next."""
 
 import json
 from collections import Counter
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that is continued by an answer which one of its words decides.
+    """A prompt whose answer one of its words determines.
 
     Attributes:
         kind: What has to be read: ``"binding"``, ``"retrieval"``…
@@ -36,13 +36,13 @@ class Prompt:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Where the cause stands in `text`."""
+        """The position of the cause in `text`."""
         start = self.template.index("{}")
         return start, start + len(self.cause)
 
 
 def _read(record: dict[str, Any]) -> Prompt:
-    """A line of the file; without `answer`, the cause itself is copied, and so are others."""
+    """A line of the file; without `answer`, the answer is a copy of the cause."""
     others = record["others"]
     return Prompt(
         record["kind"],
@@ -55,7 +55,7 @@ def _read(record: dict[str, Any]) -> Prompt:
 
 
 def _taking_turns(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """One of each kind, then the next: the first n are of all kinds."""
+    """Prompts in rotation over kinds, so that the first n are of all kinds."""
     seen: Counter[str] = Counter()
     turns: list[tuple[int, Prompt]] = []
     for prompt in prompts:

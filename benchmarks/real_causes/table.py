@@ -13,7 +13,7 @@ Found = dict[str, list[tuple[Prompt, dict[str, Any]]]]
 
 
 def row(found: Found, target: str) -> dict[str, Any]:
-    """What one way of attributing makes of all prompts.
+    """Statistics of one method over all prompts.
 
     Args:
         found: Per half the prompts and what was measured of each.
@@ -46,7 +46,7 @@ def row(found: Found, target: str) -> dict[str, Any]:
 
 
 def pairs(rows: Sequence[dict[str, Any]], beside: str = BESIDE) -> list[dict[str, Any]]:
-    """Each absence beside one of them, by the same method and value on the same prompts."""
+    """Each kind of absence compared with one of them, for the same method, value and prompts."""
     causes = {
         (r["absence"], r["method"], r["attr_target"]): [
             letter == "C" for letters in r["verdicts"].values() for letter in letters

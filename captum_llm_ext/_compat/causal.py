@@ -21,7 +21,7 @@ def check_causal(model: Any) -> None:
         inner = getattr(model, "model", None)
         advice = f"give its `.model`, a {type(inner).__name__}."
         raise TypeError(
-            f"the attribution method was made over a {name}, which is no `torch.nn.Module`: "
+            f"the attribution method was made over a {name}, which is not a `torch.nn.Module`: "
             f"{advice if isinstance(inner, nn.Module) else ADVICE}"
         )
     if name in ("DistributedDataParallel", "FullyShardedDataParallel"):

@@ -420,7 +420,7 @@ def _read_records(
             try:
                 yield json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
             except ValueError as error:
-                yield ValueError(f"line {line} is no JSON ({error}).")
+                yield ValueError(f"line {line} is not JSON ({error}).")
 
 
 def _n_records(records: Iterable[Record] | str | os.PathLike[str]) -> int | None:

@@ -201,9 +201,11 @@ class ModelAccess:
     def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
         """Lets replacements be drawn conditionally on the kinds of words in the answer."""
         # Searching candidates can take as long as leave-one-out, so its progress is shown.
-        asked = run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
-        asked.expect(run.full.ids)
-        run.context.condition_on_answer(AnswerKinds(context, asked), context.target_text)
+        answer_scorer = (
+            run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
+        )
+        answer_scorer.expect(run.full.ids)
+        run.context.condition_on_answer(AnswerKinds(context, answer_scorer), context.target_text)
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
         """The model as baselines use it."""

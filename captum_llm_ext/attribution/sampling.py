@@ -85,7 +85,7 @@ def anchors_of(game: Game) -> Plan:
 def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     """Plans, scores and solves, in rounds until the stopping rule is met."""
     rule, generator, scorer = effort.stop, game.run.generator, game.run.scorer
-    if rule is not None and not method.tells_error:
+    if rule is not None and not method.gives_errors:
         raise ValueError(NO_ERROR)
     first = [method.plan(generator) for _ in range(effort.num_trials)]
     plan = join_plans([anchors_of(game), *first])

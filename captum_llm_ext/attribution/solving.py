@@ -104,17 +104,17 @@ def _solve_foreign(
     anchors = plan_anchors(game.n_features)
     ends, n_target = game.values(anchors), len(game.scope.n_visible)
     # Its fit to a sum need not be the sum of its fits to the parts.
-    asks_whole = fits_one_number(method) and n_target > 1 and not game.generated.n_causes
+    solves_sum = fits_one_number(method) and n_target > 1 and not game.generated.n_causes
 
     def values(plan: Plan) -> Tensor:
         own = game.values(plan)
-        return torch.cat([own, own.sum(1, keepdim=True)], 1) if asks_whole else own
+        return torch.cat([own, own.sum(1, keepdim=True)], 1) if solves_sum else own
 
     found = attribute_foreign(
         method,
         values,
         game.n_features,
-        n_target=n_target + asks_whole,
+        n_target=n_target + solves_sum,
         num_trials=effort.num_trials,
         seed=game.run.seed,
         arguments=arguments,
@@ -134,5 +134,5 @@ def _solve_foreign(
         torch.cat([ends, found.values[:, :n_target]]),
         solution,
         estimate=True,
-        whole=found.attributions[n_target] if asks_whole else None,
+        whole=found.attributions[n_target] if solves_sum else None,
     )

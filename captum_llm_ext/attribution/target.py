@@ -181,8 +181,8 @@ def plain_target(target: object) -> str | list[int]:
     for wrong in (entry for entry in row if type(entry) is not int):
         kind = f" of type {held.dtype}" if hasattr(held, "dtype") else ""
         raise TypeError(
-            f"`target`{kind} holds {wrong!r}, a {type(wrong).__name__}, which is no token id: give "
-            "integers of shape (n_target,), or a text."
+            f"`target`{kind} holds {wrong!r}, a {type(wrong).__name__}, which is not a token id: "
+            "give integers of shape (n_target,), or a text."
         )
     beyond = next((entry for entry in row if not -_INT64_LIMIT <= entry < _INT64_LIMIT), None)
     if beyond is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.game import Run
 from captum_llm_ext.base.amounts import plus_minus
+from captum_llm_ext.base.arguments import position_of
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.model import Generation, Scorer, TokenRow
@@ -349,18 +350,4 @@ def _chosen(feature: int | str | Sequence[int | str] | None, names: Sequence[str
         return list(range(len(names)))
     if isinstance(feature, int | str):
         feature = [feature]
-    return [_number(one, names) for one in feature]
-
-
-def _number(feature: int | str, names: Sequence[str]) -> int:
-    if isinstance(feature, int):
-        if not -len(names) <= feature < len(names):
-            raise ValueError(f"there is no feature {feature}: the prompt has {len(names)}.")
-        return feature % len(names)
-
-    found = [i for i, name in enumerate(names) if name.strip() == feature.strip()]
-    if len(found) != 1:
-        raise ValueError(
-            f"{len(found)} features are {feature!r}: give the number of one of {list(names)}."
-        )
-    return found[0]
+    return [position_of(one, names, "feature") for one in feature]

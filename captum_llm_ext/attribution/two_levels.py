@@ -168,7 +168,7 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
     rule, few = effort.stop, method.few
     if few is None or method.adaptive is not None:
         raise ValueError(NOT_LINEAR.format(type(game.run.method).__name__))
-    if rule is not None and not method.tells_error:
+    if rule is not None and not method.gives_errors:
         raise ValueError(NO_ERROR)
     both = _TwoLevels(game, method, few, surrogate, game.run.work_of_model)
     both.begin(effort.num_trials)

@@ -87,7 +87,7 @@ class WhatIf(ModelAccess):
         if isinstance(order, str) and order != "saliency":
             raise ValueError(f"`order` is {order!r}: give 'saliency', numbers, or None.")
         with self.processes.session("`counterfactuals`"):
-            run, ids, generation = self._asked(inp, target, gen_args, seed, feature_mask)
+            run, ids, generation = self._prepared(inp, target, gen_args, seed, feature_mask)
         n = run.prompt.n_features
         if order is not None and not isinstance(order, str) and len(order) != n:
             raise ValueError(f"`order` has {len(order)} numbers for {n} features: give one each.")
@@ -182,7 +182,7 @@ class WhatIf(ModelAccess):
         """
         at_least_one("n_samples", n_samples)
         with self.processes.session("`total_effect`"):
-            run, ids, _ = self._asked(inp, target, gen_args, seed, feature_mask)
+            run, ids, _ = self._prepared(inp, target, gen_args, seed, feature_mask)
             given = {**(_OWN if again is None else again)}
             given.setdefault("max_new_tokens", len(ids) + max(_MORE, len(ids) // 4))
             return total_effect(
@@ -195,7 +195,7 @@ class WhatIf(ModelAccess):
                 may_weight=again is None,
             )
 
-    def _asked(
+    def _prepared(
         self,
         inp: InterpretableInput,
         target: str | Tensor | Sequence[int] | None,

@@ -20,6 +20,37 @@ def at_least_one(name: str, value: object) -> int:
     return value
 
 
+def position_of(
+    given: int | str, names: Sequence[str], kind: str, *, displayed: Sequence[str] = ()
+) -> int:
+    """The index of a token or feature that is given by number or by name.
+
+    Args:
+        given: Its number from 0, negative ones from the end; or its name. White space around names
+            does not count.
+        names: All names.
+        kind: What they name, for messages: ``"token"`` or ``"feature"``.
+        displayed: Their names as displayed, tried if `names` do not determine one.
+
+    Raises:
+        ValueError: If there is none of this number or name, or several have the name.
+    """
+    if isinstance(given, int):
+        if not -len(names) <= given < len(names):
+            raise ValueError(f"there is no {kind} {given}: there are {len(names)}.")
+        return given % len(names)
+    wanted = given.strip()
+    found = [i for i, name in enumerate(names) if name.strip() == wanted]
+    if len(found) != 1:
+        found = [i for i, name in enumerate(displayed) if name.strip() == wanted] or found
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} {kind}s are {given!r}: give the position"
+            + (f", one of {found}." if found else f" of one of {[*names]}.")
+        )
+    return found[0]
+
+
 def check_counts(**given: int | None) -> None:
     """Checks that counts, given by name, are at least 1; None is allowed.
 

@@ -80,7 +80,7 @@ def check_checkpoint(path: Path) -> None:
         )
     folder = os.path.dirname(base) or "."
     if not os.path.isdir(folder):
-        raise ValueError(f"`checkpoint` lies in {folder!r}, and there is no such folder.")
+        raise ValueError(f"`checkpoint` lies in {folder!r}, which does not exist.")
 
 
 def check_place(path: Path) -> None:

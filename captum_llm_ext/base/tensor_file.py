@@ -247,7 +247,7 @@ def _checked(path: files.Path, kind: Kind, read: Callable[[], T]) -> T:
     try:
         return read()
     except BROKEN as error:
-        why = f"is damaged or no {kind.name} ({str(error) or type(error).__name__})"
+        why = f"is damaged or not a {kind.name} ({str(error) or type(error).__name__})"
         raise ValueError(_refusal(path, why, kind)) from error
 
 
@@ -264,7 +264,7 @@ def _opened(
     text, digest = metadata.get(kind.key), metadata.get(_DIGEST)
     if text is None:
         is_earlier = kind.earlier is not None and kind.earlier.items() <= metadata.items()
-        why = _WITHOUT_DIGEST if is_earlier else f"is a safetensors file but no {kind.name}"
+        why = _WITHOUT_DIGEST if is_earlier else f"is a safetensors file but not a {kind.name}"
         raise ValueError(_refusal(path, why, kind))
     rest = _checked(path, kind, lambda: _parsed(text))
     version = rest["format"]
@@ -292,23 +292,23 @@ def _header(file: BinaryIO) -> tuple[list[_Entry], dict[str, str]]:
     """The tensors in file order, and the metadata."""
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     first = file.read(8)
     start = 8 + int.from_bytes(first, "little")
     if len(first) < 8 or start > found.st_size:
         raise ValueError("its header is cut off")
     content: Any = json.loads(file.read(start - 8).decode("utf-8"), object_pairs_hook=_unique)
     if not isinstance(content, dict):
-        raise ValueError("its header is no object")
+        raise ValueError("its header is not a JSON object")
     header = cast(dict[str, Any], content)
     metadata: Any = header.pop(_METADATA, {})
     if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are no texts")
+        raise ValueError("its metadata are not strings")
     entries = sorted((_entry(name, header[name], start) for name in header), key=lambda e: e.start)
     at = start
     for one in entries:
         if one.start != at:
-            raise ValueError(f"`{one.name}` does not begin where what is before it ends")
+            raise ValueError(f"`{one.name}` does not begin where the previous tensor ends")
         at = one.stop
     if at != found.st_size:
         raise ValueError(f"it has {found.st_size} bytes, its header says {at}")
@@ -338,7 +338,7 @@ def _tensor(file: BinaryIO, entry: _Entry) -> Tensor:
     if cast(Any, file).readinto(_bytes(raw)) != len(raw):
         raise ValueError(f"`{entry.name}` is cut off")
     if entry.dtype == torch.bool and len(raw) and int(raw.max()) > 1:
-        raise ValueError(f"`{entry.name}` holds what is neither true nor false")
+        raise ValueError(f"`{entry.name}` holds values other than true and false")
     return raw.view(entry.dtype).view(entry.shape)
 
 

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, positive
-from captum_llm_ext.cli.methods import is_of_answers, looks_inside
+from captum_llm_ext.cli.methods import is_of_answers, is_white_box
 
 # Rungs of log-probabilities, by how much is reported; the others are values of their own.
 LOG_PROBS = ("forced", "stepwise", "top-k")
@@ -29,7 +29,7 @@ def add_provider(group: Any) -> None:
         "--tokenizer",
         metavar="NAME",
         help="the model's tokenizer: with --provider completions log-probabilities of whole "
-        "prompts can be asked for, and of openai those of any next token (--rung stepwise)",
+        "prompts can be requested, and of openai those of any next token (--rung stepwise)",
     )
 
 
@@ -41,11 +41,11 @@ def add_api(parser: argparse.ArgumentParser) -> None:
     add(
         "--rung",
         choices=_RUNGS,
-        help="log_prob: of the answer's tokens, by what the server tells: forced (of whole "
-        "prompts), stepwise (of any next token, by its id) or top-k (of the likeliest); "
-        "label: how much likelier one first token is than another; frequency: how often the answer "
-        "is given; similarity: how similar to it what is written is; auto: the first that the "
-        "server proves able to (default)",
+        help="log_prob: log-probabilities of the answer's tokens, by what the server reports: "
+        "forced (of whole prompts), stepwise (of any next token, by its id) or top-k (of "
+        "the likeliest); label: how much likelier one first token is than another; "
+        "frequency: how often the answer is given; similarity: how similar to it what is "
+        "written is; auto: the first that the server proves able to (default)",
     )
     add(
         "--labels",
@@ -54,8 +54,13 @@ def add_api(parser: argparse.ArgumentParser) -> None:
         help="of --rung label (default: the two likeliest first tokens)",
     )
     add("--answers", type=positive, metavar="N", help="of frequency and similarity: per coalition")
-    add("--max-requests", type=positive, metavar="N", help="stop there; what came is kept")
-    add("--cache", metavar="FILE", help="keep answers in FILE (SQLite): other runs take them")
+    add(
+        "--max-requests",
+        type=positive,
+        metavar="N",
+        help="stop at this limit; received answers are kept",
+    )
+    add("--cache", metavar="FILE", help="cache answers in FILE (SQLite) for other runs")
 
 
 def is_remote(arguments: argparse.Namespace) -> bool:
@@ -70,7 +75,7 @@ def is_remote(arguments: argparse.Namespace) -> bool:
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
-        raise UsageError("--tokenizer would be ignored: Anthropic's messages return text alone.")
+        raise UsageError("--tokenizer would be ignored: Anthropic's messages return only text.")
     if arguments.api is not None and not re.match(r"https?://[^/]", arguments.api):
         raise UsageError(f"--api {arguments.api}: give a URL such as http://localhost:8000/v1.")
     if is_one and getattr(arguments, "labels", None) and arguments.rung != "label":
@@ -84,7 +89,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: If there is one.
     """
-    if looks_inside(arguments.method):
+    if is_white_box(arguments.method):
         raise UsageError(f"--method {arguments.method} needs the model itself, not an API.")
     if is_of_answers(arguments.method):
         raise UsageError(
@@ -97,5 +102,5 @@ def check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
     if arguments.attr_target not in (None, "log_prob"):
         raise UsageError(
-            "--attr-target would be ignored with --api: --rung says what is explained."
+            "--attr-target would be ignored with --api: --rung sets what is explained."
         )

@@ -9,7 +9,7 @@ from captum_llm_ext.base import files
 from captum_llm_ext.cli.api import add_api, check, is_remote
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, baselines_of
-from captum_llm_ext.cli.methods import is_of_answers, is_search, looks_inside, zero_baseline_note
+from captum_llm_ext.cli.methods import is_of_answers, is_search, is_white_box, zero_baseline_note
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.report import add_level, check_level, report
@@ -65,14 +65,14 @@ def add(commands: Any) -> None:
         "--dry-run",
         "--estimate",
         action="store_true",
-        help="generate the answer, run a first batch, tell what the rest would take, and stop; of "
-        "--api nothing is sent",
+        help="generate the answer, run a first batch, print what the rest would cost, and stop; "
+        "of --api nothing is sent",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="keep what is found in FILE (.safetensors, or a folder): killed, the same command "
-        "goes on from there, on any number of processes",
+        help="keep what is computed in FILE (.safetensors, or a folder): after a kill, the same "
+        "command resumes, on any number of processes",
     )
     parser.add_argument(
         "--counterfactuals",
@@ -80,7 +80,7 @@ def add(commands: Any) -> None:
         const=_ROWS,
         type=positive,
         metavar="N",
-        help="look as well for what in the prompt would have changed the answer, with at most N "
+        help="also search the prompt for what would have changed the answer, with at most N "
         f"evaluations ({_ROWS}); `counterfactual` has more options",
     )
     add_outputs(parser, "html", *PICTURES, "json", "save")
@@ -128,7 +128,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         is_dry=arguments.dry_run,
         is_quiet=arguments.quiet,
         is_open=is_search(arguments.method) or arguments.tol is not None,
-        asks_model=_asks_model(given, arguments),
+        uses_proposals=_uses_proposals(given, arguments),
         cheaper=partial(job.cheaper, attribution.tokenizer),
     )
     kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
@@ -157,11 +157,11 @@ def _check_counterfactuals(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: If the method, an API or several processes do not support it.
     """
-    if is_remote(arguments) or looks_inside(arguments.method) or is_of_answers(arguments.method):
+    if is_remote(arguments) or is_white_box(arguments.method) or is_of_answers(arguments.method):
         what = "--api" if is_remote(arguments) else f"--method {arguments.method}"
         raise UsageError(
             f"--counterfactuals would be ignored with {what}: `captum-llm-ext counterfactual` "
-            "asks a model here."
+            "runs a local model."
         )
     if are_several():
         raise UsageError("--counterfactuals takes one process: start it without torchrun.")
@@ -194,6 +194,6 @@ def _order(result: Any) -> list[float]:
     return [strength[feature] for feature in sorted(strength)]
 
 
-def _asks_model(given: Sequence[str], arguments: argparse.Namespace) -> bool:
-    is_default = not given and not looks_inside(arguments.method) and not is_remote(arguments)
+def _uses_proposals(given: Sequence[str], arguments: argparse.Namespace) -> bool:
+    is_default = not given and not is_white_box(arguments.method) and not is_remote(arguments)
     return is_default or given == ["model"]

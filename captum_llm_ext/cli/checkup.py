@@ -93,8 +93,8 @@ def _about(name: str, model: Any, tokenizer: Any) -> dict[str, str]:
 
 
 def _lines(found: Probe) -> Iterator[str]:
-    ways = (found.whole_error, found.shared_error, found.no_copy_error, found.packed_error)
-    errors = [error for error in ways if error is not None]
+    kinds = (found.whole_error, found.shared_error, found.no_copy_error, found.packed_error)
+    errors = [error for error in kinds if error is not None]
     yield (
         f"{'right' if found.is_right else 'WRONG':<6} values: within "
         f"{max(errors, key=_nan_last):.1g} nats of a plain uncached forward"
@@ -111,8 +111,8 @@ def _lines(found: Probe) -> Iterator[str]:
             f"{_verdict(found.shared_is_exact)} beginnings reused: within "
             f"{found.shared_error:.1g} nats, {found.shared:.0%} of the positions computed"
         )
-    yield _way("beginnings shared, not copied", found.no_copy_is_exact, found.no_copy_error)
-    yield _way("rows packed in one sequence", found.packed_is_exact, found.packed_error)
+    yield _reuse_line("beginnings shared, not copied", found.no_copy_is_exact, found.no_copy_error)
+    yield _reuse_line("rows packed in one sequence", found.packed_is_exact, found.packed_error)
     yield _seen("what follows a token", seen.sees_ahead, seen.ahead)
     yield _seen("other rows of a batch", seen.couples_rows, seen.coupling)
     if seen.batching is not None:
@@ -138,7 +138,7 @@ def _expected(found: Probe) -> str:
     return f"rounding in {found.dtype}: {found.rounding:.2g}"
 
 
-def _way(name: str, is_exact: bool | None, error: float | None) -> str:
+def _reuse_line(name: str, is_exact: bool | None, error: float | None) -> str:
     if error is None:
         return f"off    {name}: not with this model"
     return f"{_verdict(is_exact)} {name}: within {error:.1g} nats"

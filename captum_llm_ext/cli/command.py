@@ -88,7 +88,7 @@ def whole(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number") from error
+        raise argparse.ArgumentTypeError(f"{text} is not an integer") from error
 
 
 def positive(text: str) -> int:
@@ -127,4 +127,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from error
+        raise argparse.ArgumentTypeError(f"{text} is not a number") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, add_command
-from captum_llm_ext.cli.given import check_saved
+from captum_llm_ext.cli.input_files import check_saved
 from captum_llm_ext.cli.job import Job, add_job, as_baselines
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 

@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         "--drop",
         type=above_zero,
         metavar="X",
-        help="count what costs a token X nats (default: what makes another one likelier)",
+        help="count what lowers a token by X nats (default: what makes another token likelier)",
     )
     search.add_argument("--token", type=int, metavar="N", help="of the answer, counted from 0")
     add_outputs(parser, "json")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from captum_llm_ext.cli.command import UsageError, add_command, positive, say, whole
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import add_method, attribution, is_search, method
 from captum_llm_ext.cli.outputs import write_picture

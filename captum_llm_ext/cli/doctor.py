@@ -47,9 +47,9 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints versions and checks; returns 1 if the package's own values are wrong."""
     if is_remote(arguments):
-        from captum_llm_ext.cli.remote import look_at
+        from captum_llm_ext.cli.remote import check_api
 
-        return look_at(arguments)
+        return check_api(arguments)
     if arguments.model is None and arguments.gguf is None:
         arguments.model = DEMO
     place = place_of(arguments)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import is_remote
 from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
     HELP,
@@ -21,7 +21,7 @@ from captum_llm_ext.cli.methods import (
     is_of_attention,
     is_of_gradients,
     is_search,
-    looks_inside,
+    is_white_box,
     method,
 )
 from captum_llm_ext.cli.prompt import NESTED, add_prompt, prompt_of, units
@@ -107,8 +107,8 @@ def _add_target(group: Any) -> None:
     add("--target", metavar="TEXT", help="the text to explain (default: what the model generates)")
     add("--max-new-tokens", type=positive, metavar="N", help="generate at most N (default: 25)")
     add("--sample", action="store_true", help="generate at random, seeded (default: greedily)")
-    add("--temperature", type=above_zero, metavar="X", help="of --sample")
-    add("--top-p", type=share, metavar="X", help="of --sample")
+    add("--temperature", type=above_zero, metavar="X", help="with --sample")
+    add("--top-p", type=share, metavar="X", help="with --sample")
 
 
 def _add_features(group: Any) -> None:
@@ -146,15 +146,16 @@ def _add_budget(group: Any) -> None:
         "--foils",
         action="append",
         metavar="TEXT",
-        help="of --attr-target contrast: a text to hold every target token against, or several by "
-        "giving it again (default: found; without:FEATURE finds what the model says without it)",
+        help="of --attr-target contrast: a text to compare every target token with, or several "
+        "by giving it again (default: found; without:FEATURE finds what the model says "
+        "without it)",
     )
-    add("--n-samples", type=positive, metavar="N", help="budget, as of the method in captum")
+    add("--n-samples", type=positive, metavar="N", help="budget, as in captum's method")
     add(
         "--n-draws",
         type=positive,
         metavar="N",
-        help="draws of random baselines, of methods that enumerate coalitions or take steps",
+        help="draws of random baselines, for methods that enumerate coalitions or take steps",
     )
     add(
         "--tol",
@@ -162,20 +163,20 @@ def _add_budget(group: Any) -> None:
         metavar="X",
         help="sample until the errors are below X of the range",
     )
-    add(
-        "--max-evaluations", type=positive, metavar="N", help="with --tol: stop there at the latest"
-    )
+    add("--max-evaluations", type=positive, metavar="N", help="with --tol: at most N evaluations")
     add(
         "--surrogate",
         choices=("bf16", "float16"),
-        help="a copy of the model in this type is asked most, the model only what it misses",
+        help="score most coalitions by a copy of the model in this type; the model corrects it",
     )
 
 
 def _add_run(group: Any) -> None:
     add = group.add_argument
     add("--batch-size", type=positive, metavar="N", help="default: what memory allows")
-    add("--seed", type=whole, default=0, metavar="N", help="of every random choice (default: 0)")
+    add(
+        "--seed", type=whole, default=0, metavar="N", help="seed of all random choices (default: 0)"
+    )
     add("--quiet", action="store_true", help="no progress bar")
 
 
@@ -200,7 +201,7 @@ class Job:
         is_many = self._prompt.is_many
         self._units = self._checked_units(arguments.unit)
         check_method(arguments)
-        if looks_inside(arguments.method) and are_several() and not is_many:
+        if is_white_box(arguments.method) and are_several() and not is_many:
             raise UsageError(
                 f"--method {arguments.method} takes one process for a prompt: start it without "
                 "torchrun, or give many prompts with --input, which the processes share."
@@ -399,7 +400,8 @@ def _check_baselines(given: str) -> None:
     kind, _, name = given.partition(":")
     if given in ("corpus", "corpus:", "index", "index:", "token:"):
         raise UsageError(
-            f"--baselines {given} says not which: {kind}:{'TEXT' if kind == 'token' else 'FILE'}."
+            f"--baselines {given} is incomplete: give "
+            f"{kind}:{'TEXT' if kind == 'token' else 'FILE'}."
         )
     if kind in ("corpus", "index") and name and not (kind == "corpus" and name == DEMO):
         check_there("--baselines", name, shown=given)
@@ -408,17 +410,17 @@ def _check_baselines(given: str) -> None:
     close = get_close_matches(given, ("delete", "model"), n=1, cutoff=0.7)
     if given.isalpha() and close and given != close[0]:
         raise UsageError(
-            f"--baselines {given}: did you mean {close[0]}? (token:{given} for a token that reads "
-            "like that)"
+            f"--baselines {given}: did you mean {close[0]}? (token:{given} for the token of that "
+            "name)"
         )
     if kind.isalpha() and name:
         raise UsageError(
-            f"--baselines {given}: before the colon goes corpus, index or token (token:{given} for "
-            "a token that reads like that)."
+            f"--baselines {given}: the part before the colon is corpus, index or token "
+            f"(token:{given} for the token of that name)."
         )
     if Path(given).is_file():
         raise UsageError(
-            f"--baselines {given} is a file: say corpus:{given} if it holds texts, index:{given} "
+            f"--baselines {given} is a file: give corpus:{given} if it holds texts, index:{given} "
             "if `CorpusBaselines.save` wrote it."
         )
 
@@ -433,7 +435,7 @@ def _check_foils(arguments: argparse.Namespace) -> None:
     if given is None:
         return
     if arguments.attr_target != "contrast":
-        raise UsageError("--foils would be ignored: it is of --attr-target contrast.")
+        raise UsageError("--foils would be ignored: it belongs to --attr-target contrast.")
     if given[0].startswith(_WITHOUT) and len(given) > 1:
         raise UsageError(f"--foils {given[0]} finds all foils: give it alone.")
 

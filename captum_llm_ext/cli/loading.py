@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from captum_llm_ext.cli import torchrun as together
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.quantizing import HELP as QUANTIZE
 from captum_llm_ext.cli.quantizing import quantization
 from captum_llm_ext.demo import NAME as DEMO
@@ -34,24 +34,27 @@ _ADVICE = (
 def add_loading(parser: Any) -> None:
     """Adds the options on loading a model."""
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="auto", help="of the weights (default: as stored)"
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="dtype of the weights (default: as stored)",
     )
     parser.add_argument(
         "--device-map",
         metavar="MAP",
-        help="as of transformers: cpu, cuda:0, auto, or a JSON object (default: cuda:0 where there "
-        "is one, else cpu)",
+        help="as in transformers: cpu, cuda:0, auto, or a JSON object (default: cuda:0 where "
+        "there is one, else cpu)",
     )
     parser.add_argument(
         "--revision",
         metavar="NAME",
-        help="of a Hugging Face name: its branch, tag or commit (default: main)",
+        help="branch, tag or commit of a Hugging Face name (default: main)",
     )
     parser.add_argument(
         "--gguf",
         metavar="FILE",
-        help="weights and tokenizer in a file of llama.cpp, in place of a model's name, or one of "
-        "those that lie where --model says; they are computed with in --dtype (default: float32)",
+        help="weights and tokenizer in a file of llama.cpp, in place of a model's name, or a "
+        "file of that name in the folder of --model; computed in --dtype (default: float32)",
     )
     parser.add_argument(
         "--quantize",
@@ -136,7 +139,7 @@ def location(name: str, revision: str | None = None, *, of_gguf: bool = False) -
     if revision is not None and (name == DEMO or Path(name).expanduser().is_dir()):
         raise UsageError(
             f"--revision would be ignored: {name!r} comes with the package or is a folder, which "
-            "holds one revision alone."
+            "has one revision only."
         )
     if name == DEMO:
         return str(folder())
@@ -146,7 +149,7 @@ def location(name: str, revision: str | None = None, *, of_gguf: bool = False) -
             raise UsageError(f"the folder {name!r} holds no model (no config.json): {_ADVICE}")
         return str(path)
     if path.is_file():
-        raise UsageError(f"the model {name!r} is a file: give the folder that it lies in.")
+        raise UsageError(f"the model {name!r} is a file: give the folder that contains it.")
     if not _HUB_NAME.fullmatch(name):
         raise UsageError(f"there is no model folder {name!r}: {_ADVICE}")
     return name
@@ -160,7 +163,7 @@ def _check_magic(path: Path) -> None:
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UsageError(f"--gguf {path.name}: that is no GGUF file (it begins otherwise).")
+            raise UsageError(f"--gguf {path.name}: that is not a GGUF file.")
 
 
 def load_tokenizer(place: Place) -> Any:
@@ -221,7 +224,7 @@ def _device_map(given: str | None) -> Any:
     try:
         return json.loads(given)
     except json.JSONDecodeError as error:
-        raise UsageError(f"--device-map {given!r} is no JSON ({error}).") from error
+        raise UsageError(f"--device-map {given!r} is not JSON ({error}).") from error
 
 
 def _loaded(what: str, name: str, load: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

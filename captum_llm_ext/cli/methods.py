@@ -111,7 +111,7 @@ def add_settings(group: Any) -> None:
         "--share",
         type=from_0_to_1,
         metavar="X",
-        help="of hierarchical: a part is opened where its loss changes a token's value by this "
+        help="of hierarchical: a part is split if its absence changes a token's value by this "
         "share of the largest change, from 0 to 1 (default: 0.05)",
     )
     add(
@@ -150,7 +150,7 @@ def is_of_gradients(name: str) -> bool:
     return name in _GRADIENTS
 
 
-def looks_inside(name: str) -> bool:
+def is_white_box(name: str) -> bool:
     """Whether the method uses gradients or attention, and therefore a single process."""
     return name in _INSIDE
 
@@ -200,7 +200,7 @@ def check_method(arguments: argparse.Namespace) -> None:
         if owners == _COALITIONS:
             listed = "methods other than gradients and attention, which evaluate no coalitions"
             raise UsageError(f"{option} would be ignored by --method {name}: it is of {listed}.")
-        raise UsageError(f"{option} would be ignored: it is of --method {listed}.")
+        raise UsageError(f"{option} would be ignored: it belongs to --method {listed}.")
 
 
 def method(name: str, model: "nn.Module", *, layer: str | None = None, **settings: Any) -> Any:

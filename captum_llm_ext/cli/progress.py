@@ -41,7 +41,7 @@ class RunProgress:
         is_dry: Whether the run ends with the estimate, by a `DryRunEndError`.
         is_quiet: Whether to show neither a bar nor an unrequested estimate.
         is_open: Whether more work may be announced later, depending on values.
-        asks_model: Whether the model proposes replacements, which takes a while.
+        uses_proposals: Whether the model proposes replacements, which takes a while.
         cheaper: Returns other commands for the number of tokens of the answer.
     """
 
@@ -52,11 +52,11 @@ class RunProgress:
         is_dry: bool,
         is_quiet: bool,
         is_open: bool,
-        asks_model: bool,
+        uses_proposals: bool,
         cheaper: Callable[[int], Iterable[CheaperRun]],
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
-        self._asks_model, self._cheaper = asks_model, cheaper
+        self._uses_proposals, self._cheaper = uses_proposals, cheaper
         self._shows_estimate = is_dry or not is_quiet
         self._has_bar = not is_quiet
         self._bar: Listener | None = None
@@ -96,7 +96,7 @@ class RunProgress:
                 self._before.begins(name, unit)
         else:
             self._name, self._unit = name, unit
-            if self._asks_model and self._shows_estimate:
+            if self._uses_proposals and self._shows_estimate:
                 say("looking for what the model could have written in place of each part …")
 
     def announce(self, n: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from captum_llm_ext.cli.command import UsageError, note
-from captum_llm_ext.cli.given import read_text
+from captum_llm_ext.cli.input_files import read_text
 from captum_llm_ext.cli.loading import DEMO
 from captum_llm_ext.text.segment import Span, segmenter
 from captum_llm_ext.text.segment.parts import Parts
@@ -59,8 +59,8 @@ def add_prompt(group: Any, *, is_required: bool, has_many: bool) -> None:
         "--context",
         nargs="+",
         metavar="FILE",
-        help="passages that stand before the prompt, which then is the question about them; they "
-        "go by the names of their files",
+        help="passages to put before the prompt, which is then the question about them; they are "
+        "named by their files",
     )
 
 
@@ -189,7 +189,7 @@ def prompt_of(arguments: argparse.Namespace) -> PromptOptions:
     passages = _passages(arguments.context or ())
     if not begin and not arguments.as_chat:
         if arguments.roles:
-            raise UsageError("--roles would be ignored: it is about the turns of a --chat.")
+            raise UsageError("--roles would be ignored: it selects turns of a --chat.")
         return PromptOptions(text, passages=passages)
     messages = [*begin, {"role": "user", "content": text}]
     return PromptOptions(text, messages, roles=roles, passages=passages)
@@ -222,14 +222,14 @@ def units(
     has_wholes = has_passages or n_turns > 0
     if is_nested and len(chosen) < 2 and (not has_wholes or first in ("turn", "passage")):
         raise UsageError(
-            f"--unit {given}: --method hierarchical opens larger parts to smaller ones: give "
+            f"--unit {given}: --method hierarchical splits larger parts into smaller ones: give "
             f"several, such as {','.join(NESTED)}."
         )
     for unit in chosen:
         if unit == "turn" and not n_turns:
-            raise UsageError("--unit turn is about the turns of a --chat.")
+            raise UsageError("--unit turn needs a --chat.")
         if unit == "passage" and not has_passages:
-            raise UsageError("--unit passage is about the passages of --context.")
+            raise UsageError("--unit passage needs --context.")
         if unit not in ("token", "turn", "passage"):
             try:
                 segmenter(unit)
@@ -280,7 +280,7 @@ def _chat(given: str) -> Mapping[str, Any]:
         found: Any = json.loads(given if is_json else read_text("--chat", given))
     except json.JSONDecodeError as error:
         raise UsageError(
-            f"{where} is no JSON ({error}): give a list of messages with 'role' and 'content'."
+            f"{where} is not JSON ({error}): give a list of messages with 'role' and 'content'."
         ) from error
     chat = cast(Any, found if isinstance(found, dict) else {"messages": found})
     if not isinstance(chat.get("messages"), Sequence) or isinstance(chat["messages"], str):
@@ -306,8 +306,8 @@ def _check_messages(messages: Sequence[Any], roles: Sequence[str]) -> None:
             raise UsageError(f"--chat: message {number} ({message['role']}) has no 'content'.")
     found = list(dict.fromkeys(message["role"] for message in messages))
     if not {*found} & {*roles}:
-        told = f"its roles are {', '.join(found)}" if found else "it has no message"
+        known = f"its roles are {', '.join(found)}" if found else "it has no message"
         raise UsageError(
-            f"--chat: no message is of {' or '.join(roles)}, whose turns are features; {told}. "
+            f"--chat: no message is of {' or '.join(roles)}, whose turns are features; {known}. "
             "--roles names others."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from captum_llm_ext.base import files
 from captum_llm_ext.cli.command import UsageError, say
-from captum_llm_ext.cli.given import check_there
+from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.job import Job, baselines_of
 from captum_llm_ext.cli.outputs import PICTURES, as_json, check_outputs
 from captum_llm_ext.cli.torchrun import accelerator, is_main
@@ -35,7 +35,9 @@ def check_records(arguments: argparse.Namespace) -> bool:
     """
     if arguments.input is None:
         if arguments.out is not None:
-            raise UsageError("--out is where results of --input go: here, --save writes one.")
+            raise UsageError(
+                "--out is the folder for results of --input: use --save for one result."
+            )
         return False
     if arguments.out is None:
         raise UsageError("--input needs --out: the folder for the results.")
@@ -46,8 +48,7 @@ def check_records(arguments: argparse.Namespace) -> bool:
         if getattr(arguments, name) not in (None, False):
             if name == "checkpoint":
                 raise UsageError(
-                    "--checkpoint is for one prompt: with --input the same command goes on where "
-                    "it was."
+                    "--checkpoint is for one prompt: with --input, the same command resumes."
                 )
             what = '"target" in each line' if name == "target" else "`show` on a file of --out"
             raise UsageError(f"--{name} is for one prompt: use {what}.")
@@ -86,7 +87,7 @@ def _trouble(line: str) -> str | None:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
-        return "is no JSON"
+        return "is not JSON"
     if not isinstance(record, dict):
         return "is no object"
     return None if {"prompt", "messages"} & {*record} else "has neither prompt nor messages"

@@ -73,10 +73,10 @@ def show_estimate(
             print(f"{name:<13} {value}")
 
 
-def look_at(arguments: argparse.Namespace) -> int:
+def check_api(arguments: argparse.Namespace) -> int:
     """Prints which rungs a server supports; returns 1 if none."""
     provider, (tokenizer, _) = provider_of(arguments, arguments.model), tokenizers_of(arguments)
-    found = dict(_looked_at(provider, tokenizer))
+    found = dict(_checked_rungs(provider, tokenizer))
     if arguments.json:
         print(as_json(found))
     for name, about in {} if arguments.json else found.items():
@@ -86,7 +86,7 @@ def look_at(arguments: argparse.Namespace) -> int:
     return 0 if any(about["works"] for about in found.values()) else 1
 
 
-def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _checked_rungs(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     ablation = FeatureAblation(RemoteLLMAttribution.placeholder_model)
     kinds: list[tuple[str, Any]] = [("top-k", None), ("label", None)]
     if tokenizer is not None:
@@ -98,13 +98,13 @@ def _looked_at(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[str, A
             ablation, own, provider, target, rung=cast(Any, None if rung == "label" else rung)
         )
         try:
-            met = ours.handshake()
+            findings = ours.handshake()
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT:
                 raise
             yield _CALLED[rung], {"works": False, "what": str(error)}
         else:
-            yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **met}
+            yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **findings}
     endpoint = cast(ChatEndpoint, chat_endpoint(provider))
     messages = [{"role": "user", "content": "Say hello."}]
     answer = endpoint.chat(ChatRequest(messages, n_tokens=8, temperature=1.0))[0]

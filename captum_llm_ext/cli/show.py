@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from captum_llm_ext.base.terminal import paint
 from captum_llm_ext.cli.command import UsageError, add_command, positive
 from captum_llm_ext.cli.counterfactual import read_counterfactuals
-from captum_llm_ext.cli.given import check_saved, check_there
+from captum_llm_ext.cli.input_files import check_saved, check_there
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.report import add_level, check_level, report
 
@@ -49,8 +49,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--counterfactuals",
         metavar="FILE",
-        help="what would have changed the answer, as counterfactual --json FILE wrote it, is told "
-        "and on the page",
+        help="also show the counterfactuals that counterfactual --json FILE wrote",
     )
     add_outputs(parser, "html", *PICTURES, "json")
 

@@ -1,15 +1,15 @@
 """Hierarchical leave-one-out: a part is refined only if removing all of it matters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views, views
+from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, solve_views
 from captum_llm_ext.coalitions.clustered_errors import mean_over_draws, normal_scale
 from captum_llm_ext.coalitions.owen_orders import Tree, children_of, leaves
-from captum_llm_ext.coalitions.owen_splits import Unresolved
+from captum_llm_ext.coalitions.owen_splits import Unresolved, unresolved_totals
 from captum_llm_ext.coalitions.plans import Plan
 
 # Parts refined together change some target by at least this share of the largest change. Chosen,
@@ -160,18 +160,14 @@ def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Un
     Args:
         plan, values, scope, tree: As for `solve_search`.
     """
-    totals: dict[tuple[int, ...], Tensor] = {}
-    for view in views(plan, values, scope):
+
+    def of_view(view: View) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         losses = _Losses.of(plan, view)
         for part, is_alone in _known(losses, tree, view.n_visible):
             if not is_alone:
-                total = totals.setdefault(
-                    part,
-                    torch.zeros(len(scope.n_visible), dtype=torch.float64, device="cpu"),
-                )
-                total[view.targets] += losses.of_part(part)[0]
-    found = [Unresolved(columns, total) for columns, total in totals.items()]
-    return sorted(found, key=lambda part: -float(part.totals.abs().sum()))
+                yield part, losses.of_part(part)[0]
+
+    return unresolved_totals(plan, values, scope, of_view)
 
 
 def _roots(tree: Tree) -> tuple[Tree, ...]:

@@ -295,7 +295,7 @@ def _lasso(grams: Tensor, products: Tensor, groups: Tensor, alpha: float) -> Ten
     if moved > 1e-4 * largest:
         warnings.warn(
             f"The lasso still moves by {moved:.1g} after {_MOST_SWEEPS} sweeps: its coefficients "
-            "are approximate. More samples, fewer features or a larger `alpha` settle them.",
+            "are approximate. More samples, fewer features or a larger `alpha` would help.",
             RuntimeWarning,
             stacklevel=4,
         )

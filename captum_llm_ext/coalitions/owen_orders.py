@@ -185,7 +185,9 @@ def _chains(plan: Plan) -> tuple[Tensor, Tensor]:
     first = masks[begins]
     size = first.sum(1)
     if bool((size > 1).any()):
-        raise ValueError("Rows are no walks from empty to full: use `plan_nested_orders`.")
+        raise ValueError(
+            "Rows are not walks from the empty to the full coalition: use `plan_nested_orders`."
+        )
     held = torch.where(size == 0, -1, first.int().argmax(1) if plan.n_features else -1)
     return chain, held
 
@@ -225,7 +227,9 @@ def _walk(plan: Plan, view: View, chain: Tensor, held: Tensor) -> tuple[Tensor, 
 def _check_walks(plan: Plan, view: View, joined: Tensor, rows: Tensor, n_orders: int) -> None:
     full = plan.masks[rows][:, : view.n_visible].all(1).sum()
     if bool((joined.sum(1) != 1).any()) or len(joined) + n_orders != len(rows) or full < n_orders:
-        raise ValueError("Rows are no walks from empty to full: use `plan_nested_orders`.")
+        raise ValueError(
+            "Rows are not walks from the empty to the full coalition: use `plan_nested_orders`."
+        )
 
 
 def _variances(spread: Tensor, n_draws: int) -> Tensor:

@@ -8,7 +8,7 @@ Attributions always sum to ``full - empty``.
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -128,16 +128,37 @@ def unresolved(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[
     Args:
         plan, values, scope, tree: As for `solve_splits`.
     """
-    totals: dict[tuple[int, ...], Tensor] = {}
-    for view in views(plan, values, scope):
+
+    def of_view(view: View) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         credit = _Credit(_Table.of(view))
         credit.share(pruned(tree, view.n_visible))
-        for columns, amount in credit.unresolved.items():
+        for columns, amounts in credit.unresolved.items():
+            yield columns, amounts.mean(0)
+
+    return unresolved_totals(plan, values, scope, of_view)
+
+
+def unresolved_totals(
+    plan: Plan,
+    values: Tensor,
+    scope: Scope,
+    of_view: Callable[[View], Iterable[tuple[tuple[int, ...], Tensor]]],
+) -> list[Unresolved]:
+    """Totals of groups of features that were not resolved, by decreasing size.
+
+    Args:
+        plan: Coalitions.
+        values: Shape ``(n_coalitions, n_target)``.
+        scope: One entry per target.
+        of_view: Returns the columns of such groups, and the total of each, ``(n_target of view,)``.
+    """
+    totals: dict[tuple[int, ...], Tensor] = {}
+    for view in views(plan, values, scope):
+        for columns, amount in of_view(view):
             total = totals.setdefault(
-                columns,
-                torch.zeros(len(scope.n_visible), dtype=torch.float64, device="cpu"),
+                columns, torch.zeros(len(scope.n_visible), dtype=torch.float64, device="cpu")
             )
-            total[view.targets] += amount.mean(0)
+            total[view.targets] += amount
     found = [Unresolved(columns, total) for columns, total in totals.items()]
     return sorted(found, key=lambda group: -float(group.totals.abs().sum()))
 

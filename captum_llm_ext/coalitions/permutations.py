@@ -81,7 +81,7 @@ def _orders(plan: Plan) -> Tensor:
     masks = plan.masks[plan.n_anchors :]
     if not len(masks) or len(masks) % (n + 1):
         raise ValueError(
-            f"{len(masks)} rows are no walks over {n} features, which have {n + 1} rows each: "
+            f"{len(masks)} rows are not walks over {n} features, which have {n + 1} rows each: "
             "join `plan_anchors` and `plan_permutations`, in this order."
         )
     walks = masks.view(len(masks) // (n + 1), n + 1, n)
@@ -89,7 +89,9 @@ def _orders(plan: Plan) -> Tensor:
     if bool((walks.sum(2) != torch.arange(n + 1, device="cpu")).any()) or bool(
         (joined.sum(2) != 1).any()
     ):
-        raise ValueError("Rows are no walks from empty to full: use `plan_permutations`.")
+        raise ValueError(
+            "Rows are not walks from the empty to the full coalition: use `plan_permutations`."
+        )
     return joined.int().argmax(2) if n else joined.sum(2)
 
 

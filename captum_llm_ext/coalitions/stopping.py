@@ -103,7 +103,7 @@ class TopCauses:
     def __post_init__(self) -> None:
         _one_of("of", self.of, ("token", "answer"))
         if isinstance(self.k, bool) or self.k < 1:
-            raise ValueError(f"`k` is {self.k!r}: give how many causes are wanted, 1 or more.")
+            raise ValueError(f"`k` is {self.k!r}: give the number of causes, at least 1.")
         if not self.within > 0:
             raise ValueError(f"`within` is {self.within!r}: give a share above 0, such as 0.05.")
 

@@ -139,7 +139,7 @@ def _listed(given: Any, name: str) -> list[Any]:
 
 def _foil(entry: Any) -> Foil:
     if isinstance(entry, bool) or not isinstance(entry, int | str):
-        raise TypeError(f"{entry!r} is no foil: give a text or a token id.")
+        raise TypeError(f"{entry!r} is not a foil: give a text or a token id.")
     if entry == "":
         raise ValueError("a foil is the empty text: give at least one token of it.")
     return entry

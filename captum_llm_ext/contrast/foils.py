@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.contrast.automatic import found
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast, Foil
-from captum_llm_ext.contrast.found import found
 from captum_llm_ext.model import RowScorer
 from captum_llm_ext.text import tokens
 
@@ -76,8 +76,9 @@ def foils_of(
     }
     if long:
         warnings.warn(
-            f"foils of several tokens count by their first one: {_listed(sorted(long))}. What is "
-            "compared is how likely the text begins so (see `foil_tokens`).",
+            "foils of several tokens are represented by their first one: "
+            f"{_listed(sorted(long))}. The comparison is with texts that begin with it (see "
+            "`foil_tokens`).",
             stacklevel=stacklevel_of_caller(),
         )
     wanted = [t for t in range(len(target)) if t not in given]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.contrast.context import FoilContext
-from captum_llm_ext.contrast.following import Following
+from captum_llm_ext.contrast.continuation import Continuation
 from captum_llm_ext.model import RowScorer, TokenRow
 
 # Number of words that represent a kind: on natural prompts whose cause is known, 64 to 256 name
@@ -83,8 +83,8 @@ class AnswerKinds:
         return {ids: min(other - own, 0.0) for ids, other in zip(near, others, strict=True)}
 
     @cached_property
-    def _following(self) -> Following:
-        return Following(
+    def _following(self) -> Continuation:
+        return Continuation(
             self._context,
             self._model,
             self._first_word or 0,

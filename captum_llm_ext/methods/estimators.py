@@ -57,7 +57,7 @@ class Estimator:
         plan: One round of coalitions from a generator.
         solve: Attributions from the coalitions of all rounds and their values.
         estimate: Whether the answer is sampled, so that more rounds improve it.
-        tells_error: Whether it gives standard errors.
+        gives_errors: Whether it gives standard errors.
         adaptive: Replaces `plan` if the values decide what is scored next.
         options: Further settings of `solve`, as JSON values.
         needs: What would make standard errors available, if they are not.
@@ -73,7 +73,7 @@ class Estimator:
     plan: Callable[[torch.Generator], Plan]
     solve: Solver
     estimate: bool
-    tells_error: bool = True
+    gives_errors: bool = True
     adaptive: Adaptive | None = None
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     needs: str | None = None
@@ -154,7 +154,7 @@ def estimator(
     found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
         warnings.warn(
-            f"no standard errors come of {found.name} with this budget, and without them effects "
+            f"{found.name} gives no standard errors with this budget, and without them effects "
             f"cannot be separated from noise: give at least {found.needs}.",
             stacklevel=stacklevel_of_caller(),
         )
@@ -256,8 +256,8 @@ def _exact(task: _Task) -> Estimator:
     n_coalitions = 2**task.n_features
     n_draws, usual = task.n_draws(n_coalitions), task.usual_draws(n_coalitions) * n_coalitions
     plan = coalitions.plan_exact(task.n_features, n_draws=n_draws, common_draw=task.deterministic)
-    tells_error = task.deterministic or n_draws > 1
-    found = _enumerated("exact", plan, coalitions.solve_exact, task, tells_error, usual)
+    gives_errors = task.deterministic or n_draws > 1
+    found = _enumerated("exact", plan, coalitions.solve_exact, task, gives_errors, usual)
     return replace(found, few=partial(_few_pairs, task.n_features))
 
 
@@ -267,7 +267,7 @@ def _few_pairs(n_features: int, n: int) -> Estimator:
 
 
 def _enumerated(
-    name: str, plan: Plan, solve: Solver, task: _Task, tells_error: bool, usual: int
+    name: str, plan: Plan, solve: Solver, task: _Task, gives_errors: bool, usual: int
 ) -> Estimator:
     """An estimator with fixed coalitions; only baselines are random."""
     return Estimator(
@@ -275,8 +275,8 @@ def _enumerated(
         lambda _: plan,
         solve,
         estimate=not task.deterministic,
-        tells_error=tells_error,
-        needs=None if tells_error else _TWO_DRAWS,
+        gives_errors=gives_errors,
+        needs=None if gives_errors else _TWO_DRAWS,
         usual=usual,
     )
 
@@ -340,14 +340,14 @@ def _permutations(task: _Task) -> Estimator:
     evaluations = orders * task.n_features
     is_warned = _warn_budget(evaluations, task.n_features)
     # An order and its reverse form one draw.
-    tells_error = -(-orders // 2) * task.num_trials > 1
+    gives_errors = -(-orders // 2) * task.num_trials > 1
     return Estimator(
         "antithetic permutations",
         partial(_plan_sampled, coalitions.plan_permutations, task.n_features, orders),
         coalitions.solve_permutations,
         estimate=True,
-        tells_error=tells_error,
-        needs=None if tells_error or is_warned else "`n_samples=4`: two orders and their reverses",
+        gives_errors=gives_errors,
+        needs=None if gives_errors or is_warned else "`n_samples=4`: two orders and their reverses",
         usual=usual,
         few=partial(_few_pairs, task.n_features),
     )
@@ -435,7 +435,7 @@ def _partition(task: _Task) -> Estimator:
         found.plan,
         found.solve,
         estimate=not (found.is_complete and task.deterministic),
-        tells_error=not (few_orders or one_draw),
+        gives_errors=not (few_orders or one_draw),
         needs=_TWO_DRAWS if one_draw else needs,
         adaptive=found.adaptive,
         options={"tree": found.tree},

@@ -127,6 +127,6 @@ def _one_trial(
     if result.numel() != n_target * n_features:
         raise ValueError(
             f"{type(method).__name__}.attribute returned {result.numel()} numbers for {n_target} "
-            f"target tokens and {n_features} features: one for each pair is wanted."
+            f"target tokens and {n_features} features: give one for each pair."
         )
     return result.reshape(n_target, n_features)

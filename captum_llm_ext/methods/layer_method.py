@@ -118,7 +118,7 @@ def _activation_and_output(
         if layer is None:
             raise ValueError(
                 "no layer was given, and the model does not expose which one embeds token ids: "
-                "give the module whose activations are meant."
+                "give the module to attribute to."
             )
         context = _hooked(layer, leaf, of_input)
     with torch.enable_grad(), context:

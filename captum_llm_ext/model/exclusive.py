@@ -110,9 +110,8 @@ def _take(hold: _Hold) -> None:
                 _awaited[hold.thread] = hold
                 if _is_awaited_by_its_holders(hold):
                     raise RuntimeError(
-                        "two threads that hold a model each wait for that of the other: ask one "
-                        "model after another, not one within a pass of another (`attr_target`, "
-                        "hooks)."
+                        "two threads each hold a model and wait for the other's: use one model "
+                        "after another, not one inside a pass of another (`attr_target`, hooks)."
                     )
                 _changed.wait(_LOOK_AGAIN)
             _held.append(hold)

@@ -166,13 +166,13 @@ def _check_given(given: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     for name in _TEXT:
         if given.get(name) is not None:
             raise ValueError(
-                f"`gen_args` has `{name}`, which would put another text in the place of the "
-                "prompt: the prompt is what `inp` renders to. Leave it out."
+                f"`gen_args` has `{name}`, which would replace the prompt: the prompt is what "
+                "`inp` renders to. Leave it out."
             )
     if settings.get("token_healing"):
         raise ValueError(
-            "`token_healing` regenerates the end of the prompt, so that the answer is no answer to "
-            "this prompt: leave it out."
+            "`token_healing` regenerates the end of the prompt, so that the answer does not "
+            "follow this prompt: leave it out."
         )
     if "do_sample" not in settings:
         ignored = [name for name in _SAMPLING if given.get(name) not in _NEUTRAL]

@@ -41,7 +41,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
             for kind, name, value in _held(module):
                 name = f"{prefix}.{name}"
                 try:
-                    kept[kind][name] = _told(value)
+                    kept[kind][name] = _as_text(value)
                 except Exception:  # tensors that cannot be read may raise anything
                     unread.append(name)
             adapters |= _adapters(prefix, module)
@@ -85,8 +85,8 @@ def check_same(now: Tensor, then: Tensor, tolerance: Tensor, *, whose: str, advi
 def _warn_of_unread(names: Sequence[str]) -> None:
     shown = ", ".join(names[:_MOST_NAMES]) + (" …" if len(names) > _MOST_NAMES else "")
     warnings.warn(
-        f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs in them "
-        "alone is only distinguished from this one by a single row that is scored again.",
+        f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs only "
+        "in them is detected only by scoring one row again.",
         stacklevel=stacklevel_of_caller(),
     )
 
@@ -127,16 +127,16 @@ def _adapters(prefix: str, module: Any) -> dict[str, Any]:
     return {f"{prefix}.{name}": value for name, value in kept.items() if value is not None}
 
 
-def _told(value: object) -> str:
+def _as_text(value: object) -> str:
     """A text that differs if the value does."""
     if isinstance(value, Tensor):
         total = _compat.summed_over_shards(value, checksum)
         return f"{value.dtype} {tuple(value.shape)} {int(total)}"
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
-        return f"{{{', '.join(f'{key}: {_told(part)}' for key, part in items)}}}"
+        return f"{{{', '.join(f'{key}: {_as_text(part)}' for key, part in items)}}}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_told(part) for part in cast(Sequence[Any], value))}]"
+        return f"[{', '.join(_as_text(part) for part in cast(Sequence[Any], value))}]"
     return digest(value)
 
 

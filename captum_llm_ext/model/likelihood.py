@@ -118,17 +118,19 @@ class Likelihood:
         anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
         # The tokens whose first characters are in the place; preceding white space may be a token
         # of its own.
-        stand = [
+        originals = [
             range(bisect_left(anchors, start) + shift, bisect_left(anchors, stop) + shift)
             for start, stop in spans
         ]
-        known = [own if own and own[0] > 0 else range(0) for own in stand]
+        known = [own if own and own[0] > 0 else range(0) for own in originals]
         first = {own[0]: number for number, own in enumerate(known) if own}
         begins = torch.tensor(sorted({ids[at] for at in first}), dtype=torch.int64, device="cpu")
         log_probs: dict[int, float] = {}
         others: dict[int, list[tuple[str, float]]] = {}
         chances: dict[int, Tensor] = {}
-        for at, distribution in self._said(ids, sorted({at for own in known for at in own})):
+        for at, distribution in self._distributions_at(
+            ids, sorted({at for own in known for at in own})
+        ):
             log_probs[at] = float(distribution[ids[at]])
             if (number := first.get(at)) is not None:
                 others[number] = self._best(
@@ -174,7 +176,9 @@ class Likelihood:
                 found.append((shown, log_prob))
         return found
 
-    def _said(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def _distributions_at(
+        self, ids: Sequence[int], at: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yields positions of a row, and log-probabilities of the vocabulary there (float64, CPU).
 
         Args:
@@ -363,18 +367,18 @@ class Likelihood:
 
 
 def _elsewhere(
-    begins: Sequence[int], stand: Sequence[int], chances: Mapping[int, Tensor]
+    begins: Sequence[int], originals: Sequence[int], chances: Mapping[int, Tensor]
 ) -> dict[int, float]:
     """The mean probability of each token at the positions of other ones.
 
     Args:
         begins: The tokens.
-        stand: The original token of every position.
+        originals: The original token of every position.
         chances: By original token, the probabilities of `begins` summed over its positions.
     """
     total = sum(chances.values(), torch.zeros(len(begins), dtype=torch.float64, device="cpu"))
     return {
-        token: float(total[i] - chances[token][i]) / max(len(stand) - stand.count(token), 1)
+        token: float(total[i] - chances[token][i]) / max(len(originals) - originals.count(token), 1)
         for i, token in enumerate(begins)
     }
 
@@ -414,8 +418,8 @@ def as_proposer(given: Any, tokenizer: Any) -> Proposer:
     # A word after another one; or between the marks that a text begins and ends with.
     if n_positions is not None and n_positions < (least := 3 if is_masked else 2):
         raise ValueError(
-            f"`proposer` is a {type(model).__name__} with room for {n_positions} tokens at a time, "
-            f"and {least} are the least that tell what may stand in a place: give another model."
+            f"`proposer` is a {type(model).__name__} with room for {n_positions} tokens; at least "
+            f"{least} are needed to propose replacements: give another model."
         )
     if is_masked:
         return MaskedProposer(model, own)

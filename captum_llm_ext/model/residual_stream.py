@@ -216,8 +216,8 @@ class ResidualStream:
 
 
 _WANTED = (
-    "activation patching wants layers that run once and are given and give back one stream (batch, "
-    "length, size), as the decoder layers of most models do."
+    "activation patching needs layers that run once and are given and give back one stream "
+    "(batch, length, size), as the decoder layers of most models do."
 )
 
 

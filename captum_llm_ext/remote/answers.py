@@ -41,7 +41,7 @@ def prompt_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entr
     found: Any = choice.get("prompt_logprobs")
     if not isinstance(found, list):
         raise ApiError(
-            "the server's answer holds no `prompt_logprobs`: it ignores what it was asked."
+            "the server's answer has no `prompt_logprobs`: it ignores the request for them."
         )
     entries = cast(list[Any], found)
     if len(entries) != len(ids):
@@ -73,8 +73,8 @@ def echoed_log_probs(choice: Mapping[str, Any], ids: Sequence[int]) -> list[Entr
     reported: Any = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(reported, list):
         raise ApiError(
-            "the server's answer holds no `logprobs` of the echoed prompt: it ignores what it was "
-            "asked."
+            "the server's answer has no `logprobs` of the echoed prompt: it ignores the request "
+            "for them."
         )
     values = cast(list[Any], reported)
     names: Any = cast(dict[str, Any], logprobs).get("tokens")
@@ -227,7 +227,7 @@ def _number(reported: Any) -> float:
     """A log-probability, -inf for an excluded token."""
     value = log_prob(reported)
     if value is None:
-        raise unusable("a log-probability", reported, "a number of nats, 0 at most")
+        raise unusable("a log-probability", reported, "a number of nats, at most 0")
     return value
 
 

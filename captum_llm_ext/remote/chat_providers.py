@@ -139,12 +139,12 @@ class ChatProvider(_HttpProvider):
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise ApiError(f"{self.model_name} answered without `choices`.")
-        return [_chat_said(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
+        return [_chat_answer(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
 
     def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._http is not None:
             several = body.get("n", 1) > 1
-            found = self._http.post("/chat/completions", body, asks_several=several)
+            found = self._http.post("/chat/completions", body, is_splittable=several)
         else:
             known = ("model", "messages", "max_tokens", "temperature", "logprobs", "top_logprobs")
             own = {k: v for k, v in body.items() if k in (*known, "n", "seed", "logit_bias")}
@@ -152,7 +152,7 @@ class ChatProvider(_HttpProvider):
             more = {"extra_body": extra} if extra else {}
             found = self._by_client(lambda: self._client.chat.completions.create(**own, **more))
         if not isinstance(found, dict):
-            raise GarbageError(f"{self.model_name} answered with what is no object.")
+            raise GarbageError(f"{self.model_name} returned something other than an object.")
         return cast(dict[str, Any], found)
 
 
@@ -275,7 +275,7 @@ class CallableProvider:
         text, tops = cast(tuple[Any, Any], found) if isinstance(found, tuple) else (found, ())
         if not isinstance(text, str):
             raise TypeError(
-                f"the function returned a {type(text).__name__}: a text is wanted, or a text and "
+                f"the function returned a {type(text).__name__}: expected a text, or a text and "
                 "log-probabilities of the likeliest tokens."
             )
         several = [tops] if isinstance(tops, Mapping) else list(cast(Sequence[Any], tops))
@@ -326,9 +326,9 @@ def other_endpoint(provider: Any) -> tuple[ChatEndpoint | None, str]:
     return None, ""
 
 
-def _chat_said(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
+def _chat_answer(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
     if not isinstance(choice, dict):
-        raise UnusableAnswerError("the server gave a choice that is no object.")
+        raise UnusableAnswerError("the server returned a choice that is not an object.")
     held = cast(dict[str, Any], choice)
     message: dict[str, Any] = held.get("message") or {}
     refusal = message.get("refusal")
@@ -436,8 +436,8 @@ def _checked(reported: Any) -> float:
     value = log_prob(reported)
     if value is None:
         raise UnusableAnswerError(
-            f"the server gave {reported!r:.80} as a log-probability: a number of nats, 0 at most, "
-            "is wanted."
+            f"the server gave {reported!r:.80} as a log-probability: expected a number of nats, "
+            "at most 0."
         )
     return -math.inf if is_ruled_out(value) else value
 

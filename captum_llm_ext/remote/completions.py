@@ -92,8 +92,8 @@ class CompletionsProvider(RemoteLLMProvider):
             raise ValueError(f"`timeout` is {timeout!r}: give seconds above 0.")
         if top_logprobs and (logprobs == "echo" or prompts == "text"):
             raise ValueError(
-                "`top_logprobs` would be ignored: it is of use with prompts as ids alone, and "
-                "echoed ones have no token ids."
+                "`top_logprobs` would be ignored: it needs prompts sent as ids, and echoed ones "
+                "have no token ids."
             )
         self._http = Http(
             api_url, _secrets(api_key, api_url, headers), timeout=timeout, max_retries=max_retries
@@ -218,7 +218,7 @@ class CompletionsProvider(RemoteLLMProvider):
         """
         wanted = {"return_token_ids": True, "logprobs": 0, "return_tokens_as_token_ids": True}
         if not self.takes_ids:
-            raise ValueError('with `prompts="text"` there is `generate` alone.')
+            raise ValueError('with `prompts="text"` only `generate` is supported.')
         try:
             choice = self._generated(list(prompt), gen_args | wanted)
         except ApiError as error:
@@ -257,8 +257,8 @@ class CompletionsProvider(RemoteLLMProvider):
         plain |= {"n": n_answers} if n_answers > 1 else {}
         plain |= {"logit_bias": {str(token): b for token, b in bias.items()}} if bias else {}
         ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-        asked = [plain | {"logprobs": _TOPS[0]} | ids, *(plain | {"logprobs": k} for k in _TOPS)]
-        for arguments in asked:
+        requests = [plain | {"logprobs": _TOPS[0]} | ids, *(plain | {"logprobs": k} for k in _TOPS)]
+        for arguments in requests:
             try:
                 answer = self._http.post("/completions", self._body(sent, arguments))
             except ApiError as error:
@@ -302,7 +302,7 @@ class CompletionsProvider(RemoteLLMProvider):
         """The server's whole response to a text; its choices in order."""
         several = arguments.get("n", 1) > 1
         answer = self._http.post(
-            "/completions", self._body(prompt, arguments), asks_several=several
+            "/completions", self._body(prompt, arguments), is_splittable=several
         )
         return cast(dict[str, Any], answer) | {"choices": self._choices(answer, None)}
 
@@ -348,7 +348,7 @@ class CompletionsProvider(RemoteLLMProvider):
             "/completions",
             self._body(prompt, arguments),
             most_bytes=_ENTRY_BYTES * n_entries,
-            asks_several=len(prompts) > 1,
+            is_splittable=len(prompts) > 1,
         )
         choices = self._choices(answer, len(prompts))
         read = answers.echoed_log_probs if way == "echo" else answers.prompt_log_probs
@@ -372,8 +372,8 @@ class CompletionsProvider(RemoteLLMProvider):
         if not all(map(answers.is_integer, numbers)) or sorted(numbers) != list(range(n)):
             shown = one_line(repr(numbers))[:_SHOWN]
             raise UnusableAnswerError(
-                f"{self.api_url} answered with the choices {shown} to {n} prompts: one each is "
-                "wanted. Say `prompts_per_request=1` for servers that take one prompt at a time."
+                f"{self.api_url} answered with the choices {shown} to {n} prompts: expected one "
+                "each. Say `prompts_per_request=1` for servers that take one prompt at a time."
             )
         return [choices[numbers.index(i)] for i in range(n)]
 
@@ -382,7 +382,7 @@ def _as_served(gen_args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``generate`` under the server's names."""
     given = dict(gen_args)
     if "max_length" in given:
-        raise ValueError("`max_length` is nothing that a server knows: give `max_new_tokens`.")
+        raise ValueError("`max_length` cannot be sent to a server: give `max_new_tokens`.")
     n_new = given.pop("max_new_tokens", 25)
     samples = given.pop("do_sample", None)
     given = {name: value for name, value in given.items() if value is not None}

@@ -29,8 +29,8 @@ def check_draws(endpoint: MeteredEndpoint, temperature: float) -> tuple[Draws, s
     first = [one.text for one in endpoint.answers(question, range(_N), at_once=True)]
     if len(set(first)) > 1:
         return "vary", f"{len(set(first))} answers of {len(first)} to an open question"
-    asked_again = endpoint.uncached(replace(question, seed=len(first)))
-    second = [one.text for one in asked_again]
+    repeated = endpoint.uncached(replace(question, seed=len(first)))
+    second = [one.text for one in repeated]
     if not any(text.strip() for text in first + second):
         return "unknown", "an open question is answered by nothing"
     if set(first) == set(second):

@@ -63,7 +63,7 @@ class EngineProvider:
         if top_logprobs < 0 or prompts_per_request < 1:
             raise ValueError(
                 f"`top_logprobs` is {top_logprobs} and `prompts_per_request` "
-                f"{prompts_per_request}: 0 and 1 are the least."
+                f"{prompts_per_request}: give at least 0 and 1."
             )
         self._engine = _adapted(engine)
         self._top_logprobs = top_logprobs
@@ -173,12 +173,12 @@ class _VLLM:
         self, prompts: Sequence[list[int]], starts: Sequence[int], top: int
     ) -> list[list[Entry]]:
         """See `_Engine.scored`."""
-        outputs = self._asked(prompts, top, rereads=False)
+        outputs = self._requested(prompts, top, rereads=False)
         # The first token whose value comes from a computed position.
         computed = [int(output.num_cached_tokens or 0) + 1 for output in outputs]
         again = [i for i, start in enumerate(starts) if computed[i] > start]
         if again:
-            anew = self._asked([prompts[i] for i in again], top, rereads=True)
+            anew = self._requested([prompts[i] for i in again], top, rereads=True)
             for i, output in zip(again, anew, strict=True):
                 outputs[i] = output
         return [
@@ -186,7 +186,7 @@ class _VLLM:
             for start, output in zip(starts, outputs, strict=True)
         ]
 
-    def _asked(self, prompts: Sequence[list[int]], top: int, *, rereads: bool) -> list[Any]:
+    def _requested(self, prompts: Sequence[list[int]], top: int, *, rereads: bool) -> list[Any]:
         how = self._parameters(
             max_tokens=1,
             temperature=0.0,
@@ -284,8 +284,8 @@ def _adapted(engine: Any) -> _Engine:
     if home == "sglang" or hasattr(engine, "tokenizer_manager"):
         return _SGLang(engine)
     raise TypeError(
-        f"`engine` is a {type(engine).__name__}: give a vLLM `LLM` or an SGLang `Engine`, "
-        "offline in this process. One that is served goes by `CompletionsProvider(url)`."
+        f"`engine` is a {type(engine).__name__}: give a vLLM `LLM` or an SGLang `Engine`, offline "
+        "in this process. For a served one, use `CompletionsProvider(url)`."
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.model import TokenRow
-from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar
 from captum_llm_ext.remote.ladder import LadderScorer
 from captum_llm_ext.text.inputs import Prompt
@@ -50,9 +50,9 @@ class Counter(LadderScorer):
         self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor | None = None
     ) -> Tensor:
         """Zeros."""
-        asked = Asked(target)
+        spec = ValueSpec(target)
         for row in rows:
-            d = asked.digest(row)
+            d = spec.digest(row)
             if d not in self._seen:
                 self._seen.add(d)
                 self.n_evaluations += 1

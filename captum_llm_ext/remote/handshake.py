@@ -129,13 +129,13 @@ def handshake(
         except TypeError:  # an unhashable provider is asked each time
             known = {}
         if about not in known:
-            with _asking(provider):
+            with _exclusive(provider):
                 known[about] = _verified(source, prompt, target)
         return known[about]
 
 
 @contextmanager
-def _asking(provider: Any) -> Generator[None]:
+def _exclusive(provider: Any) -> Generator[None]:
     _busy.add(id(provider))
     try:
         yield
@@ -168,7 +168,7 @@ def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[i
             raise
     _forget(source.provider, ways)
     faults = " ".join(f"By `{way}`: {fault}" for way, fault in refused.items())
-    raise HandshakeError(f"no log-probabilities of prompts are to be had. {faults}", statuses[-1])
+    raise HandshakeError(f"no log-probabilities of prompts are available. {faults}", statuses[-1])
 
 
 def _forget(provider: Any, ways: Sequence[str | None]) -> None:
@@ -194,9 +194,9 @@ class _Handshake:
         written = self._written()
         hot = [] if written is None else self._hot(written)
         ids, reported, likely = self._reference(written, hot)
-        rows, values = self._asked(self._rows(ids, list(likely)))
-        _, [longer] = self._asked([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
-        _, [alone] = self._asked(rows[:1])
+        rows, values = self._scored(self._rows(ids, list(likely)))
+        _, [longer] = self._scored([(*ids, *rows[1][-1:])] if len(rows) > 1 else [ids])
+        _, [alone] = self._scored(rows[:1])
         if not any(map(_is_given, alone[-len(ids) :])):
             self._fault("none is told of any token that was asked about")
         self._same_again(values, alone)
@@ -215,7 +215,7 @@ class _Handshake:
         if mass > 1 + _MASS:
             self._fault(
                 f"{len(last)} tokens have probabilities of {mass:.3g} in sum at one place, which "
-                "natural log-probabilities have not: they may be of base 10, or belong to "
+                "natural log-probabilities cannot have: they may be of base 10, or belong to "
                 "different places"
             )
 
@@ -242,7 +242,7 @@ class _Handshake:
                 zeros = "all are zero" if not any(top.values()) else "they are of base 10, or so"
                 self._fault(
                     f"the {len(top)} likeliest tokens have probabilities of {mass:.3g} in sum, "
-                    f"which natural log-probabilities have not: {zeros}"
+                    f"which natural log-probabilities cannot have: {zeros}"
                 )
         return written
 
@@ -314,7 +314,7 @@ class _Handshake:
                 others.append(token)
         return [ids, *((*ids[:-1], token) for token in others)]
 
-    def _asked(
+    def _scored(
         self, rows: Sequence[tuple[int, ...]]
     ) -> tuple[list[tuple[int, ...]], list[list[float | None]]]:
         """Rows that can be sent, and values of every position, also the prompt's if reported."""
@@ -475,7 +475,7 @@ class _Handshake:
     def _fault(self, what: str) -> None:
         name = type(self.source.provider).__name__
         raise HandshakeError(
-            f"the log-probabilities that {name} gets cannot be believed: {what}. Nothing was "
+            f"the log-probabilities that {name} gets are inconsistent: {what}. Nothing was "
             "attributed."
         )
 

@@ -94,7 +94,7 @@ class Label:
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`."""
         if self._tokens is None:
-            raise RuntimeError("`target` comes first.")
+            raise RuntimeError("call `target` first.")
         (a, a_low, a_high), (b, b_low, b_high) = (
             self._by.value_of(messages, "", token) for token in self._tokens
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.model import Journal, Processes, TokenRow
-from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.bounds import Bounds, distinct
 from captum_llm_ext.remote.metered import MeteredEndpoint
@@ -103,8 +103,8 @@ class LadderScorer:
             ConnectionError, RuntimeError: If the provider gives up, or a limit is reached.
         """
         self._wanted = wanted = [tokens.decode(self._tokenizer, [i]) for i in target.tolist()]
-        asked = Asked(target)
-        digests = [asked.digest(row) for row in rows]
+        spec = ValueSpec(target)
+        digests = [spec.digest(row) for row in rows]
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         if any(row.extras is not None for row in new.values()):
             raise ValueError("the input renders to more than text, which cannot be sent.")

@@ -87,10 +87,10 @@ class Cache:
             yield
         # A full disk, a missing folder, missing permissions.
         except sqlite3.OperationalError as error:
-            raise OSError(f"answers cannot be kept in {self._path!r}: {error}.") from error
+            raise OSError(f"answers cannot be stored in {self._path!r}: {error}.") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(
-                f"{self._path!r} is no file of answers ({error}): give another name."
+                f"{self._path!r} is not a cache of answers ({error}): give another name."
             ) from error
 
     @property
@@ -282,14 +282,14 @@ class MeteredEndpoint:
             if limits.max_requests is not None and usage.n_requests >= limits.max_requests:
                 raise BudgetError(
                     f"{usage.n_requests} requests were sent, and `max_requests` allows no more: "
-                    "what came is kept. Give more, and the same call goes on from there (in "
+                    "received answers are kept. Allow more, and the same call resumes (in "
                     "another program with the same `cache`)."
                 )
             usd = limits.usd(usage.n_in, usage.n_out)
             if limits.max_usd is not None and usd is not None and usd >= limits.max_usd:
                 raise BudgetError(
-                    f"{usd:.4f} US dollars were spent, and `max_usd` allows {limits.max_usd}: what "
-                    "came is kept. Give more, and the same call goes on from there."
+                    f"{usd:.4f} US dollars were spent, and `max_usd` allows {limits.max_usd}: "
+                    "received answers are kept. Allow more, and the same call resumes."
                 )
             usage.n_requests += 1
 

@@ -66,7 +66,7 @@ class Request:
     row: int
 
     @property
-    def asked(self) -> tuple[int, ...]:
+    def continuation_ids(self) -> tuple[int, ...]:
         """The tokens after `first`."""
         return self.ids[self.first + 1 :]
 
@@ -240,7 +240,7 @@ class _Adapter:
             shown = one_line(repr(reported))[:_SHOWN]
             raise UnusableAnswerError(
                 f"{place(request, self._tokenizer)}: the provider gave {shown} as a "
-                "log-probability: a number of nats, 0 at most, is wanted."
+                "log-probability: expected a number of nats, at most 0."
             )
         return value
 
@@ -269,7 +269,7 @@ class TokenIdAdapter(_Adapter):
             return [answer for part in parts for answer in self.ask(part)]
         try:
             with request_noted(requests[0], self._tokenizer):
-                found = self._asked(requests)
+                found = self._fetched(requests)
         except TooSlowError:
             if len(requests) == 1:
                 raise
@@ -289,11 +289,13 @@ class TokenIdAdapter(_Adapter):
         if len(found) != len(requests):
             raise ValueError(
                 f"the provider gave {len(found)} answers for {len(requests)} prompts, of "
-                f"{place(requests[0], self._tokenizer)} and after: one each is wanted."
+                f"{place(requests[0], self._tokenizer)} and after: expected one each."
             )
         return [self._answer(*pair) for pair in zip(requests, found, strict=True)]
 
-    def _asked(self, requests: Sequence[Request]) -> Sequence[Sequence[Mapping[int, float] | None]]:
+    def _fetched(
+        self, requests: Sequence[Request]
+    ) -> Sequence[Sequence[Mapping[int, float] | None]]:
         ids = [request.ids for request in requests]
         if getattr(self._provider, "takes_starts", False):
             starts = [request.first + 1 for request in requests]
@@ -308,11 +310,13 @@ class TokenIdAdapter(_Adapter):
         if len(found) != len(request.ids):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave log-probabilities of "
-                f"{len(found)} tokens for {len(request.ids)} ids: one each is wanted. A server "
+                f"{len(found)} tokens for {len(request.ids)} ids: expected one each. A server "
                 "that adds tokens to ids, or reads others, cannot be used."
             )
         own = [entry or {} for entry in found[request.first + 1 :]]
-        values = [entry.get(token) for entry, token in zip(own, request.asked, strict=True)]
+        values = [
+            entry.get(token) for entry, token in zip(own, request.continuation_ids, strict=True)
+        ]
         return Answer([self._log_prob(request, value) for value in values], own)
 
     def generate(self, prompt: Sequence[int], gen_args: Mapping[str, Any]) -> list[int]:
@@ -383,17 +387,17 @@ class TextAdapter(_Adapter):
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Request) -> Answer:
-        target = request.asked
+        target = request.continuation_ids
         with self._lock:
             text = self._text(request, request.ids[: request.first + 1], target)
             if self._counts_alone:
                 text = self._with_enough(text, len(target))
-        found = self._asked(request, text)
+        found = self._fetched(request, text)
         if len(found) == text.n_alone < len(target) and text.is_foreseen:
             self._counts_alone = True
             with self._lock:
                 text = self._with_enough(text, len(target))
-            found = self._asked(request, text)
+            found = self._fetched(request, text)
         # Captum's providers return as many values as the target has tokens by itself, for the last
         # tokens of both texts: some may belong to the text before the target.
         if len(found) == text.n_alone > len(target) and text.is_foreseen:
@@ -401,13 +405,13 @@ class TextAdapter(_Adapter):
         if len(found) != len(target):
             raise ValueError(
                 f"{place(request, self._tokenizer)}: the provider gave {len(found)} "
-                f"log-probabilities for {len(target)} target tokens. As text they are other "
-                "tokens: give a `target` that is tokenised as it is written, or a provider that "
-                "takes ids, such as `CompletionsProvider`."
+                f"log-probabilities for {len(target)} target tokens. As text, they are tokenised "
+                "differently: give a `target` that is tokenised as it is written, or a provider "
+                "that takes ids, such as `CompletionsProvider`."
             )
         return Answer([self._log_prob(request, value) for value in found])
 
-    def _asked(self, request: Request, text: _Text) -> Sequence[Any]:
+    def _fetched(self, request: Request, text: _Text) -> Sequence[Any]:
         with request_noted(request, self._tokenizer):
             return self._provider.get_logprobs(
                 input_prompt=text.prompt, target_str=text.target, tokenizer=self._tokenizer
@@ -492,7 +496,7 @@ class TextAdapter(_Adapter):
         _, text = self._prompt_text(tuple(prompt))
         found = self._provider.generate(text, **gen_args)
         if not isinstance(found, str):
-            raise TypeError(f"the provider generated a {type(found).__name__}: a text is wanted.")
+            raise TypeError(f"the provider generated a {type(found).__name__}: expected a text.")
         return _encoded_after(self._tokenizer, prompt, found)
 
     def reads(self, prompt: Sequence[int], target: Sequence[int]) -> bool:

@@ -121,9 +121,9 @@ class Frequency(_Sampled):
     def _do_without_draws(self) -> None:
         raise HandshakeError(
             "the provider has the same answer to an open question each time, at temperature "
-            f"{self._temperature:g}: it ignores the temperature, or keeps its answers, and "
-            'frequencies would all be 0 or 1. `attr_target="similarity"` would work, by one answer '
-            "to each coalition."
+            f"{self._temperature:g}: it ignores the temperature, or caches its answers, and "
+            'frequencies would all be 0 or 1. `attr_target="similarity"` would work, by one '
+            "answer to each coalition."
         )
 
     def _is_answer(self, text: str, target: list[str]) -> bool:
@@ -218,9 +218,9 @@ class Similarity(_Sampled):
         if self._temperature > 0:
             warnings.warn(
                 "the provider has the same answer to an open question each time, at temperature "
-                f"{self._temperature:g}: it ignores the temperature, or keeps its answers. One "
-                "answer to each coalition is looked at, and only what changes the likeliest one "
-                "is seen.",
+                f"{self._temperature:g}: it ignores the temperature, or caches its answers. One "
+                "answer per coalition is used, so only changes of the likeliest answer are "
+                "visible.",
                 stacklevel=stacklevel_of_caller(),
             )
 
@@ -327,7 +327,7 @@ def _check_gap(look: Callable[[int], _Gap], most: int, advice: str) -> None:
         else f"About {found.n_wanted:.0f} samples of each would tell this difference."
     )
     raise IndistinguishableError(
-        f"{found.shown}: they are not distinguished, and no effect would be. {more} {advice}"
+        f"{found.shown}: they cannot be distinguished, and no effect could be. {more} {advice}"
     )
 
 

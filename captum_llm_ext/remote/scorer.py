@@ -14,7 +14,7 @@ from torch import Tensor
 
 from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
-from captum_llm_ext.model.forward.asked import Asked
+from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.bounds import Bounds, bound_of_unreported
 from captum_llm_ext.remote.handshake import Findings, handshake
@@ -186,11 +186,11 @@ class RemoteScorer:
             ValueError: If a row cannot be sent, or a log-probability is missing or not finite.
             ConnectionError, RuntimeError: If the provider gives up. Answers until then are kept.
         """
-        asked = Asked(target, foils)
-        digests = [asked.digest(row) for row in rows]
+        spec = ValueSpec(target, foils)
+        digests = [spec.digest(row) for row in rows]
         new = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._rows}
         parts = {
-            d: self._parts(row, asked, self.n_evaluations + i)
+            d: self._parts(row, spec, self.n_evaluations + i)
             for i, (d, row) in enumerate(new.items())
         }
         whole = _merged(own[0] for own in parts.values())
@@ -204,11 +204,11 @@ class RemoteScorer:
         self._warn_of_cost(n, len(new), foils is not None)
         self._bar.announce(n)
         # Requests of whole rows first: they may contain what the others need.
-        self._ask(whole, wanted={k for k in apart if k not in self._known})
+        self._request(whole, wanted={k for k in apart if k not in self._known})
         self._bar.announce(self._n_unknown(apart) - n_apart)
-        self._ask(apart)
+        self._request(apart)
         for d, row in new.items():
-            self._rows[d], upper = self._assembled(row, parts[d], asked)
+            self._rows[d], upper = self._assembled(row, parts[d], spec)
             if not bool(upper.isnan().all()):
                 self._upper[d] = upper
             self.n_evaluations += 1
@@ -247,21 +247,21 @@ class RemoteScorer:
         Returns:
             Shape ``(n_rows,)``, float64, in nats.
         """
-        asked: dict[tuple[int, ...], Request] = {
+        by_ids: dict[tuple[int, ...], Request] = {
             ids: Request(ids, 0, tuple(range(len(ids) - 1)), i) for i, ids in enumerate(rows)
         }
-        requests = _merged(request for request in asked.values() if request.asked)
+        requests = _merged(request for request in by_ids.values() if request.continuation_ids)
         self._look_up([*requests])
         self._bar.announce(self._n_unknown(requests))
-        self._ask(requests)
+        self._request(requests)
         instead = self._missing or 0.0
         sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
         nothing = torch.zeros((), dtype=torch.float64, device="cpu")
-        return torch.stack([sums.get(key(asked[ids]), nothing) for ids in rows])
+        return torch.stack([sums.get(key(by_ids[ids]), nothing) for ids in rows])
 
-    def _parts(self, row: TokenRow, asked: Asked, number: int) -> list[Request]:
+    def _parts(self, row: TokenRow, spec: ValueSpec, number: int) -> list[Request]:
         """The requests for a row: all its tokens first, then tokens that it does not contain."""
-        target = asked.target.tolist()
+        target = spec.target.tolist()
         if row.extras is not None:
             raise ValueError(
                 "the input renders to more than text (an image?), which the provider cannot be "
@@ -272,7 +272,7 @@ class RemoteScorer:
         places = [(t, p) for t, p in enumerate(row.positions) if p >= 0]
         read = tuple(p - row.first for t, p in places if ids[p + 1] == target[t])
         apart = dict.fromkeys((p, target[t]) for t, p in places if ids[p + 1] != target[t])
-        apart |= dict.fromkeys((p, foil) for t, p in places for foil in _foils(asked, t))
+        apart |= dict.fromkeys((p, foil) for t, p in places for foil in _foils(spec, t))
         if not self._source.takes_ids and (apart or len(read) < len(ids) - row.first - 1):
             raise ValueError(
                 "generated tokens as causes need a provider that takes ids, such as "
@@ -293,7 +293,7 @@ class RemoteScorer:
             content = blake2b(
                 array("q", request.ids[: request.first + 1]).tobytes(), digest_size=16
             )
-            for i, token in enumerate(request.asked):
+            for i, token in enumerate(request.continuation_ids):
                 content.update(array("q", (token,)).tobytes())
                 if i in request.wanted:
                     self._steps.setdefault(content.digest(), (k, i))
@@ -305,8 +305,8 @@ class RemoteScorer:
             for i, values in self._journal.found(unknown).items():
                 self._known[unknown[i]] = values
 
-    def _n_unknown(self, asked: Mapping[bytes, Request]) -> int:
-        return sum(k not in self._known for k in asked)
+    def _n_unknown(self, requests: Mapping[bytes, Request]) -> int:
+        return sum(k not in self._known for k in requests)
 
     def _warn_of_cost(self, n: int, n_rows: int, has_foils: bool) -> None:
         if n > max(n_rows, self._most_requests) and not self._has_warned:
@@ -316,24 +316,24 @@ class RemoteScorer:
             most = "up to " if has_foils else ""  # those among the likeliest are reported
             warnings.warn(
                 f"{n_rows} coalitions take {most}{n} requests, because {which}a target token at a "
-                "place where generated text is absent has to be asked for by itself. Fewer: "
+                "place where generated text is absent has to be requested separately. Fewer: "
                 f"{fewer}a coarser `output_unit`, or None; fewer evaluations; a provider that "
                 "returns the likeliest tokens (`top_logprobs`).",
                 stacklevel=stacklevel_of_caller(),
             )
 
-    def _meet(self, asked: Mapping[bytes, Request]) -> None:
+    def _ensure_handshake(self, requests: Mapping[bytes, Request]) -> None:
         """Runs the handshake before the first request."""
-        request = next(iter(asked.values()), None)
+        request = next(iter(requests.values()), None)
         if self._findings is None and request is not None:
             prompt = request.ids[: request.first + 1]
-            self._findings = handshake(self._source, prompt, request.asked)
+            self._findings = handshake(self._source, prompt, request.continuation_ids)
 
-    def _ask(self, asked: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
+    def _request(self, requests: Mapping[bytes, Request], wanted: set[bytes] | None = None) -> None:
         """Sends unknown requests; stores `wanted` ones that answers contain as well."""
-        self._meet(asked)
-        self._check_stored(asked)
-        todo = [request for k, request in asked.items() if k not in self._known]
+        self._ensure_handshake(requests)
+        self._check_stored(requests)
+        todo = [request for k, request in requests.items() if k not in self._known]
         n = min(self._most_prompts, -(-len(todo) // self._source.n_threads))
         batches = [todo[i : i + n] for i in range(0, len(todo), max(n, 1))]
 
@@ -353,9 +353,9 @@ class RemoteScorer:
             interrupt=self._source.interrupt,
         )
 
-    def _check_stored(self, asked: Mapping[bytes, Request]) -> None:
+    def _check_stored(self, requests: Mapping[bytes, Request]) -> None:
         """Compares one answer of an earlier run with the server's answer now."""
-        stored = [request for k, request in asked.items() if k in self._known]
+        stored = [request for k, request in requests.items() if k in self._known]
         if self._trusts_journal or self._journal is None or not stored:
             self._trusts_journal = True  # from now on, all known values are of this run
             return
@@ -381,14 +381,16 @@ class RemoteScorer:
         for i in request.wanted:
             value = answer.values[i]
             if value is None and self._missing is None:
-                return self._no_value(request, request.asked[i], _UNTOLD, _NULL)
+                return self._no_value(request, request.continuation_ids[i], _UNTOLD, _NULL)
             if value is None:
                 others = answer.others[i] if i < len(answer.others) else {}
                 known = (log_prob(number) for number in others.values())
                 told = [v for v in known if v is not None and not is_ruled_out(v)]
                 self._upper_of[key(request), i] = bound_of_unreported(told, told)
             elif is_ruled_out(value):
-                return self._no_value(request, request.asked[i], f"gives {value:g} to", _INFINITE)
+                return self._no_value(
+                    request, request.continuation_ids[i], f"gives {value:g} to", _INFINITE
+                )
         self._keep(key(request), answer.values)
         if self._first is None:
             self._first, self._since = request, time.monotonic()
@@ -412,13 +414,13 @@ class RemoteScorer:
             self._journal.add([k], self._known[k][None])
 
     def _assembled(
-        self, row: TokenRow, parts: Sequence[Request], asked: Asked
+        self, row: TokenRow, parts: Sequence[Request], spec: ValueSpec
     ) -> tuple[Tensor, Tensor]:
         """The row's values from its requests, and upper bounds of the unreported ones."""
         whole, *others = parts
         of_whole = key(whole)
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
-        target = asked.target
+        target = spec.target
         values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
         of_foils, upper = values.clone(), values.clone()
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
@@ -427,7 +429,7 @@ class RemoteScorer:
                 values[t] = self._known[k][i]
                 if values[t].isnan():
                     upper[t] = self._upper_of.get((k, i), 0.0)
-                steps = [apart[p, foil] for foil in _foils(asked, t)]
+                steps = [apart[p, foil] for foil in _foils(spec, t)]
                 known = [self._known[k][i] for k, i in steps]
                 missing = -torch.inf if self._missing is None else self._missing
                 reported = torch.stack(known).nan_to_num(nan=missing) if known else None
@@ -441,7 +443,7 @@ class RemoteScorer:
         self._n_values += sum(place >= 0 for place in row.positions)
         if self._missing is not None:
             values[unreported] = upper[unreported].clamp(max=self._missing)
-        return values if asked.foils is None else torch.cat([values, of_foils]), upper
+        return values if spec.foils is None else torch.cat([values, of_foils]), upper
 
     def _step(self, k: bytes) -> tuple[bytes, int]:
         """The request that contains a single token's value, and its index in it."""
@@ -470,8 +472,8 @@ class RemoteScorer:
     def provenance(self) -> dict[str, Any]:
         """Provenance of the requests."""
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
-        met = None if self._findings is None else self._findings.to_dict()
-        return self._source.provenance() | counts | {"handshake": met}
+        findings = None if self._findings is None else self._findings.to_dict()
+        return self._source.provenance() | counts | {"handshake": findings}
 
     def progress(self) -> AbstractContextManager[None]:
         """Shows one bar over all requests within, over any number of calls."""
@@ -495,9 +497,9 @@ class RemoteScorer:
         self._bar.note(f"about {n_rows} more coalitions" if n_rows > 0 else "")
 
 
-def _foils(asked: Asked, t: int) -> list[int]:
+def _foils(spec: ValueSpec, t: int) -> list[int]:
     """Ids of the foils of a target token."""
-    return [] if asked.foils is None else [i for i in asked.foils[t].tolist() if i >= 0]
+    return [] if spec.foils is None else [i for i in spec.foils[t].tolist() if i >= 0]
 
 
 def _noise(values: Tensor) -> Tensor:
@@ -525,7 +527,7 @@ def key(request: Request) -> bytes:
 
     For a request of a single token, the digest of its ids in sequence.
     """
-    asks_for = b"" if len(request.asked) == 1 else array("q", (request.first,)).tobytes()
+    asks_for = b"" if len(request.continuation_ids) == 1 else array("q", (request.first,)).tobytes()
     content = blake2b(array("q", request.ids).tobytes(), digest_size=16, key=asks_for)
     return content.digest()
 

@@ -125,8 +125,8 @@ def _check_distribution(values: Sequence[float], rounding: float) -> None:
     if mass > 1 + _MASS:
         zeros = "all are zero" if not any(values) else "they are of base 10, or so"
         raise HandshakeError(
-            f"the {len(values)} likeliest tokens have probabilities of {mass:.3g} in sum, "
-            f"which natural log-probabilities have not: {zeros}."
+            f"the {len(values)} likeliest tokens have probabilities of {mass:.3g} in sum, which "
+            f"natural log-probabilities cannot have: {zeros}."
         )
 
 

@@ -94,10 +94,10 @@ class TopK:
         self._endpoint.way = "none"
         nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
-            "the provider does not go on with an answer that is begun "
-            f"({'; '.join(refused) or nothing}), so that only the first token of an "
-            'answer could be explained: `attr_target="label"` would work, which compares two of '
-            'them; and "frequency" or "similarity".'
+            "the provider does not continue a prefilled answer "
+            f"({'; '.join(refused) or nothing}), so that only the first token of an answer could "
+            'be explained: `attr_target="label"` would work, which compares two of them; and '
+            '"frequency" or "similarity".'
         )
 
     def look(self, messages: Sequence[Message]) -> list[Step]:
@@ -204,9 +204,9 @@ class TopK:
 
     def _goes_on(self, messages: Sequence[Message], steps: Sequence[Step]) -> str | None:
         """What is wrong with continuing after all tokens but the last, if anything."""
-        begun = "".join(step.text for step in steps[:-1])
+        prefix = "".join(step.text for step in steps[:-1])
         try:
-            again = self._step(messages, begun, 1, 0.0)
+            again = self._step(messages, prefix, 1, 0.0)
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT:
                 raise
@@ -214,7 +214,9 @@ class TopK:
         wanted, found = steps[-1], again.steps[:1]
         reported = dict(found[0].top) if found else {}
         if wanted.text not in reported:
-            return f"{wanted.text!r} does not follow {begun!r} there, as it did when it was written"
+            return (
+                f"{wanted.text!r} does not follow {prefix!r} there, as it did when it was written"
+            )
         apart = abs(reported[wanted.text] - wanted.value)
         if not is_same(reported[wanted.text], wanted.value, NOISY):
             return f"{wanted.text!r} differs by {apart:.2g} nats from when it was written"
@@ -252,23 +254,23 @@ class TopK:
         found: list[str] = []
         left = text
         while left:
-            begun = "".join(found)
-            step = self._reported_of(messages, begun)
+            prefix = "".join(found)
+            step = self._reported_of(messages, prefix)
             known = [] if step is None else [name for name, _ in step.top]
             fitting = [name for name in known if name and left.startswith(name)]
-            name = max(fitting, key=len) if fitting else self.first_token(left, begun)
+            name = max(fitting, key=len) if fitting else self.first_token(left, prefix)
             if name is None:
                 raise ValueError(
-                    f"after {begun!r} the target goes on with {left[:20]!r}, which is none of the "
-                    f"{len(known)} likeliest tokens: its tokens are not known. Leave `target` out "
-                    "to explain what the model writes, give the model's `tokenizer`, or "
+                    f"after {prefix!r} the target continues with {left[:20]!r}, which is none of "
+                    f"the {len(known)} likeliest tokens: its tokens are not known. Leave `target` "
+                    "out to explain what the model writes, give the model's `tokenizer`, or "
                     "`attr_target='frequency'`."
                 )
             found.append(name)
             left = left[len(name) :]
         return found
 
-    def first_token(self, text: str, begun: str = "") -> str | None:
+    def first_token(self, text: str, prefix: str = "") -> str | None:
         """The first token of a text, if known without being reported."""
         return None
 
@@ -293,10 +295,10 @@ class TopK:
         return False
 
     def value_of(
-        self, messages: Sequence[Message], begun: str, token: str
+        self, messages: Sequence[Message], prefix: str, token: str
     ) -> tuple[float, float, float]:
         """A token's log-probability after the beginning of an answer, and its bounds."""
-        step = self._reported_of(messages, begun)
+        step = self._reported_of(messages, prefix)
         if step is None:
             return _UNTOLD, -math.inf, 0.0
         value = _by_name(step.top).get(token, -math.inf)
@@ -306,12 +308,12 @@ class TopK:
         bound = bound_of_unreported(told, likeliest, self._rounding_step)
         return bound - _BELOW_BOUND, -math.inf, bound
 
-    def _reported_of(self, messages: Sequence[Message], begun: str) -> Step | None:
+    def _reported_of(self, messages: Sequence[Message], prefix: str) -> Step | None:
         """The reported distribution at a position; None if the provider reports nothing.
 
         If a sample ends the answer, some servers report no token: another sample may.
         """
-        return self._first_step(replace(self._first(messages), prefill=begun))
+        return self._first_step(replace(self._first(messages), prefill=prefix))
 
     def _first_step(self, question: ChatRequest) -> Step | None:
         for i in range(_N_ASKED):
@@ -406,31 +408,31 @@ class Forced(TopK):
         return all(name in found and is_same(found[name], value) for name, value, _ in probes)
 
     def _of_ids(
-        self, messages: Sequence[Message], begun: str, ids: Sequence[int]
+        self, messages: Sequence[Message], prefix: str, ids: Sequence[int]
     ) -> dict[str, float]:
         """What is reported at a position if these token ids are to be."""
         # A server that ignores ids reports no more than the likeliest and the sampled token.
-        step = self._first_step(replace(self._first(messages), prefill=begun, top=1, reported=ids))
+        step = self._first_step(replace(self._first(messages), prefill=prefix, top=1, reported=ids))
         return {} if step is None else _by_name([*step.top, (step.text, step.value)])
 
     def value_of(
-        self, messages: Sequence[Message], begun: str, token: str
+        self, messages: Sequence[Message], prefix: str, token: str
     ) -> tuple[float, float, float]:
         """See `TopK.value_of`: exact, if reported by its id or brought among the likeliest."""
-        number = self._id(token, begun)
+        number = self._id(token, prefix)
         if self._mode == "by id" and number is not None:
-            value = self._of_ids(messages, begun, [number]).get(token, -math.inf)
+            value = self._of_ids(messages, prefix, [number]).get(token, -math.inf)
             if math.isfinite(value):
                 return self._rounded(value)
-        bound = super().value_of(messages, begun, token)
+        bound = super().value_of(messages, prefix, token)
         if math.isfinite(bound[1]) or number is None or self._mode == "by id":
             return bound
-        step = self._reported_of(messages, begun)
+        step = self._reported_of(messages, prefix)
         best = max((value for _, value in step.top), default=0.0) if step else 0.0
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
         for _ in range(N_TRIES):
             bias = _MOST_BIAS if self._mode == "raw" else bias
-            found = self._reported(messages, begun, token, number, bias)
+            found = self._reported(messages, prefix, token, number, bias)
             if found is not None and math.isfinite(found):
                 # It cannot be likelier than those that were reported.
                 if not found <= bound[2] and not is_same(found, bound[2], NOISY):
@@ -450,14 +452,14 @@ class Forced(TopK):
         return bound
 
     def _reported(
-        self, messages: Sequence[Message], begun: str, token: str, number: int, bias: float
+        self, messages: Sequence[Message], prefix: str, token: str, number: int, bias: float
     ) -> float | None:
         """A token's log-probability from an answer with a bias on it.
 
         Returns:
             None if not reported; infinity if it is too certain to be converted back.
         """
-        steps = self._step(messages, begun, 1, 1.0, {number: bias}).steps[:1]
+        steps = self._step(messages, prefix, 1, 1.0, {number: bias}).steps[:1]
         reported = {step.text: step.value for step in steps}
         if self._mode == "raw":  # nothing new is reported about others
             return reported.get(token)
@@ -472,15 +474,15 @@ class Forced(TopK):
         # q = p e^b / (1 - p + p e^b)
         return -_softplus(math.log(math.expm1(-found)) + bias)
 
-    def first_token(self, text: str, begun: str = "") -> str | None:
+    def first_token(self, text: str, prefix: str = "") -> str | None:
         """See `TopK.first_token`."""
-        ids = tokens.encode_in_place(self._tokenizer, text, begun[-tokens.CONTEXT :])
+        ids = tokens.encode_in_place(self._tokenizer, text, prefix[-tokens.CONTEXT :])
         name = tokens.decode(self._tokenizer, ids[:1]) if ids else ""
         return name if name and text.startswith(name) else None
 
-    def _id(self, token: str, begun: str) -> int | None:
+    def _id(self, token: str, prefix: str) -> int | None:
         """The id of a token, if its text is a single token."""
-        ids = tokens.encode_in_place(self._tokenizer, token, begun[-tokens.CONTEXT :])
+        ids = tokens.encode_in_place(self._tokenizer, token, prefix[-tokens.CONTEXT :])
         return int(ids[0]) if len(ids) == 1 else None
 
 

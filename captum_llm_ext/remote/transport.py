@@ -78,7 +78,9 @@ class Secrets:
         self._headers = {name: value.strip() for name, value in headers.items()}
         for name, value in self._headers.items():
             if not value.isascii() or not value.isprintable():
-                raise ValueError(f"the header {name!r} holds what no header may: check the key.")
+                raise ValueError(
+                    f"the header {name!r} holds characters that no header may: check the key."
+                )
 
     @property
     def headers(self) -> dict[str, str]:
@@ -150,7 +152,7 @@ class Http:
 
     def get(self, path: str) -> Any:
         """JSON at a path. Errors are those of `post`."""
-        return self._ask("GET", path, None, _MOST_BYTES)
+        return self._send("GET", path, None, _MOST_BYTES)
 
     def post(
         self,
@@ -158,7 +160,7 @@ class Http:
         body: Mapping[str, Any],
         *,
         most_bytes: int = 0,
-        asks_several: bool = False,
+        is_splittable: bool = False,
     ) -> Any:
         """The server's response to a body, both as JSON.
 
@@ -166,16 +168,16 @@ class Http:
             path: Appended to the URL.
             body: The request.
             most_bytes: Maximum size of the response beyond 16 MiB.
-            asks_several: Whether the request can be split: then it is not retried after a timeout.
+            is_splittable: Whether the request can be split: then it is not retried after a timeout.
 
         Raises:
             ApiError: If the server refuses it, keeps failing, or returns invalid JSON or too much.
             ConnectionError: If there is no response after all retries.
-            TooSlowError: If there is none in time, and `asks_several`.
+            TooSlowError: If there is none in time, and `is_splittable`.
             InterruptedRequestError: After `interrupt`.
         """
         most = _MOST_BYTES + most_bytes
-        return self._ask("POST", path, json.dumps(body).encode(), most, asks_several)
+        return self._send("POST", path, json.dumps(body).encode(), most, is_splittable)
 
     def interrupt(self) -> None:
         """Aborts all requests under way, in all threads; later ones are unaffected."""
@@ -187,8 +189,8 @@ class Http:
         for connection in busy:
             connection.cut()
 
-    def _ask(
-        self, method: str, path: str, body: bytes | None, most: int, asks_several: bool = False
+    def _send(
+        self, method: str, path: str, body: bytes | None, most: int, is_splittable: bool = False
     ) -> Any:
         epoch, began = self._epoch, time.monotonic()
         n_tries = n_garbage = 0
@@ -221,7 +223,7 @@ class Http:
                 raise ApiError(f"{message}, which is no valid answer to the request.") from None
             except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
                 failure = self._unreached(error)
-                if asks_several and isinstance(error, TimeoutError) and epoch == self._epoch:
+                if is_splittable and isinstance(error, TimeoutError) and epoch == self._epoch:
                     raise TooSlowError(str(failure)) from error
                 if epoch == self._epoch and not self._may_help(error):
                     raise failure from error
@@ -316,14 +318,14 @@ class Http:
         packed = headers.get("Content-Encoding") or "identity"
         if packed.strip().lower() != "identity":  # its uncompressed size is unlimited
             raise ApiError(
-                f"{self.url} answered in {self._shown(packed)!r}, which was not asked for."
+                f"{self.url} answered in {self._shown(packed)!r}, which was not requested."
             )
         try:
             found = json.loads(content)
         except (ValueError, RecursionError):
             shown = self._shown(content.decode("utf-8", "replace"))
             raise GarbageError(
-                f"{self.url} answered with what is no JSON: {shown!r}. Give the URL of an "
+                f"{self.url} did not answer with JSON: {shown!r}. Give the URL of an "
                 "OpenAI-compatible API, such as http://localhost:8000/v1."
             ) from None
         if isinstance(found, dict):
@@ -378,7 +380,7 @@ class Http:
         advice = ""
         if not self._was_reached and isinstance(error, ConnectionRefusedError | socket.gaierror):
             advice = ". Is the server up, and are its name and port right?"
-        return ConnectionError(f"{self.url} cannot be asked: {self._shown(what)}{advice}")
+        return ConnectionError(f"{self.url} cannot be reached: {self._shown(what)}{advice}")
 
     def _shown(self, text: str) -> str:
         """A server's message as one line, without keys or control characters."""

@@ -109,10 +109,10 @@ def describe_cut(result: "ResultNumbers") -> str:
     n = len(result.output_tokens)
     if not isinstance(settings, Mapping) or n < 2:
         return ""
-    told = cast(Mapping[str, Any], settings)
-    ends = re.findall(r"\d+", str(told.get("eos_token_id", "")))
+    generation = cast(Mapping[str, Any], settings)
+    ends = re.findall(r"\d+", str(generation.get("eos_token_id", "")))
     is_over = str(int(result.target[-1])) in ends
-    is_full = str(told.get("max_new_tokens")) == str(n)
+    is_full = str(generation.get("max_new_tokens")) == str(n)
     return f"answer cut after {n} tokens" if is_full and not is_over else ""
 
 

@@ -92,7 +92,7 @@ def strongest(
         ValueError: If `k` is below 1.
     """
     if k < 1:
-        raise ValueError(f"`k` is {k}: give how many causes you want, at least 1.")
+        raise ValueError(f"`k` is {k}: give the number of causes, at least 1.")
     columns: dict[int, list[int]] = {}
     for column, feature in enumerate(features or range(len(names))):
         columns.setdefault(feature, []).append(column)

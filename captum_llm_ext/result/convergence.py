@@ -76,8 +76,8 @@ def _cuts(evidence: Evidence) -> list[int]:
         ends = steps.nonzero()[:, 0] + 1
     if not len(ends):
         raise ValueError(
-            f"what {design.solved} found did not converge to anything: it takes all of its "
-            "coalitions at once. Plot that of `KernelShap` or `ShapleyValueSampling`."
+            f"what {design.solved} found did not converge step by step: it uses all of its "
+            "coalitions at once. Plot a result of `KernelShap` or `ShapleyValueSampling`."
         )
     return (ends + design.n_anchors).tolist()
 

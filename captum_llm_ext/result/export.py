@@ -254,9 +254,9 @@ class ExportedResult(DrawnResult):
         missing = (full - empty - attr.sum(0)).abs()
         if bool((missing > _UNEXPLAINED * (full - empty).abs().max()).any()):
             warnings.warn(
-                f"the attributions of {self.provenance.get('method', 'this method')} do not sum to "
-                f"full_values - empty_values (off by up to {float(missing.max()):.3g}), which "
-                "shap's plots take for granted: what they show as f(x) is base value plus sum.",
+                f"the attributions of {self.provenance.get('method', 'this method')} do not sum "
+                f"to full_values - empty_values (off by up to {float(missing.max()):.3g}), which "
+                "shap's plots assume: what they show as f(x) is base value plus sum.",
                 stacklevel=2,
             )
         n_prompt = len(self.input_tokens)

@@ -218,7 +218,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
         or len(design["n_visible"]) != n_target
         or len(design["columns"]) != n_prompt
     ):
-        raise ValueError("`design` is about other coalitions")
+        raise ValueError("`design` describes other coalitions")
 
 
 def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:
@@ -245,7 +245,7 @@ def _check_rest(rest: Mapping[str, Any], version: int) -> None:
     if rest["output_features"] is not None:
         _list_of(str, rest, "output_features")
     if type(rest["n_evaluations"]) is not int or not isinstance(rest["provenance"], dict):
-        raise ValueError("`n_evaluations` is no number, or `provenance` no object")
+        raise ValueError("`n_evaluations` is not a number, or `provenance` not an object")
     _check_pieces(rest, version)
     for name, parts, part_of in rest.get("levels", ()):
         level = {"parts": parts, "part_of": part_of}
@@ -273,7 +273,7 @@ def _check_rest(rest: Mapping[str, Any], version: int) -> None:
 def _list_of(kind: type, rest: Mapping[str, Any], name: str) -> Sequence[Any]:
     found = rest[name]
     if not isinstance(found, list) or not all(type(one) is kind for one in cast(list[Any], found)):
-        raise ValueError(f"`{name}` is no list of {kind.__name__}")
+        raise ValueError(f"`{name}` is not a list of {kind.__name__}")
     if kind is int and not all(-_MOST < one < _MOST for one in cast(list[int], found)):
         raise ValueError(f"`{name}` holds a number of more than 64 bits")
     return cast(list[Any], found)

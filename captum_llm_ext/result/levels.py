@@ -96,13 +96,13 @@ def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
         # A generated feature is a column of its own: one that spans two parts fits no level.
         if n_features and _per_feature(pieces, part_of, n_features) is None:
             continue
-        said = {
+        roles = {
             part for piece, part in zip(pieces, part_of, strict=True) if not _is_template(piece)
         }
         same = [level for level in known if level["part_of"] == part_of]
         if same:  # a line of one sentence is called a sentence, and one of a single word a word
             same[0]["name"] = name
-        elif len(said) > 1 and _is_new(part_of, len(pieces), known):
+        elif len(roles) > 1 and _is_new(part_of, len(pieces), known):
             known.append({"name": name, "part_of": part_of})
     own = result.provenance.get("output_unit")
     part_of = _numbered([piece.feature for piece in pieces])

@@ -333,8 +333,8 @@ def _certainty(
 
 def subject_of(result: "ResultNumbers", start: int, stop: int) -> str:
     """``“Lisbon”``, or ``the answer “…”``."""
-    said = [piece for piece in result.output_pieces[start:stop] if piece.role != "template"]
-    text = "".join(piece.text for piece in said).strip() or " ".join(
+    pieces = [piece for piece in result.output_pieces[start:stop] if piece.role != "template"]
+    text = "".join(piece.text for piece in pieces).strip() or " ".join(
         result.output_tokens[start:stop]
     )
     if stop - start == 1:

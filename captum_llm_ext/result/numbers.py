@@ -10,6 +10,7 @@ import torch
 from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
+from captum_llm_ext.base.arguments import position_of
 from captum_llm_ext.result.causes import Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
@@ -286,22 +287,8 @@ class ResultNumbers(LLMAttributionResult):
         Raises:
             ValueError: If there is no such token, or several have this name.
         """
-        n_target = len(self.output_tokens)
-        if isinstance(token, int):
-            if not -n_target <= token < n_target:
-                raise ValueError(f"there is no token {token}: the target has {n_target}.")
-            return token % n_target
-        wanted = token.strip()
-        found = [i for i, name in enumerate(self.output_tokens) if name == wanted]
-        if len(found) != 1:  # "the #4"
-            shown = self.names.tokens
-            found = [i for i, name in enumerate(shown) if name == wanted] or found
-        if len(found) != 1:
-            raise ValueError(
-                f"{len(found)} target tokens are {token!r}: give the position"
-                + (f", one of {found}." if found else f" of one of {self.output_tokens}.")
-            )
-        return found[0]
+        names = self.output_tokens
+        return position_of(token, names, "target token", displayed=self.names.tokens)
 
     def replicates(self, start: int, stop: int) -> Tensor | None:
         """Jackknife replicates of a span's attributions: each leaves out a part of the draws.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base import files, tensor_file
+from captum_llm_ext.base.arguments import position_of
 from captum_llm_ext.result import plot
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ class PatchingResult:
         Raises:
             ValueError: If there is no such token, or several have this name.
         """
-        effects = self.effects[self._position(target_token)].nan_to_num()
+        at = position_of(target_token, self.output_tokens, "target token")
+        effects = self.effects[at].nan_to_num()
         order = effects.abs().flatten().argsort(descending=True, stable=True)[:k].tolist()
         n_places = effects.shape[1]
         cells = [(i // n_places, i % n_places) for i in order]
@@ -150,7 +152,7 @@ class PatchingResult:
         Raises:
             ValueError: If there is no such token, or several have this name.
         """
-        at = self._position(target_token)
+        at = position_of(target_token, self.output_tokens, "target token")
         predicting, replaced = int(self.said_at[at]), {*self.replaced}
         own = [bool(replaced & {*group}) for group in self.places]
         says = [predicting in group for group in self.places]
@@ -229,21 +231,6 @@ class PatchingResult:
         names = " ".join(name.strip() for name in self.feature)
         return f"{names!r} → {self.output_tokens[at]!r}: gain {float(self.gain[at]):+.2f}"
 
-    def _position(self, token: int | str) -> int:
-        n = len(self.output_tokens)
-        if isinstance(token, int):
-            if not -n <= token < n:
-                raise ValueError(f"`target_token` is {token}, and there are {n} target tokens.")
-            return token % n
-        found = [i for i, name in enumerate(self.output_tokens) if name.strip() == token.strip()]
-        if len(found) != 1:
-            reason = f"is the text of tokens {found}" if found else "is the text of no target token"
-            raise ValueError(
-                f"`target_token` {token!r} {reason}: give the position of one of "
-                f"{self.output_tokens}."
-            )
-        return found[0]
-
     def _check(self) -> None:
         """Checks that the parts fit together.
 
@@ -263,4 +250,4 @@ class PatchingResult:
             raise ValueError("its ranks are not as many as its cells")
         flat = [p for group in cast("list[list[Any]]", self.places) for p in group]
         if not all(type(p) is int for p in (*flat, *self.replaced)):
-            raise ValueError("its places are no numbers")
+            raise ValueError("its places are not numbers")

@@ -109,7 +109,7 @@ class Evidence:
         if solver is None:
             raise ValueError(
                 f"what {self.design.solved} found cannot be solved again from its coalitions: it "
-                "ran through its own `attribute`."
+                "ran its own `attribute`."
             )
         return solver(self.plan, self.values.double().cpu(), self.scope, **self.design.options)
 
@@ -260,7 +260,7 @@ class Evidence:
             )
         if self._law() != "half":
             raise ValueError(
-                f"the coalitions of {self.design.planned} have all sizes alike, ContextCite wants "
+                f"the coalitions of {self.design.planned} have all sizes alike, ContextCite needs "
                 "each feature present with probability 1/2: attribute with Lime."
             )
         span = (tokens.start, tokens.stop)
@@ -513,8 +513,8 @@ def convert(values: Tensor, given: str, wanted: str, foil_values: Tensor | None 
     if "contrast" in (given, wanted):
         if foil_values is None:
             raise ValueError(
-                "this result holds no values of foils: attribute with "
-                '`attr_target="contrast"`, which keeps log-probabilities beside them.'
+                'this result holds no values of foils: attribute with `attr_target="contrast"`, '
+                "which also stores log-probabilities."
             )
         foils = foil_values.double()
         if wanted == "contrast":

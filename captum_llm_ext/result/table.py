@@ -43,7 +43,7 @@ def table(
 ) -> str:
     """See `GenerationAttributionResult.table`."""
     if k < 1:
-        raise ValueError(f"`k` is {k}: give how many causes you want, at least 1.")
+        raise ValueError(f"`k` is {k}: give the number of causes, at least 1.")
     show = paint or _plain
     read = Reading(result, finest_level(result), unit)
     lines = _wrapped([" · ".join(header(result))], width)

@@ -134,20 +134,22 @@ def share_errors(result: "ResultNumbers", total: TotalAttribution) -> list[dict[
         level["name"]: level["part_of"] for level in answer_levels(result)
     }
     names: list[str] = []
-    asked: list[tuple[list[range], list[int] | None]] = []
+    requests: list[tuple[list[range], list[int] | None]] = []
     for name, part_of in levels.items():
         cuts = [t for t in range(n) if not t or part_of[t] != part_of[t - 1]]
         runs = [range(*run) for run in zip(cuts, [*cuts[1:], n], strict=True)]
         parts = None if name == TOKEN else _parts_of_features(result, runs)
         names.append(name)
-        asked.append(([range(n), *([] if is_large else (r for r in runs if len(r) < n))], parts))
+        requests.append(([range(n), *([] if is_large else (r for r in runs if len(r) < n))], parts))
     return [
         {
             "level": name,
             "spans": [[span.start, span.stop] for span in spans],
             "se": [_sparse(row) for row in errors.tolist()],
         }
-        for name, (spans, _), errors in zip(names, asked, total.spread.readings(asked), strict=True)
+        for name, (spans, _), errors in zip(
+            names, requests, total.spread.readings(requests), strict=True
+        )
     ]
 
 

@@ -29,9 +29,9 @@ def call(tokenizer: Any, text: str, **options: Any) -> Any:
                 return found
         time.sleep(_RETRY_SECONDS)
     raise RuntimeError(
-        "the tokenizer cuts or pads texts that it was to encode whole: other threads ask it to "
-        "(`truncation=`, `padding=`) all the time. Give each thread a tokenizer of its own, such "
-        "as `copy.deepcopy(tokenizer)`."
+        "the tokenizer truncates or pads texts that must be encoded whole, because other threads "
+        "keep setting `truncation=` or `padding=`. Give each thread its own tokenizer, such as "
+        "`copy.deepcopy(tokenizer)`."
     )
 
 

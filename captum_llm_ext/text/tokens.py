@@ -279,7 +279,7 @@ def token_id(tokenizer: Any, token: str) -> int:
     unknown = getattr(tokenizer, "unk_token_id", None)
     if found is None or (found == unknown and token != getattr(tokenizer, "unk_token", None)):
         raise ValueError(
-            f"{token!r} is no token of this vocabulary: a text baseline names one token, as in "
+            f"{token!r} is not a token of this vocabulary: a text baseline names one token, as in "
             "captum (say '<pad>'). For replacement texts give a list with one entry per feature."
         )
     return int(found)

@@ -112,8 +112,8 @@ def _each(
     watch.check_attended(model)
     if watch.n_run != len(layers):
         raise ValueError(
-            f"{watch.n_run} layers of {type(model).__name__} ran, and it has {len(layers)}: what a "
-            "text takes through the others cannot be read."
+            f"{watch.n_run} layers of {type(model).__name__} ran, and it has {len(layers)}: what "
+            "passes through the others cannot be read."
         )
 
 
@@ -192,9 +192,9 @@ class _LayerHooks:
         more = len(self._not_attended) - _MOST_TOLD
         raise ValueError(
             f"{listed}{f' and {more} more' if more > 0 else ''} of {type(model).__name__} did not "
-            "attend: nothing that a softmax gave multiplied what places hold (state-space or "
-            "linear attention, convolutions), so what they take from where cannot be read. Use a "
-            "method of gradients, or `GenerationAttribution`."
+            "attend: no softmax weights multiplied the values of positions (state-space or "
+            "linear attention, convolutions), so what each position takes from others cannot be "
+            "read. Use a method of gradients, or `GenerationAttribution`."
         )
 
     @contextmanager

@@ -138,6 +138,6 @@ def present_features(baselines: Any, n_features: int, *, is_drawn: bool) -> Tens
     rows = "n" if is_drawn else "1"
     raise ValueError(
         f"`baselines` is {shape} for {n_features} features: as in captum it gives which of them "
-        f"are present at the beginning, as numbers ({rows}, {n_features}). What stands for absent "
+        f"are present at the beginning, as numbers ({rows}, {n_features}). What replaces absent "
         "ones is set by the input: `TextSegmentInput(…, baselines=CorpusBaselines(texts))`."
     )

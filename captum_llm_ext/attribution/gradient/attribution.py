@@ -488,8 +488,8 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         layer = None if layer is None else _compat.uncompiled(layer)
         if layer is not None and all(layer is not module for module in self.model.modules()):
             raise ValueError(
-                f"`layer` is {type(layer).__name__}, which is no module of the model: give one of "
-                "its own, such as `model.get_input_embeddings()`."
+                f"`layer` is {type(layer).__name__}, which is not a module of the model: give one "
+                "of its own, such as `model.get_input_embeddings()`."
             )
         return layer
 

@@ -39,7 +39,7 @@ def path_groups(
     n_before: int,
     apart: Apart,
     chosen: Sequence[int],
-    ways: Callable[[list[int]], float] = len,
+    n_backward: Callable[[list[int]], float] = len,
 ) -> list[PathGroup]:
     """The paths that explain every target token by the features before it, longest first.
 
@@ -54,8 +54,7 @@ def path_groups(
             that see ahead), or ``"cheapest"``: early tokens then need no forward and backward pass
             over all later ones.
         chosen: Indices of the explained target tokens.
-        ways: Number of passes these target tokens take beside the forward pass: by default one
-            backward pass each.
+        n_backward: Number of backward passes for these target tokens: by default one each.
     """
     fixed = {place for place, group in enumerate(generated.groups) if group is None}
     required = {t: -1 if own is None else own for t, own in enumerate(generated.required)}
@@ -66,18 +65,18 @@ def path_groups(
         if apart == "always":
             blocks = [[t] for t in members]
         else:
-            blocks = _blocks(members, n_before, ways) if apart == "cheapest" else [members]
+            blocks = _blocks(members, n_before, n_backward) if apart == "cheapest" else [members]
         found += [PathGroup(tuple(block), frozenset(held)) for block in blocks]
     return sorted(found, key=lambda group: -group.n_read)
 
 
 def _blocks(
-    targets: list[int], n_before: int, ways: Callable[[list[int]], float]
+    targets: list[int], n_before: int, n_backward: Callable[[list[int]], float]
 ) -> list[list[int]]:
     """Splits targets into blocks of the lowest total cost, counted in passes."""
 
     def cost(blocks: list[list[int]]) -> float:
-        return sum((n_before + block[-1]) * (1 + ways(block)) for block in blocks)
+        return sum((n_before + block[-1]) * (1 + n_backward(block)) for block in blocks)
 
     sizes = {-(-len(targets) // n) for n in range(1, len(targets) + 1)}
     cuts = [[targets[i : i + n] for i in range(0, len(targets), n)] for n in sorted(sizes)]
@@ -140,7 +139,10 @@ def features(
     draws: list[list[tuple[int, ...]]] = [[()] * (len(places) + len(later))] * n_draws
     if absent == "baseline":
         generator = torch.Generator().manual_seed(seed)
-        both = prompt.stand_ins(n_draws, generator), generated.stand_ins(n_draws, generator)
+        both = (
+            prompt.replacement_ids(n_draws, generator),
+            generated.replacement_ids(n_draws, generator),
+        )
         draws = [[*before, *after] for before, after in zip(*both, strict=True)]
     n_features = prompt.n_features + generated.n_features
     return Features([*places, *later], draws, prompt.n_features, n_features, n_ids)

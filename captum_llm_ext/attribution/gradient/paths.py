@@ -24,7 +24,7 @@ from captum_llm_ext.model import AttrTarget, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.gradients.backward import Linear, TargetGradients, initial_plan
-from captum_llm_ext.model.gradients.forward_mode import passes_beside
+from captum_llm_ext.model.gradients.forward_mode import n_extra_passes
 from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.frozen import check_sum, culprit
 from captum_llm_ext.model.gradients.layers import Layers, modules_reading
@@ -210,7 +210,7 @@ class Paths:
             n_before=start,
             apart=apart,
             chosen=sorted({t for span in spans for t in span}),
-            ways=lambda targets: self._ways(own, len(spans_of(targets))),
+            n_backward=lambda targets: self._n_backward(own, len(spans_of(targets))),
         )
         if self.on_total is not None:
             n_ends = 0 if self.points.is_local else self._n_baselines
@@ -240,11 +240,11 @@ class Paths:
             attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
         )
 
-    def _ways(self, own: Features, n_values: int) -> float:
+    def _n_backward(self, own: Features, n_values: int) -> float:
         """Estimated number of passes beside the forward pass for this many values."""
         kept = int(self._kept.all(0).sum())
         is_plain = isinstance(self._attr_target, str) and not self.points.is_local
-        return passes_beside(own.n_features - kept if is_plain else None, n_values)
+        return n_extra_passes(own.n_features - kept if is_plain else None, n_values)
 
     def _probe(self, whole: Row) -> Findings:
         """Probes the model: batch size and prefix handling depend on what it does."""
@@ -491,17 +491,16 @@ class Paths:
         layer, name = self._layer, type(self._model).__name__
         if not modules:
             raise ValueError(
-                f"no module of {name} was seen to be given the token ids and to make vectors of "
-                "them (an `nn.Embedding`, or what `get_input_embeddings()` returns, that is called "
-                "with the ids as they are): let the model call one, or use "
-                "`GenerationAttribution`, which needs none."
+                f"no module of {name} receives the token ids and returns vectors (an "
+                "`nn.Embedding`, or what `get_input_embeddings()` returns, called with the ids): "
+                "let the model call one, or use `GenerationAttribution`, which needs none."
             )
         self._embeddings = Layers(modules)
         if layer is None or (layer in modules and not self._of_input):
             if layer is not None and len(modules) > 1:
                 raise ValueError(
                     f"{name} embeds token ids in {len(modules)} modules: attributions to one of "
-                    "them leave out what comes by the others. Give None as the layer: all of them."
+                    "them miss the effect of the others. Give None as the layer: all of them."
                 )
             self._layers = self._embeddings
             if not self._all_is_embedded(row):
@@ -528,7 +527,7 @@ class Paths:
             what = "input" if self._of_input else "output"
             raise ValueError(
                 f"the {what} of layer {type(self._layer).__name__} is {tuple(shape)} for one row "
-                f"of {row.length} token ids: attribution wants (batch, length, size), an "
+                f"of {row.length} token ids: attribution needs (batch, length, size), an "
                 "activation for each token, such as the embedding's output or that of a whole "
                 "decoder layer."
             )

@@ -143,9 +143,9 @@ class PatchedRuns:
         for number, stream in enumerate(streams):
             if stream.shape[:2] != (1, length):
                 raise ValueError(
-                    f"stream {number} of {type(self._model).__name__} is {tuple(stream.shape)} for "
-                    f"a row of {length} token ids: patching wants (1, {length}, size), a vector "
-                    "for each token (no soft prompts, no several streams beside one another)."
+                    f"stream {number} of {type(self._model).__name__} is {tuple(stream.shape)} "
+                    f"for a row of {length} token ids: patching needs (1, {length}, size), a "
+                    "vector for each token (no soft prompts, no parallel streams)."
                 )
         return [stream[0] for stream in streams]
 

@@ -200,7 +200,7 @@ class ActivationPatching:
         prompt = _prompt(inp, tokenizer, baselines)
         context = Context(prompt, tokenizer, Likelihood(self.model, tokenizer))
         if context.full.extras is not None:
-            raise ValueError("activation patching takes text alone, no pictures or the like.")
+            raise ValueError("activation patching takes text only, no images.")
         context.prompt.places()  # raises if the input knows none, before the costly part
         runs = PatchedRuns(
             self.model,
@@ -479,8 +479,8 @@ class _Trace:
             error = (values - expected)[predicted].abs()
             if not bool((error <= tolerance).all()):
                 raise ValueError(
-                    f"stream {layer} of {n_streams - 1} is not all that this model's layers pass "
-                    "on: with every place of it as in the clean text, values are up to "
+                    f"stream {layer} of {n_streams - 1} is not all that passes between this "
+                    "model's layers: with the whole stream of the clean text, values are up to "
                     f"{float(error.max()):.2g} from the clean text's (rounding makes "
                     f"{float(tolerance.max()):.2g} at most). Layers that read token ids or share "
                     "keys with earlier ones are not traced; for a model of your own give its "
@@ -514,6 +514,6 @@ def _check_used(is_noise: bool, scale: float, *baselines: object) -> None:
     if is_noise and any(own is not None for own in baselines):
         raise ValueError('baselines would be ignored: `kind="noise"` replaces nothing.')
     if not is_noise and scale != _NOISE_SCALE:
-        raise ValueError('`noise_scale` would be ignored: it is of `kind="noise"`.')
+        raise ValueError('`noise_scale` would be ignored: it belongs to `kind="noise"`.')
     if not 0 < scale < float("inf"):
         raise ValueError(f"`noise_scale` is {scale!r}: give a number above 0.")

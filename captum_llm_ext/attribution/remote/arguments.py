@@ -28,8 +28,8 @@ def check_method(attr_method: object, accelerator: object) -> None:
         )
     if accelerator is not None:
         raise TypeError(
-            "`accelerator` has no use here: one process asks the API, in as many threads as "
-            "`max_concurrency` says."
+            "`accelerator` has no use here: one process sends the requests, in `max_concurrency` "
+            "threads."
         )
 
 
@@ -101,7 +101,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
         ValueError: If it cannot, or `predicate` or `labels` would have no effect.
     """
     if predicate is not None and attr_target not in ("frequency", "auto"):
-        raise ValueError('`predicate` would be ignored: it is of `attr_target="frequency"`.')
+        raise ValueError('`predicate` would be ignored: it belongs to `attr_target="frequency"`.')
     if labels is not None and (attr_target != "label" or len(labels) != 2):
         raise ValueError(
             f"`labels` is {labels!r}: it is a pair, the label that is explained and the one "
@@ -114,7 +114,7 @@ def check_rung(rung: object, attr_target: object, predicate: object, labels: Any
         raise ValueError(f"`rung` is {rung!r}: give one of {known}.")
     of = rung if rung in ("label", "frequency", "similarity") else "log_prob"
     if attr_target not in ("auto", of) and not (of == "log_prob" and attr_target == "prob"):
-        raise ValueError(f"`rung={rung!r}` tells {of!r}, and `attr_target` is {attr_target!r}.")
+        raise ValueError(f"`rung={rung!r}` reports {of!r}, and `attr_target` is {attr_target!r}.")
 
 
 def _check_contrast(contrast: Contrast, provider: Any, takes_ids: bool) -> None:

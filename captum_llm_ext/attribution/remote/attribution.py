@@ -449,8 +449,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         texts = rung.target(chosen.full, target)
         if not any(text.strip() for text in texts):
             raise ValueError(
-                "the model wrote nothing within `max_new_tokens` (one that reasons spends them on "
-                "that): give more, or a `target`."
+                "the model wrote nothing within `max_new_tokens` (reasoning counts as well): "
+                "give more, or a `target`."
             )
         rung.begin(chosen.full, chosen.empty, texts)
         ids = [chosen.tokenizer.token(text) for text in texts]
@@ -553,7 +553,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             )
         if "generation_config" in given:
             raise ValueError(
-                "`generation_config` is nothing that an API takes: give its fields as `gen_args`."
+                "`generation_config` cannot be sent to an API: give its fields as `gen_args`."
             )
         if not LENGTHS & set(given):
             given["max_new_tokens"] = 25

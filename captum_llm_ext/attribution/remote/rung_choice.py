@@ -143,8 +143,8 @@ class RungChoice:
             return [self.attr_target]
         own: list[RungName] = []
         if self._has_tokenizer(self.tokenizer):
-            tells = callable(getattr(self.provider, "get_logprobs", None))
-            if tells or isinstance(self.provider, TokenProvider):
+            has_logprobs = callable(getattr(self.provider, "get_logprobs", None))
+            if has_logprobs or isinstance(self.provider, TokenProvider):
                 own.append("forced")
             if reports_any_token(chat_endpoint(self.provider)):
                 own.append("stepwise")

@@ -79,7 +79,7 @@ def check_fit(
             )
         if foil_ids(result) != foil_ids(first):
             raise ValueError(
-                f"{first_name!r} and {name!r} hold tokens against different foils: attribute with "
+                f"{first_name!r} and {name!r} compare tokens with different foils: attribute with "
                 f"`Contrast(foils={first_name}.foils)`."
             )
         if list(result.input_tokens) != list(prompt.names):

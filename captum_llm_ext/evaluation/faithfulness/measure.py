@@ -175,9 +175,9 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
 
 def _warn_of_unlike() -> None:
     warnings.warn(
-        "Absent features become any text of a corpus of another kind, which has no place like "
-        f"those of most of them: {_MADE} {UNSEEN.format(what=_WHAT)}{_BEST} Give `CorpusBaselines` "
-        "texts of the same kind as the prompt.",
+        "Absent features are replaced by arbitrary text of an unrelated corpus, which has no "
+        f"similar context for most of them: {_MADE} {UNSEEN.format(what=_WHAT)}{_BEST} Give "
+        "`CorpusBaselines` texts of the same kind as the prompt.",
         stacklevel=3,
     )
 

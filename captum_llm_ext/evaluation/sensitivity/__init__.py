@@ -175,8 +175,8 @@ def _one_token(baselines: Any, tokenizer: Any) -> int:
     if isinstance(baselines, int) and not isinstance(baselines, bool):
         return baselines
     raise TypeError(
-        f"{baselines!r} cannot stand in captum's `TextTokenInput`, which puts one id in place of "
-        "every absent token: give a token or its id, or explain `TextSegmentInput(text, tokenizer, "
+        f"{baselines!r} cannot be used in captum's `TextTokenInput`, which replaces every absent "
+        "token by one id: give a token or its id, or explain `TextSegmentInput(text, tokenizer, "
         "'token')`."
     )
 

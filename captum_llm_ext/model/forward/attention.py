@@ -48,7 +48,7 @@ def merged_attention(model: nn.Module) -> Generator[None]:
     Raises:
         NotImplementedError: If the model's attention is unknown, or compiled.
     """
-    attend = partial(_attend, _attend_lent)
+    attend = partial(_attend, _attend_shared)
     with _compat.attention_of(model, _NAME, attend, _mask, _KNOWN):
         yield
 
@@ -111,18 +111,18 @@ def _attend(
     return found.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _attend_lent(
+def _attend_shared(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: _Scores
 ) -> Tensor:
     if mask is None or mask.dtype != torch.bool:
-        raise NotImplementedError("attention without a mask of what is seen")
+        raise NotImplementedError("attention without a causal mask")
     if mask.shape[:2] != (1, 1):
         raise NotImplementedError("a mask for each row or head")
     shared = shared_with(key)
     n_shared = 0 if shared is None else shared.keys.shape[-2]
     if mask.shape[-1] != n_shared + key.shape[-2]:
         # Keys that were transformed on the way have lost their link to the shared ones.
-        raise NotImplementedError("keys that do not come as the state gives them")
+        raise NotImplementedError("keys other than those of the cache")
     seen_of_shared, seen_of_own = _sides(mask, n_shared)
     parts = [_part(query, key, value, seen_of_own, scores)]
     if shared is not None:
@@ -254,11 +254,11 @@ def _attend_packed(
     scores: _Scores,
 ) -> Tensor:
     if mask is None or mask.shape != (1, 1, 1, 1):
-        raise NotImplementedError("attention without a mask of what is seen")
+        raise NotImplementedError("attention without a causal mask")
     pack, n_kept = packing.pack, key.shape[2] - query.shape[2]
     n_gone = pack.n_read - n_kept
     if n_kept < 0 or n_gone < 0 or query.shape[2] != len(pack.ids) or len(query) != 1:
-        raise NotImplementedError("keys that do not come as the state gives them")
+        raise NotImplementedError("keys other than those of the cache")
     packing.n_attended += 1
     kind, (heads, groups) = int(mask), (query.shape[1], key.shape[1])
     # In the order in which it is needed, to avoid a copy.

@@ -108,22 +108,22 @@ def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
     is_unseen = _compat.runs_past_modes(model)
     own = generators_of(model)
 
-    def stand() -> tuple[object, ...]:
+    def generator_states() -> tuple[object, ...]:
         return (*states(own), *_torch_states())
 
     def moves(meanwhile: Callable[[], object]) -> bool:
-        before = stand()
+        before = generator_states()
         meanwhile()
-        return before != stand()
+        return before != generator_states()
 
-    first, before, began = Draws(), stand(), time.monotonic()
+    first, before, began = Draws(), generator_states(), time.monotonic()
     if is_unseen:
         result = run()
     else:
         with first:
             result = run()
     took = max(time.monotonic() - began, 0.01)  # seconds; time for another thread to run
-    if not first.sources and before == stand():
+    if not first.sources and before == generator_states():
         return None, result
     if is_unseen or not first.sources:
         # Another thread may have drawn meanwhile, but hardly every time; if it draws all the time,

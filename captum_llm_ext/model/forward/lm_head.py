@@ -168,7 +168,7 @@ class LMHead:
             return HeadOutput(logits)
         is_last = logits is returned and logits._version == self._version
         if self._withheld and not is_last:
-            raise RuntimeError("the model does not return what its last layer does, as it did.")
+            raise RuntimeError("the model no longer returns the output of its last layer.")
         self._is_last = is_last and given.dtype in _DTYPES
         if not self.makes_logits:
             self._memory = torch.empty(0, dtype=torch.float32, device="cpu")

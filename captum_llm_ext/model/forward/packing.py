@@ -57,15 +57,15 @@ class Pack:
 
 
 def pack(
-    rows: Sequence[Sequence[int]], n_read: int = 0, begun: Sequence[int] | None = None
+    rows: Sequence[Sequence[int]], n_read: int = 0, n_reused: Sequence[int] | None = None
 ) -> Pack:
     """Packs rows; each shares its common prefix with the previous one.
 
     Args:
         rows: Token ids, preferably sorted by prefix.
         n_read: Number of ids read before.
-        begun: Per row, how many of its first ids may be taken from these. None: they all belong to
-            the first row.
+        n_reused: Per row, how many of its first ids may be taken from these. None: they all
+            belong to the first row.
     """
     ids: list[int] = []
     depths: list[int] = []
@@ -73,9 +73,11 @@ def pack(
     places: list[Tensor] = []
     path: tuple[Stretch, ...] = ((0, n_read),)
     _, *shared = shared_prefix_lengths(rows)
-    n_of_read = n_read if begun is None else 0
+    n_of_read = n_read if n_reused is None else 0
     for i, (row, alike) in enumerate(zip(rows, [n_of_read, *shared], strict=True)):
-        depth, n_of_read, is_fork = _parting(alike, n_of_read, None if begun is None else begun[i])
+        depth, n_of_read, is_fork = _parting(
+            alike, n_of_read, None if n_reused is None else n_reused[i]
+        )
         path = ((0, depth),) if is_fork else _first(path, depth)
         start = n_read + len(ids)
         stop = start + len(row) - depth
@@ -180,7 +182,7 @@ def packs(
     most_ids: int,
     most_rows: int,
     most_shared: int = 0,
-    begun: Sequence[int] | None = None,
+    n_reused: Sequence[int] | None = None,
 ) -> tuple[list[tuple[int, ...]], dict[int, int]]:
     """Splits rows into packs.
 
@@ -189,7 +191,7 @@ def packs(
         order: Indices of the rows, sorted by prefix.
         shared: Length of the prefix that each of these shares with the previous one.
         start: Number of common ids read before.
-        begun: How many of them each row may take, if these differ.
+        n_reused: How many of them each row may take, if these differ.
         most_ids: Maximum number of ids in a pack, unless a single row has more.
         most_rows: Maximum number of rows in a pack.
         most_shared: Maximum number of first ids that a pack takes from the last row of the previous
@@ -203,12 +205,12 @@ def packs(
     n_ids = n_of_read = 0
     for i, alike in zip(order, shared, strict=True):
         depth, n_there, _ = _parting(
-            max(alike, start), n_of_read, None if begun is None else begun[i]
+            max(alike, start), n_of_read, None if n_reused is None else n_reused[i]
         )
         more = len(rows[i]) - depth
         if not found or n_ids + more > most_ids or len(found[-1]) == most_rows:
             found.append([])
-            n_there = max(start, min(alike, most_shared)) if begun is None else begun[i]
+            n_there = max(start, min(alike, most_shared)) if n_reused is None else n_reused[i]
             n_ids, more = 0, len(rows[i]) - n_there
         n_of_read = n_there
         found[-1].append(i)
@@ -217,20 +219,20 @@ def packs(
     return [tuple(one) for one in found], own
 
 
-def _parting(alike: int, n_of_read: int, n_begun: int | None) -> tuple[int, int, bool]:
+def _parting(alike: int, n_of_read: int, n_own: int | None) -> tuple[int, int, bool]:
     """Where a row of a pack parts from the previous one, or from what was read before.
 
     Args:
         alike: Length of its common prefix with the previous row.
         n_of_read: Number of ids that the previous row takes from those read before.
-        n_begun: How many it may take itself. None: as many as the previous one.
+        n_own: How many it may take itself. None: as many as the previous one.
 
     Returns:
         How many ids it takes in total, how many of these from those read before, and whether it
         takes none from the previous row.
     """
-    if n_begun is not None and (n_begun > alike or min(n_of_read, alike) > n_begun):
-        return n_begun, n_begun, True
+    if n_own is not None and (n_own > alike or min(n_of_read, alike) > n_own):
+        return n_own, n_own, True
     return alike, min(n_of_read, alike), False
 
 

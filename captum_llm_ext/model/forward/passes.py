@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward import token_wise_layers as edges
-from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.draws import drawn_again
+from captum_llm_ext.model.forward.inconclusive import is_inconclusive
 from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
@@ -24,7 +24,7 @@ from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, 
 from captum_llm_ext.model.forward.rounding import Apart, reason_against, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow, padded
 from captum_llm_ext.model.forward.schedule import Branch
-from captum_llm_ext.model.forward.swallowed import is_no_answer
+from captum_llm_ext.model.forward.value_spec import ValueSpec
 
 # How rows get the shared prefix: as copies or as it is ("share"), whichever is cheaper.
 Sharing = Literal["auto", "copy", "share"]
@@ -45,18 +45,18 @@ class _Queries:
 
     Attributes:
         rows: Token rows.
-        asked: The target tokens.
+        spec: The target tokens.
         positions: Positions that predict them, int64 ``(n_rows, n_target)``; -1 if there is none.
     """
 
     rows: Sequence[TokenRow]
-    asked: Asked
+    spec: ValueSpec
     positions: Tensor
 
     @staticmethod
-    def of(rows: Sequence[TokenRow], asked: Asked) -> "_Queries":
+    def of(rows: Sequence[TokenRow], spec: ValueSpec) -> "_Queries":
         positions = [list(row.positions) for row in rows]
-        return _Queries(rows, asked, torch.tensor(positions, dtype=torch.int64, device="cpu"))
+        return _Queries(rows, spec, torch.tensor(positions, dtype=torch.int64, device="cpu"))
 
     def some(self, indices: Sequence[int]) -> tuple[list[TokenRow], Tensor]:
         """Some of the rows, and their positions."""
@@ -127,7 +127,7 @@ class Passes:
         """Whether passes materialise logits, as far as is known."""
         return self._head.makes_logits
 
-    def spared_in_packs(self, n_positions: int, n_said: int) -> int:
+    def spared_in_packs(self, n_positions: int, n_queried: int) -> int:
         """Positions that packs save at the ends of the model.
 
         Most of the last layer is skipped for tokens without a request, and the beginning of the
@@ -135,18 +135,18 @@ class Passes:
 
         Args:
             n_positions: Number of positions that the packs have.
-            n_said: Number of those with a request.
+            n_queried: Number of those with a request.
         """
         layers = _compat.number_of_layers(self.model)
-        if self._ends_of_model is None or not layers or 2 * n_said >= n_positions:
+        if self._ends_of_model is None or not layers or 2 * n_queried >= n_positions:
             return 0
-        return (n_positions - n_said) // layers
+        return (n_positions - n_queried) // layers
 
     def run(
         self,
         root: Branch,
         rows: Sequence[TokenRow],
-        asked: Asked,
+        spec: ValueSpec,
         state: Any = None,
         on_head: Callable[[Any], None] | None = None,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
@@ -155,15 +155,15 @@ class Passes:
         Args:
             root: The plan.
             rows: The planned rows.
-            asked: Their request.
+            spec: Their request.
             state: The model's prefix cache after the ids before the root; it is not modified.
             on_head: Called with the cache after the root's own ids, which is then not modified.
 
         Yields:
             Indices of rows and their values ``(n_indices, per_token * n_target)``, batch by batch.
         """
-        queries = _Queries.of(rows, asked)
-        values = asked.blank(len(rows))
+        queries = _Queries.of(rows, spec)
+        values = spec.blank(len(rows))
         todo = [(root, state, False)]
         while todo:
             branch, state, is_last = todo.pop()
@@ -190,10 +190,10 @@ class Passes:
         last = torch.tensor([[len(ids) - 1]], dtype=torch.int64, device="cpu")
         return self._pass(row, last, keeps_state=True)[1]
 
-    def together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+    def together(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         """Values ``(n_rows, per_token * n_target)`` of whole rows in one batch."""
         every = tuple(range(len(rows)))
-        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, asked)
+        [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, spec)
         return values
 
     def _batches(
@@ -203,7 +203,7 @@ class Passes:
         for batch in branch.batches:
             rows, positions = queries.some(batch)
             at = positions - branch.stop
-            yield batch, self._ends(rows, at, branch.stop, queries.asked, state)
+            yield batch, self._ends(rows, at, branch.stop, queries.spec, state)
 
     def _packs(
         self, branch: Branch, queries: _Queries, state: Any
@@ -219,9 +219,9 @@ class Passes:
                 before = last.after(n_read)
                 last = None  # not both caches at a time
             rows, positions = queries.some(batch)
-            begun = None if branch.begun is None else [branch.begun[i] for i in batch]
-            packed = pack([row.ids for row in rows], n_read, begun)
-            found, read = self._packed(packed, positions, queries.asked, before)
+            n_reused = None if branch.n_reused is None else [branch.n_reused[i] for i in batch]
+            packed = pack([row.ids for row in rows], n_read, n_reused)
+            found, read = self._packed(packed, positions, queries.spec, before)
             last = _LastRow(read, packed.places[-1]) if branch.chained else None
             del read, before
             yield batch, found
@@ -241,14 +241,14 @@ class Passes:
             else torch.tensor([ids.shape[1] - 1], dtype=torch.int64, device="cpu")
         )
         output, state = self._pass(ids, at[None], state=state, keeps_state=True)
-        if len(needed) and queries.asked.callable_of(self.attr_target) is None:
+        if len(needed) and queries.spec.callable_of(self.attr_target) is None:
             index = torch.tensor(branch.rows, dtype=torch.int64, device="cpu")[which]
-            found = queries.asked.values(output, back, tokens, self.attr_target)
+            found = queries.spec.values(output, back, tokens, self.attr_target)
             values[index, :, tokens] = found
         return state
 
     def _ends(
-        self, rows: Sequence[TokenRow], at: Tensor, start: int, asked: Asked, state: Any
+        self, rows: Sequence[TokenRow], at: Tensor, start: int, spec: ValueSpec, state: Any
     ) -> Tensor:
         """Values ``(n_rows, per_token, n_target)`` of rows read from `start` on.
 
@@ -256,7 +256,7 @@ class Passes:
         """
         ids = padded([row.ids[start:] for row in rows])
         arguments = self.extras(rows[0], ids.shape[1] - len(rows[0].ids) + start)
-        call = asked.callable_of(self.attr_target)
+        call = spec.callable_of(self.attr_target)
         columns = (at >= 0).any(0)
         places = (at[:, columns] if call is None else at).clamp(min=0)
         output = None
@@ -269,17 +269,17 @@ class Passes:
             with nullcontext() if self._around is None else self._around(rows):
                 output = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
         if call is not None:
-            values = called_values(output.logits(), asked.target, call)[:, None]
+            values = called_values(output.logits(), spec.target, call)[:, None]
         else:
-            values = asked.blank(len(rows))
+            values = spec.blank(len(rows))
             tokens = columns.nonzero()[:, 0].repeat(len(rows))
             where = torch.arange(len(tokens), device="cpu")
-            found = asked.values(output, where, tokens, self.attr_target)
+            found = spec.values(output, where, tokens, self.attr_target)
             values[:, :, columns] = found.view(*places.shape, -1).transpose(1, 2)
         return values.masked_fill(at[:, None] < 0, torch.nan)
 
     def _packed(
-        self, packed: Pack, positions: Tensor, asked: Asked, state: Any
+        self, packed: Pack, positions: Tensor, spec: ValueSpec, state: Any
     ) -> tuple[Tensor, Any]:
         """Values ``(n_rows, per_token, n_target)`` of packed rows, and the cache afterwards.
 
@@ -291,14 +291,14 @@ class Passes:
         which, tokens = predicted.nonzero(as_tuple=True)
         needed, back = where[predicted].unique(return_inverse=True)
         answer, state = self._read_pack(packed, needed, state)
-        if (call := asked.callable_of(self.attr_target)) is not None:
+        if (call := spec.callable_of(self.attr_target)) is not None:
             index = torch.zeros(predicted.shape, dtype=torch.int64, device="cpu")
             index[predicted] = back
             logits = answer.logits()[0]
-            values = called_values(logits[index.to(logits.device)], asked.target, call)
+            values = called_values(logits[index.to(logits.device)], spec.target, call)
             return values.masked_fill(~predicted, torch.nan)[:, None], state
-        values = asked.blank(len(predicted))
-        values[which, :, tokens] = asked.values(answer, back, tokens, self.attr_target)
+        values = spec.blank(len(predicted))
+        values[which, :, tokens] = spec.values(answer, back, tokens, self.attr_target)
         return values, state
 
     def _read_pack(
@@ -364,7 +364,7 @@ class Passes:
         with attention.merged_attention(self.model):
             logits, _ = self._pass(ids, at, state=borrowed, extras=extras)
         if not all(one.was_used for one in shared):
-            raise NotImplementedError("attention that does not see what is shared")
+            raise NotImplementedError("attention that does not see the shared prefix")
         return logits
 
     def _pass(
@@ -472,7 +472,7 @@ class Passes:
                     if (found := once()) <= 1:
                         return found
                 except Exception as failure:  # models may raise anything: there is another way
-                    if is_no_answer(failure):
+                    if is_inconclusive(failure):
                         raise
                 self._ends_of_model = None
             return once()
@@ -556,9 +556,7 @@ class Passes:
 
     def _stop_sharing(self, reason: object) -> None:
         self.shares_cache = False
-        _logger.info(
-            "%s is given copies of what rows share (%s).", type(self.model).__name__, reason
-        )
+        _logger.info("%s gets copies of the shared prefix (%s).", type(self.model).__name__, reason)
 
 
 @dataclass(frozen=True)

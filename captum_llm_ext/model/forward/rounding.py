@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import in_this_thread_only
-from captum_llm_ext.model.forward.swallowed import is_no_answer
+from captum_llm_ext.model.forward.inconclusive import is_inconclusive
 
 # Largest difference between log-probabilities due to other shapes of the same products.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
@@ -38,7 +38,7 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
     try:
         error = error_of()
     except Exception as failure:  # models may raise anything on a cache: there is another way
-        if is_no_answer(failure):
+        if is_inconclusive(failure):
             raise
         return f"{type(failure).__name__}: {failure}"
     return None if error <= 1 else f"values differ by {error:.2g} times rounding"
@@ -59,9 +59,9 @@ class Apart:
     @classmethod
     def between(cls, found: Tensor, plain: Tensor) -> "Apart":
         """Of logits ``(…, vocabulary)``; a token excluded in only one differs infinitely."""
-        expected, said = log_probs_of(plain), log_probs_of(found)
+        expected, actual = log_probs_of(plain), log_probs_of(found)
         # Excluded tokens have minus infinity in both.
-        differences = (said - expected).abs_().masked_fill_(expected.isneginf(), 0.0)
+        differences = (actual - expected).abs_().masked_fill_(expected.isneginf(), 0.0)
         differences = differences.nan_to_num_(nan=math.inf)
         usual = differences.square().mean(dtype=torch.float64).sqrt()
         return cls(float(usual), float(differences.max()))

@@ -35,7 +35,7 @@ class Branch:
             with earlier rows of the batch. None: batches are padded.
         chained: Whether a pack continues from the last row of the previous one, which has the ids
             missing in `own` of its first row.
-        begun: If rows of packs begin with different numbers of the `stop` ids before: the number
+        n_reused: If rows of packs begin with different numbers of the `stop` ids before: the number
             for each row. None: with all of them.
     """
 
@@ -46,7 +46,7 @@ class Branch:
     branches: tuple["Branch", ...] = ()
     own: Mapping[int, int] | None = None
     chained: bool = False
-    begun: Sequence[int] | None = None
+    n_reused: Sequence[int] | None = None
 
     def walk(self) -> Iterator["Branch"]:
         """This branch and all its descendants."""
@@ -176,7 +176,7 @@ def plan_packed(
 
 def plan_forked(
     rows: Sequence[Sequence[int]],
-    begun: Sequence[int],
+    n_reused: Sequence[int],
     n_read: int,
     *,
     most_ids: int,
@@ -186,13 +186,13 @@ def plan_forked(
 
     Args:
         rows: Token ids.
-        begun: Number of ids read before with which each row begins.
+        n_reused: Number of ids read before with which each row begins.
         n_read: Number of ids read before.
         most_ids, most_rows: As for `plan_packed`.
     """
     order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
-    batches, own = packs(rows, order, shared, 0, most_ids, most_rows, begun=begun)
-    return Branch(n_read, n_read, tuple(order), tuple(batches), own=own, begun=tuple(begun))
+    batches, own = packs(rows, order, shared, 0, most_ids, most_rows, n_reused=n_reused)
+    return Branch(n_read, n_read, tuple(order), tuple(batches), own=own, n_reused=tuple(n_reused))
 
 
 def distinct_positions(rows: Sequence[Sequence[int]]) -> int:

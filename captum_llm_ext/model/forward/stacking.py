@@ -22,7 +22,7 @@ _SHORT = 8  # tokens of segments whose padding does not matter; chosen, not meas
 # memory. Chosen, not measured.
 _MOST_PAIRS = 2**17
 # Pairs whose visibility is computed at once. Chosen, not measured.
-_MOST_ASKED = 2**24
+_MOST_PRODUCTS = 2**24
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _groups(segments: Sequence[Segment], n_gone: int) -> Iterator[list[Segment]]
             # The deepest comes last: it has the most keys, up to a few.
             n_keys = one.depth - n_gone + length
             n_pairs = (len(group) + 1) * length * n_keys
-            n_asked = (one.depth + length - (group or [one])[0].depth) * n_keys
-            if group and (n_pairs > _MOST_PAIRS or n_asked > _MOST_ASKED):
+            n_products = (one.depth + length - (group or [one])[0].depth) * n_keys
+            if group and (n_pairs > _MOST_PAIRS or n_products > _MOST_PRODUCTS):
                 yield group
                 group = []
             group.append(one)

@@ -14,7 +14,7 @@ from captum_llm_ext.model.exclusive import in_this_thread_only
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.memory import batch_budget, is_out_of_memory
 from captum_llm_ext.model.gradients.differentiable_values import values_by_callable, values_by_name
-from captum_llm_ext.model.gradients.forward_mode import FeatureDerivatives, passes_beside
+from captum_llm_ext.model.gradients.forward_mode import FeatureDerivatives, n_extra_passes
 from captum_llm_ext.model.gradients.forward_pass import ForwardPass, Row
 from captum_llm_ext.model.gradients.frozen import frozen, is_stopped
 from captum_llm_ext.model.gradients.layers import Layers, without_gradient
@@ -251,7 +251,7 @@ class TargetGradients:
         n_features = len(owners[owners < n_owners].unique())
         is_plain = self._measure == "product" and not self._is_frozen and self._reader.seed is None
         may = is_plain and self._may_split and self._plan.splits
-        if not may or passes_beside(n_features, self.n_values) == self.n_values:
+        if not may or n_extra_passes(n_features, self.n_values) == self.n_values:
             return None
         return FeatureDerivatives(
             self._reader,
@@ -273,7 +273,7 @@ class TargetGradients:
         except Exception as error:  # operations without forward mode may raise anything
             if is_out_of_memory(error):
                 raise
-            _logger.info("no derivatives along features (%s).", error)
+            _logger.info("no forward-mode derivatives (%s).", error)
             return False
         points = [point.detach().requires_grad_() for point in points]
         with torch.enable_grad(), self._layers.replaced(points):
@@ -292,7 +292,7 @@ class TargetGradients:
         tolerance = _ROUNDING_HALF if is_half else _ROUNDING[torch.float32]
         worst = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
         if not worst <= tolerance:
-            _logger.info("derivatives along features are not used (%.2g apart).", worst)
+            _logger.info("forward-mode derivatives are not used (%.2g apart).", worst)
         return worst <= tolerance
 
     def _in_batches(
@@ -369,7 +369,7 @@ class TargetGradients:
         blank = torch.zeros(n_rows, self.n_values, length, dtype=dtype, device=points[0].device)
         products, shares = blank.clone(), blank
         constants = torch.zeros(self.n_values, dtype=torch.float64, device="cpu")
-        for start, (*gradients, of_unit) in self._way_back(passed, points):
+        for start, (*gradients, of_unit) in self._backward_pass(passed, points):
             stop = start + len(of_unit)
             for gradient, factor in zip(gradients, factors, strict=True):
                 found = self._measured(gradient.to(dtype), factor).detach()
@@ -409,7 +409,7 @@ class TargetGradients:
         shares = shares.cpu().double()
         return Linear(values.detach()[0], expected, sizes, constants, shares)
 
-    def _way_back(
+    def _backward_pass(
         self, passed: _Passed, points: list[Tensor]
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields gradients of some values after others: first index, and ``(n, n_rows, …)`` each.
@@ -455,7 +455,7 @@ class TargetGradients:
                 if is_out_of_memory(error):
                     raise
                 self._plan.batches = False
-                _logger.info("gradients of one token after another (%s).", error)
+                _logger.info("gradients are computed token by token (%s).", error)
         each = [
             _gradients(outputs, points, unit, begin(number), False, self._grad_kwargs)
             for number in numbers
@@ -523,7 +523,7 @@ class TargetGradients:
             for a, b in zip(short, plain, strict=True)
         )
         if not worst <= tolerance:
-            _logger.info("every token goes back through the head (%.2g apart).", worst)
+            _logger.info("one backward pass through the head per token (%.2g apart).", worst)
         return worst <= tolerance
 
     def _at_values(self, values: Tensor) -> Callable[[int], Tensor]:

@@ -23,7 +23,7 @@ _COST = 1.5
 _BESIDE = 2
 
 
-def passes_beside(n_features: int | None, n_values: int) -> float:
+def n_extra_passes(n_features: int | None, n_values: int) -> float:
     """Number of passes beside the forward pass for `n_values`: backward passes, or fewer.
 
     Args:

@@ -169,9 +169,9 @@ def _always(activation: Tensor) -> Callable[[Tensor], Tensor]:
     def put(found: Tensor) -> Tensor:
         if found.shape != activation.shape:
             raise ValueError(
-                f"a layer's activation is {tuple(found.shape)} where {tuple(activation.shape)} was "
-                "wanted: its first axis is not the batch, or its size is not that of a token. Give "
-                "another layer, such as the embedding (`layer=None` finds it)."
+                f"a layer's activation is {tuple(found.shape)} where {tuple(activation.shape)} "
+                "was expected: its first axis is not the batch, or its size is not that of a "
+                "token. Give another layer, such as the embedding (`layer=None` finds it)."
             )
         return activation.clone()  # models may modify it in place, which a leaf does not allow
 
@@ -192,7 +192,7 @@ def _changed(given: Any, function: Callable[[Tensor], Tensor | None], what: str)
     if not isinstance(activation, Tensor) or activation.dim() != 3 or len(tensors) > 1:
         found = ", ".join(str(tuple(t.shape)) for t in tensors) or type(given).__name__
         raise ValueError(
-            f"{what} is {found}: attribution wants one tensor (batch, length, size), such as the "
+            f"{what} is {found}: attribution needs one tensor (batch, length, size), such as the "
             "embedding's output or that of a whole decoder layer."
         )
     new = function(activation)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.model.forward import memory
-from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.rounding import rounded_otherwise, rounding
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.value_spec import ValueSpec, explained
 from captum_llm_ext.model.probe import Findings
 from captum_llm_ext.model.probe.differences import FINE
 
@@ -101,13 +101,13 @@ class NoiseFloor:
         return [*dict.fromkeys((by_length[-1], *chance[:1], by_length[0])), *chance[1:]]
 
     def floor(
-        self, found: Findings, asked: Asked, *, together: bool, cuts: bool
+        self, found: Findings, spec: ValueSpec, *, together: bool, cuts: bool
     ) -> tuple[Tensor | None, Findings]:
         """How far values differ between several ways of computing; see `Scorer.noise_floor`.
 
         Args:
             found: Findings on the model.
-            asked: The request.
+            spec: The request.
             together: Whether batches may contain rows of several lengths.
             cuts: Whether truncating a row after a token leaves its value unchanged.
 
@@ -118,20 +118,20 @@ class NoiseFloor:
         cuts = cuts and isinstance(self._attr_target, str)
         explained = self._explained(found)
         if found.draws:
-            floor = self._of_draws(found, asked)
+            floor = self._of_draws(found, spec)
         else:
-            checked = 0.0 if found.is_rough or not cuts else self._checked(found, asked)
+            checked = 0.0 if found.is_rough or not cuts else self._checked(found, spec)
             if not found.is_rough and checked <= explained:
                 return None, found
-            floor = self._measured(found, asked, together, cuts).clamp(min=checked)
+            floor = self._measured(found, spec, together, cuts).clamp(min=checked)
             is_odd = checked > explained
             if not found.batches_known:  # then no equal passes have been compared
                 is_odd |= float(floor.max()) > _WORTH_TELLING * explained
             if is_odd and not found.repeats:
-                found = replace(found, repeats=not self._differs_again(found, asked))
+                found = replace(found, repeats=not self._differs_again(found, spec))
                 if not found.repeats:
                     found = replace(found, draws="unseen", is_rough=True)
-                    floor = floor.maximum(self._of_draws(found, asked))
+                    floor = floor.maximum(self._of_draws(found, spec))
         if float(floor.max()) > _WORTH_TELLING * explained:
             warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
         return floor, found
@@ -170,14 +170,14 @@ class NoiseFloor:
         )
         return scale * max(rounding(_DTYPES.get(found.dtype)), rounding(torch.float32))
 
-    def _checked(self, found: Findings, asked: Asked) -> float:
+    def _checked(self, found: Findings, spec: ValueSpec) -> float:
         """Maximum difference of values from those of passes truncated after a token."""
         checked, spent, each = 0.0, 0, self._overhead()
         for i, ids in enumerate(self._order()[:_CHECKED]):
             spent += len(ids) + each
             if i and spent > _CHECKED_SHARE * self._passes.n_positions:
                 break
-            values = self._together([self._cut(ids, i, found)], asked)[0]
+            values = self._together([self._cut(ids, i, found)], spec)[0]
             apart = (values - self._kept[ids][2]).abs().nan_to_num(nan=0.0)
             checked = max(checked, float(apart.max()))
         return checked
@@ -194,13 +194,13 @@ class NoiseFloor:
         places = [place if first <= place <= last else -1 for place in row.positions]
         return replace(row, ids=row.ids[: last + 1], positions=places)
 
-    def _differs_again(self, found: Findings, asked: Asked) -> bool:
+    def _differs_again(self, found: Findings, spec: ValueSpec) -> bool:
         """Whether equal passes have different values."""
         _, row, _ = self._kept[min(self._kept, key=len)]
-        values = torch.stack([self._together([row], asked)[0] for _ in range(_AGAIN)])
-        return float(_apart(values).max()) > self._explained(found)
+        values = torch.stack([self._together([row], spec)[0] for _ in range(_AGAIN)])
+        return float(_ranges(values).max()) > self._explained(found)
 
-    def _measured(self, found: Findings, asked: Asked, together: bool, cuts: bool) -> Tensor:
+    def _measured(self, found: Findings, spec: ValueSpec, together: bool, cuts: bool) -> Tensor:
         """The largest observed difference of each token, and what others probably show.
 
         Relative to how much a value can change at all, and at least the spacing of the logits.
@@ -219,70 +219,71 @@ class NoiseFloor:
         alone = torch.full_like(computed, torch.nan)
         for i in range(min(n_alone, len(rows))):
             row = rows[i] if found.step_by_step else short[i]
-            alone[i] = self._alone(row, found, asked)
-        ways = [computed, alone]
+            alone[i] = self._alone(row, found, spec)
+        variants = [computed, alone]
         if together:
             some = [*short[:1], *rows[1:]]  # so that one has another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            ways.append(torch.cat([self._together(batch, asked) for batch in batches]))
+            variants.append(torch.cat([self._together(batch, spec) for batch in batches]))
         # A jump is large, and so rare that other batches may not show it.
         if found.jumps and not found.couples_rows:
-            ways.append(self._moved(rows, computed, found, asked))
+            variants.append(self._moved(rows, computed, found, spec))
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
-        likely = max(self._likely(torch.stack(ways)), digit)
+        likely = max(self._likely(torch.stack(variants)), digit)
         if found.moved is not None and not found.couples_rows:
-            known = torch.stack(ways) if together else None  # rows alone do not show other batches
+            # Rows that run alone do not show other batches.
+            known = torch.stack(variants) if together else None
             if known is None or self._few_differ(known):
-                likely = max(likely, self._rounded(found, asked, together))
+                likely = max(likely, self._rounded(found, spec, together))
         assert self._scale is not None
         return likely * self._scale
 
-    def _few_differ(self, ways: Tensor) -> bool:
+    def _few_differ(self, variants: Tensor) -> bool:
         """Whether few values differ in the ways tried, which then show little of other batches.
 
         Above all if activations are also rounded to 8 bits: a last digit changes few values there,
         but strongly.
         """
-        ratios, known = self._ratios(ways)
+        ratios, known = self._ratios(variants)
         if not bool(known.any()):
             return True
         return float((ratios[known] > FINE).double().mean()) < _FEW_DIFFER
 
-    def _rounded(self, found: Findings, asked: Asked, together: bool) -> float:
+    def _rounded(self, found: Findings, spec: ValueSpec, together: bool) -> float:
         """The probable effect of 16-bit rounding in other batches."""
         kept = [self._kept[ids] for ids in self._order()[:_ROUNDED_ROWS]]
         rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
         with rounded_otherwise(self._passes.model, share=_ROUNDED_SHARE):
             if together and not found.step_by_step:
-                moved = self._together(rows, asked)
+                moved = self._together(rows, spec)
             else:
-                moved = torch.stack([self._alone(row, found, asked) for row in rows])
+                moved = torch.stack([self._alone(row, found, spec) for row in rows])
         ratios, known = self._ratios(torch.stack([own, moved]))
         return max(_ROUNDED_BEYOND * self._largest(ratios[known]), float(ratios.max()))
 
-    def _moved(self, rows: list[TokenRow], own: Tensor, found: Findings, asked: Asked) -> Tensor:
+    def _moved(self, rows: list[TokenRow], own: Tensor, found: Findings, spec: ValueSpec) -> Tensor:
         """Values of some rows, like `own`, with perturbed last digits; NaN for others."""
         n = 0 if found.step_by_step else len(rows) // _ROWS_PER_ALONE
         moved = torch.full_like(own, torch.nan)
         with rounded_otherwise(self._passes.model, singles=found.jumps):
             for i, row in enumerate(rows[: max(_LEAST_ALONE, n)]):
-                moved[i] = self._alone(row, found, asked)
+                moved[i] = self._alone(row, found, spec)
         return moved
 
-    def _likely(self, ways: Tensor) -> float:
+    def _likely(self, variants: Tensor) -> float:
         """The probable largest difference, relative to how much a value can change.
 
         Args:
-            ways: Values ``(n_ways, n_rows, n_target)`` by several ways; complete for the first.
+            variants: Values ``(n_ways, n_rows, n_target)`` by several ways; complete for the first.
         """
-        ratios, known = self._ratios(ways)
+        ratios, known = self._ratios(variants)
         # Values of one row vary together: with few rows, the variance is uncertain.
         few = 1 + _FEW / max(1, int(known.any(1).sum()))
         return few * max(self._largest(ratios[known]), _UNSEEN * float(ratios.max()))
 
-    def _ratios(self, ways: Tensor) -> tuple[Tensor, Tensor]:
+    def _ratios(self, variants: Tensor) -> tuple[Tensor, Tensor]:
         """Differences ``(n_rows, n_target)`` over the possible change; and which are known."""
-        return _apart(ways) / self._scales(ways[0]), ~ways[1:].isnan().all(0)
+        return _ranges(variants) / self._scales(variants[0]), ~variants[1:].isnan().all(0)
 
     def _largest(self, ratios: Tensor) -> float:
         """The probable maximum over all values' differences, from some of them."""
@@ -293,20 +294,20 @@ class NoiseFloor:
         usual = float(ratios.square().mean().sqrt())
         return math.sqrt(2 * math.log(2 * self._n * len(self._scale) + 1)) * usual
 
-    def _of_draws(self, found: Findings, asked: Asked) -> Tensor:
+    def _of_draws(self, found: Findings, spec: ValueSpec) -> Tensor:
         """The floor of a model that draws at random: from repeated passes over the same rows."""
         kept = [self._kept[ids] for ids in self._order()[:_DRAWN_ROWS]]
         rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
-        each = len(asked) if found.step_by_step else 1
+        each = len(spec) if found.step_by_step else 1
         n = max(_LEAST_DRAWN, _DRAWN_PASSES // (each * len(rows)))
         seed, again = self._passes.seed, list[Tensor]()
         try:
             for number in range(1, n + 1):
                 self._passes.seed = None if seed is None else seed + number
-                again.append(torch.stack([self._alone(row, found, asked) for row in rows]))
+                again.append(torch.stack([self._alone(row, found, spec) for row in rows]))
         finally:
             self._passes.seed = seed
-        apart = _apart(torch.stack([own, *again]))
+        apart = _ranges(torch.stack([own, *again]))
         # A skipped layer changes certain tokens as much as others.
         return _DRAWN * apart.amax(0).clamp(min=float(apart.square().mean().sqrt()))
 
@@ -320,19 +321,19 @@ class NoiseFloor:
     def _overhead(self) -> int:
         return memory.overhead(self._passes.model, self._passes.device)
 
-    def _alone(self, row: TokenRow, found: Findings, asked: Asked) -> Tensor:
+    def _alone(self, row: TokenRow, found: Findings, spec: ValueSpec) -> Tensor:
         """Values ``(n_target,)`` of a row alone, if need be of each token with nothing after it."""
         if not found.step_by_step:
-            return self._together([row], asked)[0]
-        values = torch.full((len(asked),), torch.nan, dtype=torch.float64, device="cpu")
-        for t in range(len(asked)):
+            return self._together([row], spec)[0]
+        values = torch.full((len(spec),), torch.nan, dtype=torch.float64, device="cpu")
+        for t in range(len(spec)):
             if (end := row.up_to(t)) is not None:
-                values[t] = self._together([end], asked.only([t]))[0, 0]
+                values[t] = self._together([end], spec.only([t]))[0, 0]
         return values
 
-    def _together(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+    def _together(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         """Explained values of rows computed in one batch, ``(n_rows, n_target)``."""
-        return explained(self._passes.together(rows, asked), asked, self._attr_target)
+        return explained(self._passes.together(rows, spec), spec, self._attr_target)
 
     def _scales(self, values: Tensor) -> Tensor:
         """How much values change with logits: those of certain tokens hardly do."""
@@ -345,7 +346,7 @@ class NoiseFloor:
         return scales.nan_to_num(nan=0.0).clamp(min=_STEADY)
 
 
-def _apart(ways: Tensor) -> Tensor:
+def _ranges(variants: Tensor) -> Tensor:
     """Differences of values ``(n_ways, n_rows, n_target)`` between all ways; NaN is ignored."""
-    highest = ways.nan_to_num(nan=-torch.inf).amax(0)
-    return (highest - ways.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)
+    highest = variants.nan_to_num(nan=-torch.inf).amax(0)
+    return (highest - variants.nan_to_num(nan=torch.inf).amin(0)).clamp(min=0)

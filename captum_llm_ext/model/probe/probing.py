@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.draws import drawing
+from captum_llm_ext.model.forward.inconclusive import is_inconclusive
 from captum_llm_ext.model.forward.rounding import BEYOND, Apart, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
-from captum_llm_ext.model.forward.swallowed import is_no_answer
 from captum_llm_ext.model.probe.differences import (
     FINE,
     exceeds,
@@ -95,13 +95,13 @@ class Probe:
     def findings(self) -> Findings:
         """The findings."""
         ids = self._row.ids
-        begun = ids if self._extras else ids[:_FIRST]
-        drawn, logits = drawing(self._model, lambda: self._passes.all(begun))
+        shorter = ids if self._extras else ids[:_FIRST]
+        drawn, logits = drawing(self._model, lambda: self._passes.all(shorter))
         if drawn == "seeded":
-            self._passes.seed, logits = 0, self._passes.all(begun)
-        found = self._first(begun, logits)
+            self._passes.seed, logits = 0, self._passes.all(shorter)
+        found = self._first(shorter, logits)
         found = replace(found, shortest=len(self._short), longest=len(ids))
-        found = self._rounding_within(replace(found, draws=drawn), begun, logits)
+        found = self._rounding_within(replace(found, draws=drawn), shorter, logits)
         if found.last_only:
             return self._last(found)
         if self._extras:
@@ -167,10 +167,10 @@ class Probe:
         most = max(usual(*pair) for pair in pairs)
         if most <= max(limit, self._usual_rounding(found)):
             return False
-        ids, at, said = plain
+        ids, at, log_probs = plain
         with rounded_otherwise(self._model):
-            digits = self._passes.said([ids], [at])[0]
-        return most > max(limit, BEYOND * usual(digits, said))
+            digits = self._passes.log_probs_at([ids], [at])[0]
+        return most > max(limit, BEYOND * usual(digits, log_probs))
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
@@ -240,24 +240,30 @@ class Probe:
         kept = self._passes.kept
         if kept != "positions":
             self._find_kept(ids[:_FIRST], logits)
-        packing, said = self._packing(found, at)
-        if said is None and kept == "positions":
+        packing, log_probs = self._packing(found, at)
+        if log_probs is None and kept == "positions":
             try:
-                said = self._passes.said([ids], [at])[0]
+                log_probs = self._passes.log_probs_at([ids], [at])[0]
             except Exception as error:  # an argument of this name may mean anything
-                if is_no_answer(error):
+                if is_inconclusive(error):
                     raise
-        if kept == "positions" and not (said is not None and self._is_as(found, said, logits, at)):
+        if kept == "positions" and not (
+            log_probs is not None and self._is_as(found, log_probs, logits, at)
+        ):
             self._find_kept(ids[:_FIRST], logits)
             if self._passes.kept != kept:  # the result was not what was requested
-                packing, said = self._packing(found, at)
-        return at, self._passes.said([ids], [at])[0] if said is None else said, packing
+                packing, log_probs = self._packing(found, at)
+        return (
+            at,
+            self._passes.log_probs_at([ids], [at])[0] if log_probs is None else log_probs,
+            packing,
+        )
 
-    def _is_as(self, found: Findings, said: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
+    def _is_as(self, found: Findings, log_probs: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
         """Whether the first outputs are those of the beginning alone."""
-        if is_as(said[:2], logits[0, at[:2]]):
+        if is_as(log_probs[:2], logits[0, at[:2]]):
             return True
-        return usual(said[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
+        return usual(log_probs[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model returns the requested logits, if it has that argument."""
@@ -266,13 +272,13 @@ class Probe:
         ends = [0, len(ids) - 1]
         try:
             # The last positions first: a count is requested by its smallest position.
-            said = [self._passes.said([ids], [own])[0] for own in (ends, ends[1:])]
+            log_probs = [self._passes.log_probs_at([ids], [own])[0] for own in (ends, ends[1:])]
         except Exception as error:  # an argument of this name may mean anything
-            if is_no_answer(error):
+            if is_inconclusive(error):
                 raise
             self._passes.kept = None
             return
-        if not (is_as(said[0], logits[0, ends]) and is_as(said[1], logits[0, ends[1:]])):
+        if not (is_as(log_probs[0], logits[0, ends]) and is_as(log_probs[1], logits[0, ends[1:]])):
             self._passes.kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
@@ -297,7 +303,7 @@ class Probe:
     def _alone(self, found: Findings) -> Findings:
         """Findings on one row, unchanged and with other ids after some positions."""
         cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
-        row = self._passes.said([self._row.ids], [cuts])[0]
+        row = self._passes.log_probs_at([self._row.ids], [cuts])[0]
         pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
         limit = max(FINE, rough(row)) if self._is_half(found) else FINE
         return replace(
@@ -310,8 +316,11 @@ class Probe:
     def _last(self, found: Findings) -> Findings:
         """Findings on a row alone and beside another, if only the last position has output."""
         ids, at = self._row.ids, [len(self._row.ids) - 1]
-        alone, copies = self._passes.said([ids], [at])[0], self._passes.said([ids] * 2, [at] * 2)[0]
-        beside = self._passes.said([self._other.ids(ids), ids], [at] * 2)[1]
+        alone, copies = (
+            self._passes.log_probs_at([ids], [at])[0],
+            self._passes.log_probs_at([ids] * 2, [at] * 2)[0],
+        )
+        beside = self._passes.log_probs_at([self._other.ids(ids), ids], [at] * 2)[1]
         is_rough = self._is_rough(found)
         rounding, limit, is_half = largest(copies, alone), FINE, self._is_half(found)
         if is_half:
@@ -343,11 +352,11 @@ class Probe:
         short = self._short if len(self._short) < length else mate
         ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
         padded = [*short, *self._other.ids(ids[len(short) :])]
-        whole, alone_short = (ids, at, alone), self._passes.said([short], [ends])[0]
+        whole, alone_short = (ids, at, alone), self._passes.log_probs_at([short], [ends])[0]
         # Everything at once: other rows, other ids after these, and padding. With 16 bits, that
         # always shows some difference.
         both = [padded, self._other.after(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
-        said = None if is_half else self._passes.said(*both)
+        log_probs = None if is_half else self._passes.log_probs_at(*both)
         after, ended = self._later(found, at[2:], is_half=is_half)
         # At few positions, rounding is distinguished from an effect more reliably than at many.
         n_places = 1 if is_half else len(at)
@@ -358,28 +367,31 @@ class Probe:
         endings = [self._ending(place, at, alone) for place in ended]
         wide = self._wide(at[:2], _WIDE)
         pairs = [(wide, alone[:2]), *later, *endings]
-        if said is not None:
-            pairs += [(said[0], alone_short), (said[1, :3], alone[:3])]
+        if log_probs is not None:
+            pairs += [(log_probs[0], alone_short), (log_probs[1, :3], alone[:3])]
         rounding = max(largest(*pair) for pair in pairs)
         if rounding <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
         # The same passes once more: differences are random draws.
-        begun = self._wide(at[:2], 1)
-        if said is None:
-            equal = [(self._wide(at[:2], 1), begun)]
+        shorter = self._wide(at[:2], 1)
+        if log_probs is None:
+            equal = [(self._wide(at[:2], 1), shorter)]
         else:
-            equal = [(self._passes.said([ids], [at])[0], alone), (self._passes.said(*both), said)]
+            equal = [
+                (self._passes.log_probs_at([ids], [at])[0], alone),
+                (self._passes.log_probs_at(*both), log_probs),
+            ]
             equal.append((self._wide(at[:2], _WIDE), wide))
         if (most := max(largest(*pair) for pair in equal)) > FINE and found.draws is None:
             differ = f"equal passes differ by {most:.2g} nats"
             found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
         draws = found.draws is not None
         # One change after another, in passes of one shape.
-        copies = self._passes.said([ids, ids], [at[:3]] * 2)[0]
+        copies = self._passes.log_probs_at([ids, ids], [at[:3]] * 2)[0]
         mates = [mate] if is_half else [mate, padded]
-        beside = [self._passes.said([one, ids], [at[:3]] * 2)[1] for one in mates]
-        cut = self._passes.said([self._other.after(cut_at)], [at[:3]])[0]
-        longer = self._passes.said([padded], [ends])[0]
+        beside = [self._passes.log_probs_at([one, ids], [at[:3]] * 2)[1] for one in mates]
+        cut = self._passes.log_probs_at([self._other.after(cut_at)], [at[:3]])[0]
+        longer = self._passes.log_probs_at([padded], [ends])[0]
         limit = FINE
         if is_half or draws:
             moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
@@ -389,7 +401,7 @@ class Probe:
         if is_half or draws:
             couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
         if is_half or not draws:
-            couples |= self._counts_rows(found, [(copies, alone[:3]), (wide, begun)], whole)
+            couples |= self._counts_rows(found, [(copies, alone[:3]), (wide, shorter)], whole)
         if couples:
             later = self._after(after, at, alone, n_places=n_places, at_once=1)
             if not shows_all:
@@ -397,11 +409,11 @@ class Probe:
         followed = [(cut, alone[:3]), *later]
         if not is_half:
             again = [*short, *self._other.ids(padded[len(short) :])]
-            followed.append((longer, self._passes.said([again], [ends])[0]))
+            followed.append((longer, self._passes.log_probs_at([again], [ends])[0]))
         sees = any(exceeds(*pair, limit) for pair in followed)
         # The length of what follows may matter as well as its content.
         endings += [
-            (self._passes.said([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
+            (self._passes.log_probs_at([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
         ]
         if is_half:
             part = short, ends, alone_short
@@ -422,7 +434,7 @@ class Probe:
             coupling=max(
                 *(largest(copies, one) for one in beside),
                 largest(alone[:3], beside[0]),
-                largest(wide, begun),
+                largest(wide, shorter),
             ),
             rounding=rounding,
             is_rough=is_rough or couples or draws or rounding > FINE,
@@ -454,9 +466,9 @@ class Probe:
         alike = self._after(places, at, alone, n_places=len(at), at_once=1)
         # In a batch, with odd length if the row's is even.
         ids, n = self._row.ids, at[2] + 1
-        begun = ids[: n + (n + len(ids) + 1) % 2]
-        mates = [self._other.ids(begun, start) for start in (0, 1)]
-        one, other = (self._passes.said([begun, mate], [at[:3]] * 2)[0] for mate in mates)
+        shorter = ids[: n + (n + len(ids) + 1) % 2]
+        mates = [self._other.ids(shorter, start) for start in (0, 1)]
+        one, other = (self._passes.log_probs_at([shorter, mate], [at[:3]] * 2)[0] for mate in mates)
         alike.append((one, other))
         shapes = [(one, alone[:3]), (self._wide(at[:2], _WIDE), alone[:2])]
         if len(self._short) < n:
@@ -473,11 +485,13 @@ class Probe:
         if self._earlier is not None and self._earlier.packs_known(len(self._row.ids)):
             return self._earlier.packing, None
         places = sorted({*at})
-        packing, said = self._read_packed(self._row.ids, places, self._passes.kept, found.moved)
-        if said is None:
+        packing, log_probs = self._read_packed(
+            self._row.ids, places, self._passes.kept, found.moved
+        )
+        if log_probs is None:
             return packing, None
         where = torch.tensor([places.index(p) for p in at], dtype=torch.int64, device="cpu")
-        return packing, spread(said[0, where.to(said.device)])
+        return packing, spread(log_probs[0, where.to(log_probs.device)])
 
     def _later(
         self, found: Findings, places: Sequence[int], *, is_half: bool
@@ -502,7 +516,7 @@ class Probe:
         """Output at early positions of the row's beginning in a batch of at most `most`."""
         begin = self._row.ids[: at[-1] + 1]
         mates = [self._other.ids(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
-        return self._passes.said([begin, *mates], [at] * (1 + len(mates)))[0]
+        return self._passes.log_probs_at([begin, *mates], [at] * (1 + len(mates)))[0]
 
     def _wanted(self) -> int:
         """Number of later positions after which ids are replaced, by the number of rows."""
@@ -546,13 +560,13 @@ class Probe:
                 [*at[first:stop], *[cut] * (most - (stop - first))]
                 for cut, first, stop in zip(some, firsts, stops, strict=True)
             ]
-            said = self._passes.said(
+            log_probs = self._passes.log_probs_at(
                 [self._other.after(cut)[start:] for cut in some],
                 [[place - start for place in places] for places in own],
             )
             found += [
                 (one[: stop - first], alone[first:stop])
-                for one, first, stop in zip(said, firsts, stops, strict=True)
+                for one, first, stop in zip(log_probs, firsts, stops, strict=True)
             ]
         return found
 
@@ -564,7 +578,9 @@ class Probe:
         The effect of one token on another that comes next shows only after that one.
         """
         start = max(0, places[0] - _CLOSE)
-        alone = self._passes.said([self._row.ids[start:]], [[place - start for place in places]])[0]
+        alone = self._passes.log_probs_at(
+            [self._row.ids[start:]], [[place - start for place in places]]
+        )[0]
         return self._after(
             places, places, alone, n_places=len(places), at_once=at_once, start=start
         )
@@ -576,7 +592,7 @@ class Probe:
     def _of_length(self, n_ids: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the first `n_ids` of the row, and of all of it; as for `_after`."""
         n = bisect_right(at, n_ids - 1)
-        return self._passes.said([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]
+        return self._passes.log_probs_at([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]
 
 
 def _spaced(places: Sequence[int], n: int) -> list[int]:

@@ -51,8 +51,8 @@ def packing_of(
     alone: list[Tensor] = []
 
     def error() -> float:
-        compare, said = passes.reads_packed(row, places)
-        alone.append(said)
+        compare, log_probs = passes.reads_packed(row, places)
+        alone.append(log_probs)
         errors.append(compare())
         return errors[0]
 

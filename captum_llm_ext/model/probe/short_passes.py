@@ -48,11 +48,11 @@ class ShortPasses:
                 raise
             raise TypeError(
                 f"{type(self._model).__name__} does not run on token ids alone ({error}): give "
-                f"`{part}`, or an input that brings what it needs."
+                f"`{part}`, or an input with all that it needs."
             ) from error
         return _compat.sequence_logits(output)
 
-    def said(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
+    def log_probs_at(self, rows: Sequence[Sequence[int]], at: Sequence[Sequence[int]]) -> Tensor:
         """Log-probabilities ``(n_rows, n_places, vocabulary)`` at positions of rows of one length.
 
         On the CPU, as by `spread`. One row at a time if memory is short.
@@ -75,7 +75,7 @@ class ShortPasses:
             where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
             logits = logits.gather(1, where[..., None].expand(-1, -1, logits.shape[2]))
         elif logits.shape[1] != places.shape[1]:
-            raise ValueError("logits of other places than those asked for")
+            raise ValueError("logits of other positions than those requested")
         return spread(logits)
 
     def _drawn_again(self) -> AbstractContextManager[Any]:

@@ -16,8 +16,8 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.model.processes.agreement import parting_checks
 from captum_llm_ext.model.processes.store import Backoff, Store
-from captum_llm_ext.model.processes.together import asking
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class Processes:
         name = f"captum_llm_ext/{'-'.join(map(str, self.ranks))}/{number}"
         self._store = store = Store(name, self.ranks, self.rank, what, own)
         self._n = self._n_failed = 0
-        asking.append(self._failed_on_all)
+        parting_checks.append(self._failed_on_all)
         try:
             with store.beating():
                 yield
@@ -187,7 +187,7 @@ class Processes:
                 raise raised from error
             raise
         finally:
-            asking.remove(self._failed_on_all)
+            parting_checks.remove(self._failed_on_all)
             self._store = None
 
     def _failed_on_all(self) -> bool:
@@ -404,14 +404,14 @@ def _warn_alone() -> None:
     asked = os.environ.get("WORLD_SIZE", "1")
     if asked.isdigit() and int(asked) > 1:
         warnings.warn(
-            f"the accelerator reports one process, the environment asks for {asked}: each of them "
+            f"the accelerator reports one process, the environment requests {asked}: each of them "
             "does all of the work. Without a GPU, say `Accelerator(cpu=True)`.",
             stacklevel=4,
         )
     elif "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # accelerate 1.15 (2026) sets the address where --num_processes is above 1, and starts one.
         warnings.warn(
-            "the accelerator reports one process, although `accelerate launch` was asked for more: "
+            "the accelerator reports one process, although `accelerate launch` requested more: "
             "with --cpu it starts only one. Start the script with `torchrun --standalone "
             "--nproc_per_node 2` and say `Accelerator(cpu=True)`.",
             stacklevel=4,

@@ -69,7 +69,7 @@ class Store:
         # Keys to remove at the end, in order, with the number of further pieces.
         self._keys: dict[str, int] = {}
         self._connections = Connections()
-        self._heard: dict[int, tuple[Any, float]] = {}
+        self._last_beats: dict[int, tuple[Any, float]] = {}
         self._began = time.monotonic()
         self._looked = 0.0
         self._raised: BaseException | None = None
@@ -134,9 +134,9 @@ class Store:
         self.check()
         key = f"beat/{rank}"
         beat = self.get(key) if self.has(key) else None
-        last, since = self._heard.get(rank, (None, self._began))
+        last, since = self._last_beats.get(rank, (None, self._began))
         if beat != last:
-            self._heard[rank] = (beat, now)
+            self._last_beats[rank] = (beat, now)
             return
         if beat is not None and now - since > self._patience(beat):
             self._n_gone = 1
@@ -147,7 +147,7 @@ class Store:
         if beat is None and now - since > self._join_within:
             raise RuntimeError(
                 f"rank {rank} has not begun {self._what} within {self._join_within:.0f} seconds, "
-                f"which rank {self.rank} waits at: every process has to call it, in the same "
+                f"which rank {self.rank} waits for: every process has to call it, in the same "
                 "order."
             )
 

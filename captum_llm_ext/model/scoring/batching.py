@@ -14,13 +14,13 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import memory
-from captum_llm_ext.model.forward.asked import Asked
 from captum_llm_ext.model.forward.memory import Memory
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.prefixes import common_length
 from captum_llm_ext.model.forward.rounding import Apart
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch, plan, plan_forked, plan_packed
+from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
 from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
 
@@ -111,7 +111,7 @@ class Batching:
             return
         self._packs = False
         name = type(self._passes.model).__name__
-        _logger.info("%s is given rows apart (%s).", name, packing.reason)
+        _logger.info("%s gets separate rows (%s).", name, packing.reason)
 
     @property
     def read_packed(self) -> ReadPacked | None:
@@ -123,30 +123,32 @@ class Batching:
         if self._text[0] != tuple(ids):
             self._text = (tuple(ids), None)
 
-    def plan(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
+    def plan(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Branch:
         """Plans how rows are run.
 
         Args:
             rows: Distinct token rows.
-            asked: Their request.
+            spec: Their request.
 
         Raises:
             RuntimeError: If even the smallest initial comparison runs out of memory.
         """
         while True:
             try:
-                return self._cheapest(rows, asked)
+                return self._cheapest(rows, spec)
             except RuntimeError as error:
                 if not memory.is_out_of_memory(error) or not self.back_off(self._passes.n_rows):
                     raise
 
-    def read_head(self, root: Branch, rows: Sequence[TokenRow], asked: Asked) -> tuple[Branch, Any]:
+    def read_head(
+        self, root: Branch, rows: Sequence[TokenRow], spec: ValueSpec
+    ) -> tuple[Branch, Any]:
         """Reads the common prefix of all rows of a plan, once on every process.
 
         Returns:
             The plan of the rest, and the prefix cache; None if there is no prefix.
         """
-        if root.begun is not None:
+        if root.n_reused is not None:
             ids, state = self._text
             if state is None:
                 self._text = ids, (state := self._passes.state_after(ids))
@@ -159,7 +161,7 @@ class Batching:
             self._head = (rows[0].ids[: root.stop], state)
 
         head = replace(root, batches=(), branches=())
-        for _ in self._passes.run(head, rows, asked, state, keep):
+        for _ in self._passes.run(head, rows, spec, state, keep):
             pass
         return replace(root, start=root.stop), self._head[1]
 
@@ -178,13 +180,13 @@ class Batching:
             return False
         return True
 
-    def _cheapest(self, rows: Sequence[TokenRow], asked: Asked) -> Branch:
+    def _cheapest(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Branch:
         """The cheapest way that is known to be correct."""
-        apart = self._cut(rows, asked, shares=False)
+        apart = self._cut(rows, spec, shares=False)
         if not self._reuse or any(row.extras is not None for row in rows):
             return apart
-        together = self._cut(rows, asked, shares=True)
-        if (packed := self._plan_packed(rows, asked, apart, together)) is not None:
+        together = self._cut(rows, spec, shares=True)
+        if (packed := self._plan_packed(rows, spec, apart, together)) is not None:
             return packed
         lengths = [len(row.ids) for row in rows]
         saved = apart.positions(lengths) - together.positions(lengths)
@@ -197,10 +199,10 @@ class Batching:
         if saved <= _COMPARISON * longest or not self._compare(rows, together):
             return apart
         self._compared = longest
-        return self._cut(rows, asked, shares=True)  # now that the size of a cache is known
+        return self._cut(rows, spec, shares=True)  # now that the size of a cache is known
 
     def _plan_packed(
-        self, rows: Sequence[TokenRow], asked: Asked, apart: Branch, together: Branch
+        self, rows: Sequence[TokenRow], spec: ValueSpec, apart: Branch, together: Branch
     ) -> Branch | None:
         """Packs, if they are cheaper than the other ways and known to be correct."""
         longest = max(len(row.ids) for row in rows)
@@ -211,9 +213,9 @@ class Batching:
         first = min(row.first for row in rows)
         head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
         # In a pack, logits are only at requested positions; for a callable, at every token.
-        n_said = [sum(place >= 0 for place in row.positions) for row in rows]
-        is_called = asked.callable_of(self._passes.attr_target) is not None
-        fits = self._memory(len(asked) if is_called else max(1, *n_said))
+        n_queried = [sum(place >= 0 for place in row.positions) for row in rows]
+        is_called = spec.callable_of(self._passes.attr_target) is not None
+        fits = self._memory(len(spec) if is_called else max(1, *n_queried))
         most_ids, most_rows = fits.most_packed(longest, head)
 
         root = plan_packed(
@@ -238,7 +240,7 @@ class Batching:
             pays = root.positions(lengths) < apart.positions(lengths)
         else:
             here = cost(root) + len(rows) * self._row_overhead
-            here -= self._passes.spared_in_packs(root.positions(lengths), sum(n_said))
+            here -= self._passes.spared_in_packs(root.positions(lengths), sum(n_queried))
             comparison = _COMPARISON * longest if longest > self._compared else 0
             pays = here < min(cost(apart), cost(together) + comparison)
         if not pays:
@@ -249,14 +251,14 @@ class Batching:
     def _plan_forked(self, rows: Sequence[TokenRow], longest: int, most_rows: int) -> Branch:
         """Packs that continue from the expected text, each from where it parts from it."""
         text = self._text[0]
-        begun = [min(common_length(row.ids, text), row.first, len(row.ids) - 1) for row in rows]
+        n_reused = [min(common_length(row.ids, text), row.first, len(row.ids) - 1) for row in rows]
         most_ids, _ = self._memory(1).most_packed(longest, len(text))
         return plan_forked(
-            [row.ids for row in rows], begun, len(text), most_ids=most_ids, most_rows=most_rows
+            [row.ids for row in rows], n_reused, len(text), most_ids=most_ids, most_rows=most_rows
         )
 
-    def _cut(self, rows: Sequence[TokenRow], asked: Asked, *, shares: bool) -> Branch:
-        fits = self._memory(len(asked))
+    def _cut(self, rows: Sequence[TokenRow], spec: ValueSpec, *, shares: bool) -> Branch:
+        fits = self._memory(len(spec))
         longest = max(len(row.ids) for row in rows)
         # Pixel values and the like belong to one prompt each.
         has_extras = any(row.extras is not None for row in rows)
@@ -264,7 +266,7 @@ class Batching:
         even = self.mixes_positions(longest)
         first = min(row.first for row in rows)
         # A callable takes the logits of all target tokens at once.
-        whole = asked.callable_of(self._passes.attr_target) is not None
+        whole = spec.callable_of(self._passes.attr_target) is not None
         shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
         usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
         return plan(

@@ -158,7 +158,7 @@ def _content(
     rest, tensors = dict(rest), dict(tensors)
     about, budget, target = rest["about"], rest["budget"], tensors.pop("target", None)
     if not isinstance(about, dict) or not (budget is None or type(budget) is int):
-        raise ValueError("`about` is no object, or `budget` no number")
+        raise ValueError("`about` is not an object, or `budget` not a number")
     if target is not None and (target.dtype != torch.int64 or target.dim() != 1):
         raise ValueError(f"its target is {target.dtype} of shape {tuple(target.shape)}")
     known: dict[bytes, Tensor] = {}

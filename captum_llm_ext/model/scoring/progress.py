@@ -162,7 +162,7 @@ class _Lines:
     def __init__(self, ago: float) -> None:
         self._ago = ago
         self._name, self._unit, self._note = "", "", ""
-        self._total = self._done = self._told = 0
+        self._total = self._done = self._n_printed = 0
         self._began = 0.0
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
@@ -176,25 +176,25 @@ class _Lines:
             self._began = time.monotonic() - self._ago
         self._total += n
         # More work changes the tenths.
-        self._told = min(self._told, self._tenths())
+        self._n_printed = min(self._n_printed, self._tenths())
 
     def advance(self, n: int) -> None:
         self._done += n
-        if (tenths := self._tenths()) > self._told:
-            self._told = tenths
-            self._tell()
+        if (tenths := self._tenths()) > self._n_printed:
+            self._n_printed = tenths
+            self._print()
 
     def note(self, text: str) -> None:
         self._note = f", {text}" if text else ""
 
     def ends(self) -> None:
         if self._total and self._done < self._total:  # how far it came
-            self._tell()
+            self._print()
 
     def _tenths(self) -> int:
         return _TENTHS * self._done // max(self._total, 1)
 
-    def _tell(self) -> None:
+    def _print(self) -> None:
         taken = max(time.monotonic() - self._began, 1e-9)
         rate = self._done / taken
         left = (self._total - self._done) / rate if rate else 0.0

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward import memory
-from captum_llm_ext.model.forward.asked import Asked, explained
 from captum_llm_ext.model.forward.logits import AttrTarget
 from captum_llm_ext.model.forward.passes import Around, Passes
 from captum_llm_ext.model.forward.prefixes import sort_by_prefix
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.forward.value_spec import ValueSpec, explained
 from captum_llm_ext.model.generation import Generation
 from captum_llm_ext.model.identity import check_same
 from captum_llm_ext.model.probe import FINE, Findings, findings, learnt
@@ -251,10 +251,10 @@ class Scorer:
                 value.
             TypeError: If the model returns no logits, or a callable target the wrong shape.
         """
-        asked = Asked(target, foils)
+        spec = ValueSpec(target, foils)
         with exclusive_use(self.model):
-            values = self._found(self._look(rows), rows, asked)
-        self._noise.note(rows, explained(values, asked, self.attr_target))
+            values = self._found(self._look(rows), rows, spec)
+        self._noise.note(rows, explained(values, spec, self.attr_target))
         return values
 
     def look(self, rows: Sequence[TokenRow]) -> Findings:
@@ -274,10 +274,10 @@ class Scorer:
             padded with -inf and -1 if the vocabulary has fewer; undefined where a row has no such
             position.
         """
-        asked = Asked.likeliest(len(rows[0].positions), n)
+        spec = ValueSpec.likeliest(len(rows[0].positions), n)
         with exclusive_use(self.model):
-            found = self._found(self._look(rows), rows, asked)
-        found = found.view(len(rows), 2, n, len(asked)).transpose(2, 3)
+            found = self._found(self._look(rows), rows, spec)
+        found = found.view(len(rows), 2, n, len(spec)).transpose(2, 3)
         return found[:, 0], found[:, 1].nan_to_num(nan=-1.0).long()
 
     def noise_floor(
@@ -301,16 +301,16 @@ class Scorer:
         Warns:
             UserWarning: If it is more than the model's dtype explains.
         """
-        asked = Asked(target, foils)
+        spec = ValueSpec(target, foils)
         with exclusive_use(self.model):
             found = self._look([row])
-            values = self._found(found, [row], asked)
-            self._noise.note([row], explained(values, asked, self.attr_target))
+            values = self._found(found, [row], spec)
+            self._noise.note([row], explained(values, spec, self.attr_target))
 
             mixes = self._batching.mixes_positions(found.longest)
             apart = mixes or row.extras is not None or self._batching.max_rows == 1
             cuts = found.step_by_step or not mixes
-            floor, self._shown = self._noise.floor(found, asked, together=not apart, cuts=cuts)
+            floor, self._shown = self._noise.floor(found, spec, together=not apart, cuts=cuts)
             if self._shown != found:
                 learnt(self.model, self._shown)
             return floor
@@ -358,25 +358,25 @@ class Scorer:
         self._findings = found
         return found
 
-    def _found(self, found: Findings, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+    def _found(self, found: Findings, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         if not found.step_by_step:
             try:
-                values = self._values(rows, asked)
+                values = self._values(rows, spec)
             except _BatchesUnknownError:
                 found = self._look(rows, batches=True)
             else:
-                found = self._confirm(found, rows, asked, values)
-        return self._stepping(rows, asked) if found.step_by_step else self._values(rows, asked)
+                found = self._confirm(found, rows, spec, values)
+        return self._stepping(rows, spec) if found.step_by_step else self._values(rows, spec)
 
     def _confirm(
-        self, found: Findings, rows: Sequence[TokenRow], asked: Asked, values: Tensor
+        self, found: Findings, rows: Sequence[TokenRow], spec: ValueSpec, values: Tensor
     ) -> Findings:
         """Compares values of rows with a common prefix.
 
         These differ only in what follows, after every absent token: the whole run can show what a
         few passes of the probe missed.
         """
-        if found.is_rough or asked.per_token > 1 or not isinstance(self.attr_target, str):
+        if found.is_rough or spec.per_token > 1 or not isinstance(self.attr_target, str):
             return found
         if (ahead := _apart_where_alike(rows, values)) <= FINE:
             return found
@@ -399,36 +399,36 @@ class Scorer:
         largest = sizes.max().clamp_min(1.0) if self.attr_target not in _IN_NATS else 1.0
         return torch.full_like(sizes, rounding(dtype)) * largest
 
-    def _values(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
-        digests = [asked.digest(row) for row in rows]
+    def _values(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
+        digests = [spec.digest(row) for row in rows]
         todo = {d: row for d, row in zip(digests, rows, strict=True) if d not in self._known}
         self._bar.announce(len(todo))
         try:
             while todo:
-                self._score(todo, asked)
+                self._score(todo, spec)
                 todo = {d: row for d, row in todo.items() if d not in self._known}
         except _BatchesUnknownError:
             self._bar.announce(-len(todo))  # they are announced again
             raise
         return torch.stack([self._known[digest] for digest in digests])
 
-    def _stepping(self, rows: Sequence[TokenRow], asked: Asked) -> Tensor:
+    def _stepping(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         """One pass per target token, with nothing after it."""
-        values = asked.blank(len(rows))
-        for t in range(len(asked)):
+        values = spec.blank(len(rows))
+        for t in range(len(spec)):
             ends = {i: end for i, row in enumerate(rows) if (end := row.up_to(t)) is not None}
             if ends:
-                values[[*ends], :, t] = self._values([*ends.values()], asked.only([t]))
+                values[[*ends], :, t] = self._values([*ends.values()], spec.only([t]))
         return values.flatten(1)
 
-    def _score(self, todo: Mapping[bytes, TokenRow], asked: Asked) -> None:
+    def _score(self, todo: Mapping[bytes, TokenRow], spec: ValueSpec) -> None:
         """Scores rows, or some of them and backs off if memory runs out."""
         keys, rows = list(todo), list(todo.values())
         content = _digest_of(keys)
         if self._batching.budget is None and self._batching.repeats:
             self._batching.budget = self._agreed_budget()
         root, planned, (places, known) = self._processes.decide(
-            lambda: (self._batching.plan(rows, asked), content, self._stored(keys))
+            lambda: (self._batching.plan(rows, spec), content, self._stored(keys))
         )
         stored = dict(zip(places, known, strict=True))
         if planned != content:
@@ -439,8 +439,8 @@ class Scorer:
         is_known = root.is_each_alone or self._knows_batches(rows)
         if root.own is None and not is_known:
             raise _BatchesUnknownError
-        self._check_stored(stored, rows, asked)
-        root, state = self._batching.read_head(root, rows, asked)
+        self._check_stored(stored, rows, spec)
+        root, state = self._batching.read_head(root, rows, spec)
         if stored:
             for i, values in stored.items():
                 self._keep([(keys[i], rows[i], values)])
@@ -451,8 +451,8 @@ class Scorer:
         failure: tuple[int, RuntimeError] | None = None
         try:
             for number in work.take(len(parts)):
-                for batch, values in self._passes.run(parts[number], rows, asked, state):
-                    _check(values, [rows[i] for i in batch], asked)
+                for batch, values in self._passes.run(parts[number], rows, spec, state):
+                    _check(values, [rows[i] for i in batch], spec)
                     work.send((self._processes.number, batch, values))
                     self._take_in(work.received(), keys, rows)
         except RuntimeError as error:
@@ -491,7 +491,7 @@ class Scorer:
         return [*found], torch.stack([*found.values()])
 
     def _check_stored(
-        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], asked: Asked
+        self, stored: Mapping[int, Tensor], rows: Sequence[TokenRow], spec: ValueSpec
     ) -> None:
         """Compares the longest stored row with the model now.
 
@@ -500,7 +500,7 @@ class Scorer:
         i = max(stored, key=lambda i: len(rows[i].ids), default=None)
         if i is None or len(rows[i].ids) <= self._trusted:
             return
-        [values] = self._passes.together([rows[i]], asked)
+        [values] = self._passes.together([rows[i]], spec)
         check_same(
             values,
             stored[i],
@@ -579,17 +579,17 @@ def _digest_of(keys: Sequence[bytes]) -> bytes:
     return blake2b(b"".join(keys), digest_size=16).digest()
 
 
-def _check(values: Tensor, rows: Sequence[TokenRow], asked: Asked) -> None:
+def _check(values: Tensor, rows: Sequence[TokenRow], spec: ValueSpec) -> None:
     wanted = (
         torch.tensor([list(row.positions) for row in rows], dtype=torch.int64, device="cpu") >= 0
     )
-    is_bad = values.isnan() if asked.n_likeliest else ~values.isfinite()
-    bad = (is_bad & wanted.repeat(1, asked.per_token)).nonzero()
+    is_bad = values.isnan() if spec.n_likeliest else ~values.isfinite()
+    bad = (is_bad & wanted.repeat(1, spec.per_token)).nonzero()
     if len(bad):
         row, column = bad[0].tolist()
-        kind, token = divmod(column, len(asked))
-        what = "all foils of " * kind + f"target token {token} (id {int(asked.target[token])})"
-        what = "tokens" if asked.n_likeliest else what
+        kind, token = divmod(column, len(spec))
+        what = "all foils of " * kind + f"target token {token} (id {int(spec.target[token])})"
+        what = "tokens" if spec.n_likeliest else what
         raise ValueError(
             f"the model gives {values[row, column].item()} to {what} after a row of "
             f"{len(rows[row].ids)} tokens. Values must be finite: load half-precision models "

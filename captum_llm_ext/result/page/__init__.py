@@ -187,7 +187,7 @@ def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
     if not found:
         return ""
     is_sized = bool(data.get("is_unsigned"))
-    causes = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
+    causes = [_cause(cause, is_sized) for cause in found["prompt"] if _is_marked(cause)]
     listed = ", ".join(causes) or "nothing of the prompt in particular"
     return f'<p id="summary"><b>{name}</b> ← {listed}</p>'
 
@@ -208,7 +208,7 @@ def _share(one: Mapping[str, Any]) -> str:
     return _escaped(percent(one["share"], one["standard_error"], "\u00a0"))
 
 
-def _is_told(cause: Mapping[str, Any]) -> bool:
+def _is_marked(cause: Mapping[str, Any]) -> bool:
     return cause["marked"] or cause["standard_error"] is None
 
 
@@ -233,7 +233,7 @@ def _plain(data: Mapping[str, Any]) -> str:
     is_sized = bool(data.get("is_unsigned"))
     for row in rows[:_PLAIN_ROWS]:
         cells = [
-            ", ".join(_cause(cause, is_sized) for cause in row[side] if _is_told(cause))
+            ", ".join(_cause(cause, is_sized) for cause in row[side] if _is_marked(cause))
             for side in ("prompt", "answer")
         ]
         name = f'<th scope="row"><bdi>{_escaped(row["name"])}</bdi></th>'

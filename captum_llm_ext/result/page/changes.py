@@ -20,10 +20,10 @@ def change_sentences(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         ValueError: If one belongs to another answer.
     """
-    return [_told(one, data) for one in data.get("counterfactuals") or ()]
+    return [_entry(one, data) for one in data.get("counterfactuals") or ()]
 
 
-def _told(one: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(one: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     answer = "".join(piece["text"] for piece in data["output"])
     t, n = int(one["token"]), len(data["output_tokens"])
     if not 0 <= t < n or _plain(one["old_answer"]) not in ("", _plain(answer)):

@@ -149,7 +149,7 @@ def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
     pitch = _LABEL_PITCH * (high - low) / inches(ax)[1]
     for (i, text), y in zip(
         sorted(enumerate(texts), key=lambda pair: ends[pair[0]]),
-        _apart(np.sort(ends), pitch),
+        _moved_apart(np.sort(ends), pitch),
         strict=True,
     ):
         across, colour = ax.get_yaxis_transform(), LINES[i % len(LINES)][0]
@@ -159,7 +159,7 @@ def _label_ends(ax: Axes, ends: Array, labels: Sequence[str]) -> None:
         written.set(**text_style([text]))
 
 
-def _apart(places: Array, pitch: float) -> Array:
+def _moved_apart(places: Array, pitch: float) -> Array:
     """The nearest positions that are at least `pitch` apart, in the same, increasing order."""
     # Solved as isotonic regression on distances beyond the pitch.
     blocks: list[tuple[float, int]] = []

@@ -113,11 +113,11 @@ def flow(
         taken.append(towards)
     few = len(output_labels) <= _FEW_TOKENS or not taken
     shown = range(len(input_labels)) if len(input_labels) <= _FEW else sorted(led)
-    told = range(len(output_labels)) if few else sorted(taken)
+    labelled = range(len(output_labels)) if few else sorted(taken)
     drawn = _Flow(
         links,
         {i: label(input_labels[i], _LABEL_WIDTH) for i in shown},
-        {i: label(output_labels[i], _LABEL_WIDTH) for i in told},
+        {i: label(output_labels[i], _LABEL_WIDTH) for i in labelled},
         led,
         taken,
         owned,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base.amounts import percent
+from captum_llm_ext.base.arguments import position_of
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.influence import Influence, flow_towards, strongest_chains
 from captum_llm_ext.result.total.spread import Spread
@@ -172,7 +173,7 @@ class TotalAttribution:
             start, stop = token or (0, len(self.output_tokens))
             row, errors = torch.cat(self.span(start, stop)), torch.cat(self.span_se(start, stop))
         else:
-            t = self._position(token)
+            t = position_of(token, self.output_tokens, "target token")
             row, errors = self.full_shares[t], self._full_errors[t]
         order = row.argsort(descending=True, stable=True)[:k].tolist()
         named = [*self.names, *self.output_names]
@@ -196,7 +197,7 @@ class TotalAttribution:
         Raises:
             ValueError: If there is no such token, or several have this name.
         """
-        t = self._position(token)
+        t = position_of(token, self.output_tokens, "target token")
         found = strongest_chains(self._tokens, t, self._features, k)
         return [
             Route(
@@ -244,7 +245,7 @@ class TotalAttribution:
         """
         if token is None:
             return self.direct, self.direct_output
-        t = self._position(token)
+        t = position_of(token, self.output_tokens, "target token")
         edges = flow_towards(self._tokens, t, self._features)
         prompt, output = torch.zeros_like(self.direct), torch.zeros_like(self.direct_output)
         for row, feature in enumerate(self._feature_of[:t]):
@@ -338,7 +339,11 @@ class TotalAttribution:
         """
         from captum_llm_ext.result import plot
 
-        towards = None if target_token is None else self._position(target_token)
+        towards = (
+            None
+            if target_token is None
+            else position_of(target_token, self.output_tokens, "target token")
+        )
         prompt, output = self.flow(towards)
         return plot.flow(
             prompt,
@@ -430,17 +435,6 @@ class TotalAttribution:
             "<th style='text-align:left'>led to in the end by</th></tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table>{remarks}"
         )
-
-    def _position(self, token: int | str) -> int:
-        n = len(self.output_tokens)
-        if isinstance(token, int):
-            if not -n <= token < n:
-                raise ValueError(f"there is no token {token}: the target has {n}.")
-            return token % n
-        found = [i for i, name in enumerate(self.output_tokens) if name == token.strip()]
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} target tokens are {token!r}: give the position.")
-        return found[0]
 
 
 def _chips(names: list[str], shares: Tensor) -> str:

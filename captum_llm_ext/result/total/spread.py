@@ -51,12 +51,12 @@ class Spread:
         return self.readings([(spans, part_of)])[0]
 
     def readings(
-        self, asked: Sequence[tuple[Sequence[range], Sequence[int] | None]]
+        self, requests: Sequence[tuple[Sequence[range], Sequence[int] | None]]
     ) -> list[Tensor]:
         """Like `spans`, for several lists of spans and parts at once, from the same draws."""
         view, n_tokens = self.graph.view, len(self.attributions)
         found: list[_Moments] = []
-        for spans, part_of in asked:
+        for spans, part_of in requests:
             inside = torch.zeros(len(spans), n_tokens, dtype=torch.float64, device="cpu")
             for row, span in zip(inside, spans, strict=True):
                 row[span.start : span.stop] = 1
@@ -78,7 +78,7 @@ class Spread:
 
     def _draw(self, moved: Tensor, found: Sequence["_Moments"], n: int) -> None:
         """Accumulates moments of shares over `n` draws of the attributions."""
-        moved, rest = _as_told(moved, self.errors)
+        moved, rest = _scaled_to_errors(moved, self.errors)
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -129,7 +129,7 @@ class _Moments:
         return variance.sqrt().where(variance > 1e-15, 0)
 
 
-def _as_told(moved: Tensor, errors: Tensor) -> tuple[Tensor, Tensor | None]:
+def _scaled_to_errors(moved: Tensor, errors: Tensor) -> tuple[Tensor, Tensor | None]:
     """Deviations scaled to the standard errors, if these are known.
 
     Jackknife groups give the correlation of errors. The solver, which accounts for interactions,

@@ -8,7 +8,7 @@ from captum.attr import ProductBaselines
 
 from captum_llm_ext.text.baselines.draws import draw_generator, uniform
 from captum_llm_ext.text.baselines.infilling import Infilling
-from captum_llm_ext.text.baselines.labels import Labels
+from captum_llm_ext.text.baselines.labels import Labels, as_choices
 from captum_llm_ext.text.baselines.slot import (
     AnswerFit,
     AsksModel,
@@ -109,7 +109,7 @@ class FixedTexts:
     """
 
     def __init__(self, entries: Sequence[str | Sequence[str]]) -> None:
-        self.choices = [_choices(index, entry) for index, entry in enumerate(entries)]
+        self.choices = [as_choices(f"`baselines[{i}]`", entry) for i, entry in enumerate(entries)]
         self.deterministic = all(len(choice) == 1 for choice in self.choices)
 
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
@@ -217,18 +217,3 @@ def _by_name(labels: Labels, slots: Sequence[Slot]) -> list[tuple[str, ...]]:
             "(`CorpusBaselines(texts, labels=…)` looks up those that are not named)."
         )
     return [labels.texts[name] for name in names if name is not None]
-
-
-def _choices(index: int, entry: str | Sequence[str]) -> tuple[str, ...]:
-    if isinstance(entry, str):
-        return (entry,)
-    if not isinstance(entry, Sequence) or not all(isinstance(text, str) for text in entry):
-        raise TypeError(
-            f"`baselines[{index}]` is {entry!r}: give a text, or a list of texts to draw from."
-        )
-    if not entry:
-        raise ValueError(
-            f"`baselines[{index}]` is an empty list: give at least one text "
-            "('' deletes the feature)."
-        )
-    return tuple(entry)

@@ -43,7 +43,7 @@ class Infilling:
     def __call__(self, slot: Slot, generator: torch.Generator) -> str:
         """One of the generator's texts for this slot."""
         if slot not in self._texts:
-            self._texts[slot] = self._ask(slot)
+            self._texts[slot] = self._infilled(slot)
         texts = self._texts[slot]
         return texts[int(uniform(generator) * len(texts))]
 
@@ -51,7 +51,7 @@ class Infilling:
         # The cache can be recomputed.
         return {**self.__dict__, "_texts": {}}
 
-    def _ask(self, slot: Slot) -> list[str]:
+    def _infilled(self, slot: Slot) -> list[str]:
         given = self._generate(slot.left, slot.right, len(slot.ids))
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):

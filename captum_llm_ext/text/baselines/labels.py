@@ -25,7 +25,7 @@ class Labels:
                 f"`labels` is a {type(texts).__name__}: give a mapping from a label, a feature's "
                 "number or its text to a list of texts."
             )
-        self.texts = {key: _checked(key, entry) for key, entry in texts.items()}
+        self.texts = {key: as_choices(f"the entry {key!r}", entry) for key, entry in texts.items()}
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -43,11 +43,23 @@ class Labels:
         return found[0] if len(found) == 1 else None
 
 
-def _checked(key: str | int, entry: str | Sequence[str]) -> tuple[str, ...]:
+def as_choices(name: str, entry: str | Sequence[str]) -> tuple[str, ...]:
+    """A text, or a list of texts, as the texts to draw from.
+
+    Args:
+        name: What holds them, for messages.
+        entry: The text or texts.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is an empty list.
+    """
     if isinstance(entry, str):
         return (entry,)
     if not isinstance(entry, Sequence) or not all(isinstance(text, str) for text in entry):
-        raise TypeError(f"the texts of {key!r} are {entry!r}: give a list of texts.")
+        raise TypeError(f"{name} is {entry!r}: give a text, or a list of texts to draw from.")
     if not entry:
-        raise ValueError(f"the texts of {key!r} are an empty list: give at least one.")
+        raise ValueError(
+            f"{name} is an empty list: give at least one text ('' deletes the feature)."
+        )
     return tuple(entry)

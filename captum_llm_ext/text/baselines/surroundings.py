@@ -6,7 +6,10 @@ from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.slot import Slot
 from captum_llm_ext.text.baselines.words import Atom
 
-REACH = 8  # atoms of the surroundings that are compared on each side; chosen, not measured
+# Atoms of the surroundings that are compared on each side. With 4, right draws of facts rise from
+# .975 to 1 in one of three invented languages (one draw of forty), with 16 none differs and the
+# search takes 1.4 times as long; templates with long fixed stretches need more than 4.
+REACH = 8
 _WINDOW = 60 * REACH  # characters that contain this many atoms; chosen, not measured
 
 

@@ -103,7 +103,9 @@ class _TokenPrompt(Prompt):
     def places(self) -> list[Place]:
         return [Place((place,), feature) for feature, place in enumerate(self._places)]
 
-    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+    def replacement_ids(
+        self, n_draws: int, generator: torch.Generator
+    ) -> list[list[tuple[int, ...]]]:
         return [[(self._token,)] * self.n_features] * n_draws
 
 
@@ -226,8 +228,8 @@ class _OpaquePrompt(Prompt):
             return RenderedPrompt(tuple(model_input.reshape(-1).tolist()))
         if not isinstance(model_input, Mapping) or "input_ids" not in model_input:
             raise TypeError(
-                f"the input renders to a {type(model_input).__name__}: a text, a tensor of token "
-                "ids or a mapping with `input_ids` is wanted."
+                f"the input renders to a {type(model_input).__name__}: expected a text, a tensor "
+                "of token ids or a mapping with `input_ids`."
             )
         extras = dict(cast(Mapping[str, Any], model_input))
         ids = torch.as_tensor(extras.pop("input_ids"), device="cpu").reshape(-1).tolist()
@@ -278,8 +280,10 @@ class _MergedPrompt(Prompt):
         groups = self._groups.tolist()
         return [replace(place, feature=groups[place.feature]) for place in self._prompt.places()]
 
-    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        return self._prompt.stand_ins(n_draws, generator)
+    def replacement_ids(
+        self, n_draws: int, generator: torch.Generator
+    ) -> list[list[tuple[int, ...]]]:
+        return self._prompt.replacement_ids(n_draws, generator)
 
     def with_default(self, baselines: Any) -> Prompt:
         return self._wrap(self._prompt.with_default(baselines))

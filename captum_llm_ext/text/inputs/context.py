@@ -84,12 +84,12 @@ class Context:
 
 def _warn_of_nothing(matches: Sequence[Match]) -> None:
     """Warns if every feature remains unchanged, since the model proposes no other text."""
-    asked = [match for match in matches if match.level != "blank"]
-    if asked and all(match.level == "model" and not match.n_candidates for match in asked):
+    known = [match for match in matches if match.level != "blank"]
+    if known and all(match.level == "model" and not match.n_candidates for match in known):
         warnings.warn(
-            f"the model has no other text of its kind for any of the {len(asked)} features of the "
-            "prompt: none is ever absent, and all have an attribution of 0. Give texts that may "
-            "stand there (`baselines=[[...], ...]`), a corpus (`CorpusBaselines`), or a model that "
-            "knows this kind of text (`ModelBaselines(proposer)`).",
+            f"the model proposes no alternative for any of the {len(known)} features of the "
+            "prompt: none is ever absent, and all attributions are 0. Give alternative texts "
+            "(`baselines=[[...], ...]`), a corpus (`CorpusBaselines`), or a model that knows "
+            "this kind of text (`ModelBaselines(proposer)`).",
             stacklevel=stacklevel_of_caller(),
         )

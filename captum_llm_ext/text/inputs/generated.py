@@ -136,8 +136,10 @@ class GeneratedText:
         """Positions of the features among the target ids, the last feature included."""
         return [Place(places, group) for group, places in self._runs if group is not None]
 
-    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """See `Prompt.stand_ins`; none for features that precede no target token."""
+    def replacement_ids(
+        self, n_draws: int, generator: torch.Generator
+    ) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.replacement_ids`; none for features that precede no target token."""
         draws = self._replacements.draws(n_draws, generator, None)
         n_causes, groups = self.n_causes, [place.feature for place in self.places()]
         return [[absent(g) if g < n_causes else () for g in groups] for absent in draws]

@@ -27,7 +27,9 @@ def tie(names: Sequence[str], groups: Groups | None) -> tuple[list[int], list[st
     titles: list[str | None] = []
     for number, (title, members) in enumerate(titled):
         if isinstance(members, str) or not len(members):
-            raise ValueError(f"group {members!r} is no list of spans: give their texts or numbers.")
+            raise ValueError(
+                f"group {members!r} is not a list of spans: give their texts or numbers."
+            )
         for member in members:
             span = _find(names, member)
             if span in tied:
@@ -94,7 +96,7 @@ def _find(names: Sequence[str], member: str | int) -> int:
     if not found:
         known = ", ".join(repr(shorten(name.strip())) for name in names[:12])
         raise ValueError(
-            f"a group or label names {member!r}, which is no span: the spans are {known}…"
+            f"a group or label names {member!r}, which is not a span: the spans are {known}…"
         )
     if len(found) > 1:
         raise ValueError(

@@ -473,8 +473,8 @@ def _coarse_parts(
         lasts[owner] = overlapping[-1] if known_last is None else max(known_last, overlapping[-1])
         if is_explicit and firsts[owner] != lasts[owner]:
             raise ValueError(
-                f"two {name}s share {shorten(text[slice(*spans[owner])])!r}, of which a token "
-                "cannot be switched in halves: put something between them."
+                f"two {name}s share {shorten(text[slice(*spans[owner])])!r}, which one token "
+                "spans and which cannot be split: separate them."
             )
     merged, part_of = _merge_sharing_tokens(level, firsts, lasts, is_explicit)
     numbers = [bisect_right(starts, span.start) - 1 for span in merged]

@@ -184,7 +184,9 @@ class Prompt(ABC):
             p for own in self.places() if own.feature in features for p in own.positions
         )
 
-    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
+    def replacement_ids(
+        self, n_draws: int, generator: torch.Generator
+    ) -> list[list[tuple[int, ...]]]:
         """Replacement ids for every one of `places`; empty for deletion.
 
         Args:

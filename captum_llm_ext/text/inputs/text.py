@@ -328,28 +328,28 @@ class TextSegmentInput(InterpretableInput, Prompt):
         """See `Prompt.render`."""
         replacements = self._replacements.draws(len(masks), generator, draws)
         rows: list[RenderedPrompt] = []
-        for mask, stand_in in zip(masks.tolist(), replacements, strict=True):
+        for mask, substitute in zip(masks.tolist(), replacements, strict=True):
             units = self._replacements.units(
                 {slot.index for slot in self.slots if not mask[slot.feature]}
             )
-            rows.append(RenderedPrompt(self._assembled(units, stand_in)))
+            rows.append(RenderedPrompt(self._assembled(units, substitute)))
         return rows
 
     def _assembled(
-        self, units: Mapping[int, tuple[int, ...]], stand_in: Callable[..., tuple[int, ...]]
+        self, units: Mapping[int, tuple[int, ...]], substitute: Callable[..., tuple[int, ...]]
     ) -> tuple[int, ...]:
         """The ids of the prompt with replacements in some slots.
 
         Args:
             units: Maps the index of a slot to the slots that are replaced together with it.
-            stand_in: Returns the ids for such slots.
+            substitute: Returns the ids for such slots.
         """
         ids: list[int] = []
         for slot, chunk, is_first in self._token_runs:
             if slot is None or (unit := units.get(slot.index)) is None:
                 ids += chunk
             elif is_first and slot.index == unit[0]:  # it has the replacement of all of them
-                ids += stand_in(*unit)
+                ids += substitute(*unit)
         return tuple(ids)
 
     def _with_texts(self, texts: Mapping[Slot, str]) -> tuple[int, ...]:
@@ -382,8 +382,10 @@ class TextSegmentInput(InterpretableInput, Prompt):
             p for slot, place in every if slot.index in together for p in place.positions
         )
 
-    def stand_ins(self, n_draws: int, generator: torch.Generator) -> list[list[tuple[int, ...]]]:
-        """See `Prompt.stand_ins`."""
+    def replacement_ids(
+        self, n_draws: int, generator: torch.Generator
+    ) -> list[list[tuple[int, ...]]]:
+        """See `Prompt.replacement_ids`."""
         draws = self._replacements.draws(n_draws, generator, None)
         return [[absent(slot.index) for slot in self.slots] for absent in draws]
 

@@ -139,7 +139,7 @@ def as_span(pair: Iterable[int]) -> Span:
     """A checked pair of character positions."""
     values = tuple(pair) if isinstance(pair, Iterable) else (pair,)
     if len(values) != 2 or not all(isinstance(value, int) for value in values):
-        raise TypeError(f"span {pair!r} is no (start, stop) pair of character positions.")
+        raise TypeError(f"span {pair!r} is not a (start, stop) pair of character positions.")
     return Span(*values)
 
 
@@ -147,7 +147,7 @@ def _compiled(regex: str | re.Pattern[str]) -> re.Pattern[str]:
     try:
         return re.compile(regex)
     except re.error as error:
-        raise ValueError(f"{regex!r} is no regular expression: {error}.") from error
+        raise ValueError(f"{regex!r} is not a regular expression: {error}.") from error
 
 
 def _marker(marker: str | re.Pattern[str]) -> re.Pattern[str]:

@@ -1,8 +1,8 @@
-/* Curves from the strongest causes to what they caused, where both are in sight. */
+/* Curves from the strongest causes to their effects, if both are visible. */
 
 const sketch = at("links");
 
-/* The lines of a piece that its box shows, in the coordinates of the drawing. */
+/* Visible lines of a piece, in the coordinates of the SVG. */
 function inSight(piece, origin, frames) {
   const box = frames[piece.side];
   return Array.from(piece.ink.getClientRects())

@@ -1,4 +1,4 @@
-/* The whole matrix at once: a row per part of the answer, a column per cause, each block on its own scale. */
+/* Heat map of the whole matrix: a row per part of the answer, a column per cause, a scale per block. */
 
 const MAP = { row: 18, label: 150, head: 130, gap: 14, least: 3, most: 28, letters: 22, head_letters: 15 };
 let mapPlaces = null; /* what was drawn where, for the pointer */
@@ -84,7 +84,7 @@ function drawMap() {
   });
 }
 
-/* The row and the cause under the pointer, or null. */
+/* Row and column under the pointer, or null. */
 function mapCell(event) {
   if (!mapPlaces) return null;
   const x = event.offsetX, p = Math.floor((event.offsetY - MAP.head) / MAP.row);

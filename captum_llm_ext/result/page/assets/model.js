@@ -1,4 +1,4 @@
-/* The numbers: matrices, the levels they can be read at, and the sums that a view shows. */
+/* Data: matrices, their levels, and the sums that a view shows. */
 
 const data = JSON.parse(document.getElementById("attribution-data").textContent);
 
@@ -8,11 +8,11 @@ const matrix = (rows) => rows && rows.map((row) => {
   row.forEach((x, j) => { numbers[j] = x === null ? NaN : x; });
   return numbers;
 });
-let block = "both"; /* where causes are looked for: "prompt", "answer" or "both" */
+let block = "both"; /* block of the causes: "prompt", "answer" or "both" */
 const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const MATRICES = ["token_attr", "token_attr_se", "output_attr", "output_attr_se"];
-/* What of the data is about one value: a result may tell two, and the page switches between them. */
+/* Fields that depend on the explained value: a result may hold two, and the page switches between them. */
 const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about", "total"];
 data.noise_floor ??= (data.provenance || {}).noise_floor ?? null;
 const readings = [data, data.other].filter(Boolean).map((told) => {
@@ -21,20 +21,20 @@ const readings = [data, data.other].filter(Boolean).map((told) => {
   return numbers;
 });
 
-/* Estimates of whose error nothing is known: nothing tells them from noise. */
-const isUntold = (value, error) => Boolean(data.estimate) && value !== 0 && !Number.isFinite(error);
+/* Estimates without a standard error: they cannot be distinguished from noise. */
+const hasUnknownError = (value, error) => Boolean(data.estimate) && value !== 0 && !Number.isFinite(error);
 
-let unit, hasErrors, nUntold, floor, beyond;
+let unit, hasErrors, nUnknownErrors, floor, beyond;
 function derive() {
-  beyond = data.marked_beyond ?? 1.96; /* standard errors, for many looked at together */
+  beyond = data.marked_beyond ?? 1.96; /* standard errors, corrected for multiple comparisons */
   unit = { log_prob: "nats", contrast: "nats", logit: "logits", prob: "" }[data.attr_target] ?? "";
-  /* Exact values, and those of whose error nothing is known, have none to show. */
+  /* Exact values and those without a standard error show none. */
   hasErrors = [data.token_attr_se, data.output_attr_se].some((rows) => (rows || []).some((row) => row && row.some((error) => error > 0)));
-  nUntold = [["token_attr", "token_attr_se"], ["output_attr", "output_attr_se"]].reduce((n, [attr, se]) => n + (data[attr] || []).reduce((m, row, t) => {
+  nUnknownErrors = [["token_attr", "token_attr_se"], ["output_attr", "output_attr_se"]].reduce((n, [attr, se]) => n + (data[attr] || []).reduce((m, row, t) => {
     const spread = data[se] && data[se][t];
-    return m + (row ? row.reduce((k, x, j) => k + (Number.isFinite(x) && isUntold(x, spread ? spread[j] : NaN) ? 1 : 0), 0) : 0);
+    return m + (row ? row.reduce((k, x, j) => k + (Number.isFinite(x) && hasUnknownError(x, spread ? spread[j] : NaN) ? 1 : 0), 0) : 0);
   }, 0), 0);
-  /* One per token in results; the largest is safe for all. */
+  /* One per token; the largest is used for all. */
   floor = Math.max(0, ...[data.noise_floor].flat().map(known).filter(Number.isFinite));
 }
 
@@ -53,9 +53,9 @@ const peak = (values, start = 0) => {
 };
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 
-/* Levels: features, or the larger parts that these make up -------------------------------------- */
+/* Levels: features, or larger parts made of them ------------------------------------------------ */
 
-/* Columns of one part added up; `from` and `to` make errors add as if independent. */
+/* Sums over the columns of each part; `from` and `to` add errors in quadrature. */
 const added = (rows, partOf, width, from = (x) => x, to = (x) => x) => rows && rows.map((row) => {
   const sums = new Float64Array(width);
   if (row) row.forEach((x, j) => { sums[partOf[j]] += from(x); });
@@ -64,7 +64,7 @@ const added = (rows, partOf, width, from = (x) => x, to = (x) => x) => rows && r
 });
 const addedErrors = (rows, partOf, width) => added(rows, partOf, width, (x) => x * x, Math.sqrt);
 
-/* From fine to coarse; a level of one part tells nothing. */
+/* From fine to coarse; levels of one part are left out. */
 const around = data.around || {};
 const promptLevels = [
   { name: (data.provenance || {}).unit || "finest", side: "prompt", names: data.input_tokens, around: around.prompt, partOf: range(nPrompt), attr: data.token_attr, se: data.token_attr_se },
@@ -72,7 +72,7 @@ const promptLevels = [
     .map(({ name, parts, part_of }) => ({ name, key: name, side: "prompt", names: parts, partOf: part_of })).reverse(),
 ];
 
-/* Parts of the answer are runs of tokens, and columns of what they cause. */
+/* Parts of the answer are runs of tokens (rows) and groups of features (columns). */
 const answerLevels = [
   { name: "token", side: "answer", runs: range(nTarget).map((t) => [t, t + 1]), names: data.output_features || [], around: around.output,
     columns: data.output.map((piece) => (nOutput ? piece.feature : null)), attr: data.output_attr, se: data.output_attr_se },
@@ -90,7 +90,7 @@ function answerLevel({ name, part_of: partOf }) {
   return { name, key: name, side: "answer", runs, names, partOf: partOfFeature, columns: runs.map((_, i) => (nOutput && owning.has(i) ? i : null)) };
 }
 
-/* A part can be a cause only of what follows a feature of it. */
+/* A part can cause only tokens after the end of one of its features. */
 function withEnds(level) {
   const last = new Array(nOutput).fill(-1);
   data.output.forEach((piece, t) => { if (piece.feature !== null) last[piece.feature] = t; });
@@ -115,24 +115,24 @@ function answerLevelAt(i) {
   return level;
 }
 
-/* The levels shown: at first the largest parts of the prompt, and of the answer what its result says. */
+/* The shown levels: initially the coarsest of the prompt, and the answer's as given by the result. */
 const FIRST = { prompt: promptLevels.length - 1, answer: Math.max(0, answerLevels.findIndex(({ name }) => name === (data.answer_unit || "token"))) };
 let prompt = promptLevel(FIRST.prompt), answer = answerLevelAt(FIRST.answer);
 const sentences = answerLevels.find(({ name }) => name === "sentence");
-/* The whole sentences that a span of the answer lies in, if they are more than the span. */
+/* The sentences that contain a span of the answer, or null if the span is whole sentences. */
 function sentenceOf(view) {
   if (!sentences) return null;
-  const held = sentences.runs.filter(([from, to]) => from < view.to && to > view.from);
-  const span = [held[0][0], held[held.length - 1][1]];
+  const runs = sentences.runs.filter(([from, to]) => from < view.to && to > view.from);
+  const span = [runs[0][0], runs[runs.length - 1][1]];
   return span[0] === view.from && span[1] === view.to ? null : span;
 }
 
-/* Has everything read one of the values that the result tells. */
+/* Switches to another value of the result. */
 function useReading(number) {
   const shown = [promptLevels.indexOf(prompt), answerLevels.indexOf(answer)];
   Object.assign(data, readings[number]);
   derive();
-  tellErrors();
+  readKnownErrors();
   for (const level of [...promptLevels, ...answerLevels]) { delete level.attr; delete level.se; delete level.peak; }
   Object.assign(promptLevels[0], { attr: data.token_attr, se: data.token_attr_se });
   Object.assign(answerLevels[0], { attr: data.output_attr, se: data.output_attr_se });
@@ -141,18 +141,18 @@ function useReading(number) {
 
 /* Views ------------------------------------------------------------------------------------------ */
 
-/* Errors of sums that are known; others add as if independent, since no covariances are stored. */
-const toldErrors = new Map();
+/* Known errors of sums; others are added in quadrature, since no covariances are stored. */
+const knownErrors = new Map();
 const sumKey = (side, key, from, to) => [side, from, to, key ?? ""].join(" ");
-function tellErrors() {
-  toldErrors.clear();
+function readKnownErrors() {
+  knownErrors.clear();
   for (const { side, level, spans, se } of data.sums || []) {
-    spans.forEach(([from, to], i) => toldErrors.set(sumKey(side, level, from, to), Float64Array.from(se[i], known)));
+    spans.forEach(([from, to], i) => knownErrors.set(sumKey(side, level, from, to), Float64Array.from(se[i], known)));
   }
 }
-tellErrors();
-const told = (level, from, to) => toldErrors.get(sumKey(level.side, level.key, from, to));
-/* What is added up that may not be independent. */
+readKnownErrors();
+const told = (level, from, to) => knownErrors.get(sumKey(level.side, level.key, from, to));
+/* Sums whose terms may be dependent, although their errors are added in quadrature. */
 const guessed = (level, from, to) => (told(level, from, to) ? [] : [to - from > 1 ? "tokens" : "", level.key ? "parts" : ""].filter(Boolean));
 
 function sumRows(level, from, to) {
@@ -168,7 +168,7 @@ function sumRows(level, from, to) {
   return { value, error: told(level, from, to) || error.map(Math.sqrt), count: to - from };
 }
 const none = { value: new Float64Array(0), error: new Float64Array(0), count: 1 };
-/* What led to tokens, in both blocks: directly, or in the end. */
+/* Causes of tokens in both blocks: direct effects or total shares. */
 const causesOf = (from, to) => (isThrough() ? sharesOf(from, to)
   : { prompt: sumRows(prompt, from, to), output: nOutput ? sumRows(answer, from, to) : none });
 
@@ -182,7 +182,7 @@ function rowsView(from, to) {
 }
 const isWhole = (view) => view.from === 0 && view.to === nTarget && nTarget > 1;
 
-/* What one column does to every part of the answer. */
+/* The effect of one column on every part of the answer. */
 function columnOver(level, index) {
   const { attr, se } = level;
   const value = new Float64Array(answer.runs.length), error = new Float64Array(answer.runs.length);
@@ -203,31 +203,31 @@ const columnView = (index) => ({
 function shareOver(index) {
   const shares = answer.runs.map(([from, to]) => sharesOf(from, to).prompt);
   const of = (name) => Float64Array.from(shares, (own) => own[name][index]);
-  return { value: of("value"), error: of("error"), count: 1, isShare: true, isUntold: shares.some((own) => own.isUntold) };
+  return { value: of("value"), error: of("error"), count: 1, isShare: true, hasUnknownError: shares.some((own) => own.hasUnknownError) };
 }
 
-/* What an earlier part of the answer did to the later ones. */
+/* The effect of an earlier part of the answer on later ones. */
 function effectsOf(view) {
   const column = !isThrough() && view.kind === "rows" && view.piece >= 0 && !isWhole(view) ? answer.columns[view.piece] : null;
   return column === null ? null : columnOver(answer, column);
 }
 
-/* Sizes neither raise nor lower. */
+/* Magnitudes have no sign. */
 const isUnsigned = Boolean(data.is_unsigned);
 
 const within = (series, i) => Math.abs(series.value[i]) < beyond * series.error[i];
-/* Below what the model's own arithmetic adds; that of a sum grows with the root of its terms. */
+/* Below the model's noise floor, which grows with the square root of the number of terms. */
 const isNoise = (series, i) => Math.abs(series.value[i]) < floor * Math.sqrt(series.count);
-const isUnknown = (series, i) => isUntold(series.value[i], series.error[i]);
-const SINGLE = 1.96; /* standard errors that tell one share from none */
-const isUnsureShare = (series, i) => series.value[i] > 0 && !series.isUntold && !(series.value[i] >= SINGLE * series.error[i]);
+const isUnknown = (series, i) => hasUnknownError(series.value[i], series.error[i]);
+const SINGLE = 1.96; /* standard errors above which a share is significant */
+const isUnsureShare = (series, i) => series.value[i] > 0 && !series.hasUnknownError && !(series.value[i] >= SINGLE * series.error[i]);
 const isFaint = (series, i) => (series.isShare ? isUnsureShare(series, i) : within(series, i) || isNoise(series, i) || isUnknown(series, i));
 
-/* Each block has its own scale: in most answers the words before weigh far more than the prompt. */
+/* A scale per block: in most answers, attributions to earlier words are far larger than to the prompt. */
 const ownPeak = (view, side) => peak(view.kind === "column" ? view.tokens.value : side === "prompt" ? view.prompt.value : view.output.value);
 const commonPeak = (...sides) => (isThrough() ? 1 : Math.max(...sides.map((side) => (side === "prompt" ? prompt : answer).peak)));
 
-/* The strongest single causes in a view: from a column to a part of the answer. */
+/* The strongest links of a view: from a column to a part of the answer. */
 const MOST_LINKS = 12, LEAST_LINK = 0.08;
 function linksOf(view) {
   if (isThrough()) return chainLinks(view);
@@ -235,7 +235,7 @@ function linksOf(view) {
   const offer = (side, column, piece, value, error) => {
     if (block !== "both" && block !== side) return;
     const size = Math.abs(value);
-    if (!(size > 0) || size < beyond * error || size < floor || isUntold(value, error)) return;
+    if (!(size > 0) || size < beyond * error || size < floor || hasUnknownError(value, error)) return;
     if (found.length === MOST_LINKS && size <= Math.abs(found[MOST_LINKS - 1].value)) return;
     let k = found.length === MOST_LINKS ? MOST_LINKS - 1 : found.length;
     for (; k > 0 && Math.abs(found[k - 1].value) < size; k--) found[k] = found[k - 1];
@@ -259,5 +259,5 @@ function linksOf(view) {
   for (const { side, value } of found) most[side] = Math.max(most[side], Math.abs(value));
   return found.filter((link) => Math.abs(link.value) >= LEAST_LINK * most[link.side]);
 }
-const MOST_CELLS = 3e6; /* beyond, links of a whole answer would take too long to look for */
+const MOST_CELLS = 3e6; /* above this, finding the links of a whole answer takes too long */
 const hasLinks = (view) => view.kind === "column" || (view.to - view.from) * (nPrompt + nOutput) <= MOST_CELLS;

@@ -1,4 +1,4 @@
-/* What is kept, what is pointed at, and what pointer and keys do to it. */
+/* Pinned and hovered selection; events of pointer and keyboard. */
 
 let pinned = null;    /* {kind: "rows", from, to} | {kind: "column", index} | null */
 let pointed = null;   /* a piece | null */
@@ -21,7 +21,7 @@ const specOf = (piece) => (piece.side === "answer"
   ? { kind: "rows", from: piece.from, to: piece.to } : { kind: "column", index: piece.feature });
 const wanted = () => pinned || (pointed ? specOf(pointed) : { kind: "rows", from: 0, to: nTarget });
 
-/* What follows the pointer never gets shorter: the text would move away from under it. */
+/* Elements that change on hover never shrink: the text would move under the pointer. */
 const tallest = new Map([[at("panel"), 0], [at("details"), 0]]);
 function keepHeights() {
   for (const [el, before] of tallest) {
@@ -52,7 +52,7 @@ function render() {
   keepHeights();
 }
 
-/* Pointing, clicking, keys ----------------------------------------------------------------------- */
+/* Hover, click, keyboard ------------------------------------------------------------------------- */
 
 const pieceAt = (side, target) => {
   const el = target.closest && target.closest(".piece");
@@ -74,7 +74,7 @@ function focusPiece(piece, byKey = false) {
   piece.el.focus({ preventScroll: true, focusVisible: byKey });
 }
 
-/* The piece above or below: the nearest one of the next line. */
+/* The nearest piece of the next line above or below. */
 function lineStep(all, i, way) {
   const place = (k) => all[k].ink.getBoundingClientRect();
   const here = place(i), apart = (rect) => Math.abs(rect.top - here.top) > here.height / 2;
@@ -133,7 +133,7 @@ for (const side of ["prompt", "answer"]) {
 
 at("prompt").addEventListener("click", (event) => {
   const piece = pieceAt("prompt", event.target);
-  if (!piece || !getSelection().isCollapsed) return; /* text was being selected, to be copied */
+  if (!piece || !getSelection().isCollapsed) return; /* the user selects text */
   toggle(piece);
   focusPiece(piece);
   render();
@@ -167,9 +167,9 @@ addEventListener("pointerup", () => {
 });
 addEventListener("pointercancel", () => { dragging = null; });
 
-/* What is kept stays kept: as the part that holds it, or the first that it holds. */
+/* The pinned selection survives a change of level: as the part that contains it, or its first part. */
 function setLevel(side, number) {
-  drawLinks([]); /* they lead to pieces that will be gone */
+  drawLinks([]); /* their pieces will be removed */
   if (side === "prompt") {
     const first = pinned && pinned.kind === "column" ? prompt.partOf.indexOf(pinned.index) : -1;
     prompt = promptLevel(number);
@@ -177,8 +177,8 @@ function setLevel(side, number) {
   } else {
     answer = answerLevelAt(number);
     if (pinned && pinned.kind === "rows") {
-      const held = answer.runs.filter(([from, to]) => from < pinned.to && to > pinned.from);
-      pinned = { kind: "rows", from: held[0][0], to: held[held.length - 1][1] };
+      const runs = answer.runs.filter(([from, to]) => from < pinned.to && to > pinned.from);
+      pinned = { kind: "rows", from: runs[0][0], to: runs[runs.length - 1][1] };
     }
     anchor = null;
   }
@@ -186,7 +186,7 @@ function setLevel(side, number) {
   layOutSide(side);
   pointed = null;
   at(side + "-levels").querySelectorAll("input").forEach((input) => { input.checked = Number(input.value) === number; });
-  tellHint();
+  updateHint();
   remeasure();
 }
 /* One step finer or coarser, if there is one. */
@@ -197,7 +197,7 @@ function stepLevel(side, way) {
   render();
 }
 
-/* The same text by another value; what is kept stays kept. */
+/* Switches the value; the pinned selection is kept. */
 function setValue(number) {
   drawLinks([]);
   useReading(number);
@@ -206,18 +206,18 @@ function setValue(number) {
   at("about").textContent = about();
 }
 
-/* What led to tokens directly, or in the end. */
+/* Switches between direct effects and total shares. */
 function setEffect(name) {
   drawLinks([]);
   effect = name;
   views.clear();
   for (const id of ["colours", "scales"]) at(id).hidden = isThrough() || (id === "colours" && isUnsigned);
   at("effect").querySelector("[value=" + name + "]").checked = true;
-  tellHint();
+  updateHint();
   forgetHeights();
 }
 
-/* From coarse to fine, as they are looked at. */
+/* From coarse to fine, the order of use. */
 function offerLevels(side, levels) {
   offer(at(side + "-levels"), side + "-level", levels.map(({ name }, i) => [name, i]).reverse(), FIRST[side]);
 }
@@ -232,7 +232,7 @@ function offer(box, group, choices, first) {
   box.hidden = choices.length < 2;
 }
 
-function tellHint() {
+function updateHint() {
   const part = answer.name, cause = prompt.name, isFinest = prompt === promptLevels[0];
   at("hint").textContent = "Click a " + part + " of the answer to see what it was written because of, or a " + cause + " of the prompt to see where it mattered; drag for several."
     + (isThrough() ? " Colours are shares in the end, through the answer’s own words; “direct” has what led to each token by itself." : "")
@@ -262,17 +262,17 @@ at("tools").addEventListener("change", (event) => {
   else if (name === "scale") commonScale = value === "common";
   else if (name === "block") block = value;
   else if (name === "effect") setEffect(value);
-  else if (name === "way") showWay(value);
+  else if (name === "way") showMode(value);
   else redrawLinks();
   render();
 });
 
-/* Once ------------------------------------------------------------------------------------------- */
+/* Initialisation --------------------------------------------------------------------------------- */
 
 const VALUES = { log_prob: "log-probability", prob: "probability", logit: "logit", contrast: "contrast" };
 const nameOfValue = (attrTarget) => VALUES[attrTarget] || attrTarget;
 
-function showWay(way) {
+function showMode(way) {
   at("map").hidden = way !== "map";
   at("running").hidden = way === "map";
   painted = null;
@@ -283,7 +283,7 @@ function about() {
   if (data.about) return data.about.join(" · ");
   const value = nameOfValue(data.attr_target) + (data.attr_target === "contrast" ? " (why each token rather than its foils)" : "");
   const evaluations = data.n_evaluations === null || data.n_evaluations === undefined ? ""
-    : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUntold && !hasErrors ? ", of unknown error" : "");
+    : (data.estimate ? "an estimate from " : "") + data.n_evaluations.toLocaleString("en") + " evaluations" + (nUnknownErrors && !hasErrors ? ", of unknown error" : "");
   return [data.method, evaluations, value + (unit && unit !== "logits" ? " in " + unit : "")].filter(Boolean).join(" · ");
 }
 
@@ -293,7 +293,7 @@ function provenance() {
 
 root.classList.add(isUnsigned ? "absolute" : "signed");
 at("colours").hidden = isUnsigned;
-/* Totals are of one value: of another there may be none. */
+/* Totals may exist for one of the values only. */
 function offerEffects() {
   at("effect").hidden = !data.total;
   if (!data.total && isThrough()) {
@@ -310,7 +310,7 @@ at("blocks").hidden = !nOutput || nTarget < 2;
 at("narrative").textContent = (data.narrative || []).join(" ");
 setEffect(data.total && data.first_effect === "through" ? "through" : "direct");
 render();
-/* A long prompt opens at its strongest part. */
+/* A long prompt is scrolled to its strongest part. */
 function showStrongest() {
   const box = at("prompt"), [first] = causesIn(viewOf({ kind: "rows", from: 0, to: nTarget }), "prompt");
   const [piece] = first ? first.piecesOf(first.i) : [];
@@ -320,7 +320,7 @@ function showStrongest() {
 }
 showStrongest();
 addEventListener("beforeprint", () => { at("computed").open = true; });
-/* In a notebook the page sits in a frame that should be as high as its content. */
+/* In a notebook, the iframe is resized to the page's height. */
 let frame = null;
 try { frame = window.frameElement; } catch { /* a frame of another origin keeps its height */ }
 if (window.parent !== window) root.classList.add("framed");

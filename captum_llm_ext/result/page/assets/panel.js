@@ -1,4 +1,4 @@
-/* What is selected: the line of details, causes in two blocks, the bar from nothing to everything given. */
+/* Panel of the selection: details, causes in two blocks, the bridge from the empty to the full value. */
 
 /* One line of the bridge; `span` is [low, high] of the whole bridge. */
 function step(label, from, to, span, kind, aside) {
@@ -17,18 +17,18 @@ function step(label, from, to, span, kind, aside) {
   if (kind === "point" || Math.abs(to - from) > width / 400) track.append(mark);
   const most = Math.min(Math.max(Math.abs(span[0]), Math.abs(span[1])), width);
   line.append(name, track, make("b", "", kind === "point" ? plain(to, most) : signed(to - from, most)));
-  if (aside) line.append(make("small", "", aside)); /* below all of it: beside it would lie on the mark */
+  if (aside) line.append(make("small", "", aside)); /* below the bar, so that it does not cover the mark */
   return line;
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
-const LEAST_GAP = 0.005; /* share of the whole bridge below which a gap is nothing */
+const LEAST_GAP = 0.005; /* gaps below this share of the bridge are not shown */
 
-/* The strongest ways to what is selected, one below the other. */
-function waysTold(view) {
-  const lines = waysTo(view).map((way) => {
-    const line = make("li", "", stops(view, way).join(" → ") + (way.column === null ? " (begins there)" : "") + "\u2002");
-    line.append(make("b", "", percentOf(way.share)));
+/* The strongest routes to the selection, as a list. */
+function routeList(view) {
+  const lines = routesTo(view).map((route) => {
+    const line = make("li", "", stops(view, route).join(" → ") + (route.column === null ? " (begins there)" : "") + "\u2002");
+    line.append(make("b", "", percentOf(route.share)));
     return line;
   });
   if (!lines.length) return [];
@@ -38,7 +38,7 @@ function waysTold(view) {
 }
 
 function bridge(view) {
-  if (isThrough()) return waysTold(view);
+  if (isThrough()) return routeList(view);
   const empty = total(data.empty_values, view.from, view.to);
   const full = total(data.full_values, view.from, view.to);
   const byPrompt = empty + sum(view.prompt.value);
@@ -57,7 +57,7 @@ function bridge(view) {
   return [make("h2", "", "From nothing given to everything given" + (unit ? ", " + unit : "")), ...steps];
 }
 
-/* Features that were not told apart share evenly; known of single features only. */
+/* Unresolved features share evenly; known for single features only. */
 const groupOf = new Map();
 for (const group of data.unresolved || []) for (const column of group) groupOf.set(column, group.length);
 function sharing(side, column) {
@@ -66,7 +66,7 @@ function sharing(side, column) {
 }
 
 const nameOf = (side, column) => (side === "prompt" ? prompt.names : answer.names)[column];
-/* What a name is short for: the rest of the word that a fragment belongs to. */
+/* The whole word of a fragment. */
 function aroundOf(side, column) {
   const level = side === "prompt" ? prompt : answer;
   return (level.around && level.around[column]) || ["", ""];
@@ -93,14 +93,14 @@ function axisOf(rows) {
   return { zero: (96 * low) / width + 2, share: 96 / width };
 }
 
-const numberTold = (series, value, most) => (series.isShare ? percentOf(value) : signed(value, most));
+const numberText = (series, value, most) => (series.isShare ? percentOf(value) : signed(value, most));
 
 function tableRow(view, row, most, axis) {
   const { series, i, value, side } = row, line = make("tr", isFaint(series, i) ? "unsure" : "");
   const text = row.textOf(i), [before, after] = row.around(i);
   const what = make("td", "what"), button = make("button", "");
   const barCell = make("td", "bar"), bar = make("i", value > 0 ? "up" : "down");
-  const number = make("td", "value", numberTold(series, value, most));
+  const number = make("td", "value", numberText(series, value, most));
   if (before || after) button.append(make("span", "around", before), make("b", "", visible(text)), make("span", "around", after));
   else button.textContent = visible(text);
   if (text.length > LONG_TEXT) button.className = "passage";
@@ -130,7 +130,7 @@ function tableRow(view, row, most, axis) {
   return line;
 }
 
-const MOST_ROWS = 7, LEAST_ROW = 0.02; /* of the strongest: less is told as a sum */
+const MOST_ROWS = 7, LEAST_ROW = 0.02; /* of the strongest: smaller causes are summed up */
 const LONG_TEXT = 16; /* characters from which a cause may take several lines */
 function fillTable(table, view, rows) {
   const most = peak(rows.map((row) => row.value));
@@ -140,13 +140,13 @@ function fillTable(table, view, rows) {
   if (rest.length) {
     const line = make("tr", "rest"), label = make("td", "what", rest.length + (rest.length === 1 ? " other" : " others together"));
     label.colSpan = 3;
-    line.append(label, make("td", "value", numberTold(rest[0].series, sum(rest.map((row) => row.value)), most)));
+    line.append(label, make("td", "value", numberText(rest[0].series, sum(rest.map((row) => row.value)), most)));
     lines.push(line);
   }
   table.tBodies[0].replaceChildren(...lines);
 }
 
-/* What the chosen part of the answer led to, further on. */
+/* Effects of the selected part on later parts of the answer. */
 function drawEffects(view) {
   const effects = effectsOf(view), rows = [];
   if (effects) effects.value.forEach((value, p) => {
@@ -160,15 +160,15 @@ function drawEffects(view) {
   at("effects").tBodies[0].replaceChildren(...shown.map((row) => tableRow({ kind: "effects" }, row, most, axisOf(shown))));
 }
 
-/* What shares are, and what they leave out. */
+/* Notes on shares. */
 function notesOnShares(view, shares) {
   const { negative, uncertain } = data.total[prompt.name];
-  const isTold = shares.some(({ isUntold }) => !isUntold), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
+  const hasKnownErrors = shares.some(({ hasUnknownError }) => !hasUnknownError), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
   const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
   return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
     + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, direct effects tell better where they tell it." : "")
     + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : "")
-    + (!isTold ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
+    + (!hasKnownErrors ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
 }
 
 function notesOn(view) {
@@ -179,7 +179,7 @@ function notesOn(view) {
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
-  if (nUntold) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale.");
+  if (nUnknownErrors) notes.push((hasErrors ? "± ?: of these estimates no error is known" : "Of these estimates no error is known") + ", and nothing tells a cause from noise: they are pale.");
   if (hasErrors) notes.push("± is one standard error; what lies within " + beyond.toFixed(2) + " of them could be noise, with so many looked at together, and is pale.");
   if (2 * floor >= 10 ** -decimals(commonPeak("prompt", "answer"))) {
     const n = rows ? view.to - view.from : 1, noise = Number((floor * Math.sqrt(n)).toPrecision(2));
@@ -193,15 +193,15 @@ function notesOn(view) {
   return words;
 }
 
-/* Of what a table lists causes, and where they are. */
+/* Caption of a table of causes. */
 function captionOf(view, side, rows) {
   if (isThrough()) return side === "prompt" ? "In the end, by " + prompt.name + " of the prompt" : "Begins in the answer itself, by " + answer.name;
-  const isUntoldAll = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
+  const areAllUnknown = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
   const where = side === "prompt" ? "In the prompt, by " + prompt.name : "In the answer so far, by " + answer.name;
-  return where + (isUntoldAll ? ": largest estimates, of unknown error" : "");
+  return where + (areAllUnknown ? ": largest estimates, of unknown error" : "");
 }
 
-/* What would have changed the tokens that are selected. */
+/* Counterfactuals of the selected tokens. */
 const MOST_CHANGES = 6;
 function drawChanges(view) {
   const all = data.counterfactuals || [], box = at("counterfactuals");
@@ -232,7 +232,7 @@ function drawPanel(view, isKept) {
   at("clear").hidden = !isKept;
   at("sentence").hidden = !isKept || !rows || !sentenceOf(view);
   at("narrative").hidden = !isWhole(view) && nTarget > 1;
-  at("route").textContent = routeSaid(view);
+  at("route").textContent = routeText(view);
   at("route").hidden = !at("route").textContent;
   if (rows || isThrough()) at("bridge").replaceChildren(...bridge(view));
   else {
@@ -254,7 +254,7 @@ function drawPanel(view, isKept) {
 /* Details line ----------------------------------------------------------------------------------- */
 
 function describeCell(series, i, tokens) {
-  if (series.isShare) return shareTold(series, i) + " in the end" + (isFaint(series, i) ? ", could be noise" : "");
+  if (series.isShare) return shareText(series, i) + " in the end" + (isFaint(series, i) ? ", could be noise" : "");
   const most = peak(series.value), times = factor(series.value[i], tokens);
   return withUnit(signed(series.value[i], most) + plusMinus(series.error[i], most)) + (times ? " = " + times : "")
     + (isUnknown(series, i) ? ", of unknown error" : within(series, i) ? ", could be noise" : isNoise(series, i) ? ", below the model's noise" : "");
@@ -264,14 +264,14 @@ function describeRows(view) {
   if (isThrough()) {
     const [first] = [...causesIn(view, "prompt"), ...causesIn(view, "answer")].sort(bySize);
     if (!first) return tokensText(view) + ": nothing in particular led to it";
-    return tokensText(view) + ": " + shareTold(first.series, first.i) + " of what led to it in the end "
+    return tokensText(view) + ": " + shareText(first.series, first.i) + " of what led to it in the end "
       + (first.side === "prompt" ? "is " + promptPart(first.i) : "begins with " + quoted(nameOf("answer", first.i), 24) + " in the answer");
   }
   const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
-  const told = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
-  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + " with nothing given";
+  const shownValue = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
+  return name + ratherThan(view) + ": " + shownValue(full) + "; " + shownValue(empty) + " with nothing given";
 }
 
 function describeColumn(view) {

@@ -1,6 +1,6 @@
 /* Running text: pieces, bubbles, colours, and marks beside the scroll bar. */
 
-/* White space around a piece stays uncoloured; a live piece of nothing else is coloured and marked. */
+/* White space around a piece is not coloured; a feature of white space alone is coloured and marked. */
 function fill(el, text, live) {
   const lead = text.match(/^\s*/)[0];
   const ink = make("span", "ink");
@@ -18,7 +18,7 @@ function fill(el, text, live) {
   return ink;
 }
 
-/* Where the next piece goes: the bubble of whoever said it, or the box itself. */
+/* The parent of the next piece: the bubble of its turn, or the box itself. */
 function bubbles(box) {
   let bubble = null;
   return (role) => {
@@ -35,7 +35,7 @@ function bubbles(box) {
   };
 }
 
-/* What a template puts between messages takes one line, and all of them when it is clicked. */
+/* Template text between messages is folded to one line until clicked. */
 const MOST_TEMPLATE = 24;
 function fold(el) {
   el.classList.add("folded");
@@ -63,7 +63,7 @@ function layOut(box, side, pieces, placeOf) {
   return made;
 }
 
-/* Neighbouring pieces of one prompt feature are one; those of the answer stay apart. */
+/* Adjacent pieces of one prompt feature are merged; those of the answer are not. */
 function joined(pieces) {
   const out = [];
   for (const { text, feature, role } of pieces) {
@@ -99,12 +99,12 @@ function layOutSide(side) {
 layOutSide("prompt");
 layOutSide("answer");
 
-/* Where the strong parts of a long text are: marks beside its scroll bar. */
+/* Marks of the strong parts of a long text, beside its scroll bar. */
 function ruler(side) {
   const box = at(side), canvas = box.nextElementSibling;
   let places = [], colours = [];
   const measure = () => {
-    /* Asking for styles while painting would compute them twice. */
+    /* Reading styles while painting would compute them twice. */
     const style = getComputedStyle(root);
     colours = ["--up", "--down", "--size"].map((name) => "rgb(" + style.getPropertyValue(name) + ")");
     const long = box.scrollHeight > box.clientHeight + 4 && box.clientHeight > 0;
@@ -132,7 +132,7 @@ function ruler(side) {
 }
 const rulers = [ruler("prompt"), ruler("answer")];
 
-/* The series and the place in it that colour a piece, or null where it has no number. */
+/* The series and index that colour a piece, or null if it has no number. */
 function cellOf(view, piece) {
   if (view.kind === "column") return piece.side === "answer" ? [view.tokens, piece.i] : null;
   if (block !== "both" && block !== piece.side) return null;
@@ -158,7 +158,7 @@ function paintPiece(view, piece, most) {
   const later = view.kind === "rows" && piece.side === "answer" && !chosen && piece.from >= view.to;
   const drawn = "ink" + (level > 0 ? " up" : level < 0 ? " down" : "") + (sure ? " sure" : "")
     + (chosen ? " chosen" : "") + (later ? " later" : "");
-  /* Most pieces change little from view to view, and restyling thousands of elements is slow. */
+  /* Only changed pieces are restyled: restyling thousands of elements is slow. */
   if (piece.drawn !== drawn) piece.ink.className = piece.drawn = drawn;
   if (piece.chosen !== chosen) piece.el.setAttribute("aria-selected", (piece.chosen = chosen));
   if (piece.level !== level && level) piece.ink.style.setProperty("--a", Math.abs(level));

@@ -1,49 +1,49 @@
-/* What led to the answer in the end: shares, followed back through the words that were written before.
-   Per level of the prompt the data has links, each a share of what led directly to a token, or to a
-   feature of the answer; what nothing in particular led to begins a chain itself. */
+/* Total attribution: shares of the prompt, passed back through generated words. For each level of the
+   prompt the data holds links, each the share of a direct cause of a token or of an answer feature;
+   a feature without significant causes begins a chain itself. */
 
-let effect = "direct"; /* or "through": shares in the end, which may be what is shown at first */
+let effect = "direct"; /* or "through": total shares, which may be shown first */
 const isThrough = () => effect === "through";
 const MOST_CHAINS = 3;
-/* By words, a way is all chains that pass through them: none of the strongest ways is missed unless
-   it is made of none of so many of the strongest chains. */
+/* A route is the set of all chains through the same words: a strong route is missed only if none of
+   its chains is among so many of the strongest. */
 const CANDIDATES = 64;
 
 const graphs = new Map();
 function graph() {
-  const told = data.total && data.total[prompt.name];
-  if (!told) return null;
-  if (!graphs.has(told)) {
-    const rows = (held) => held.map(([columns, shares, features, others]) => ({ columns, shares, features, others }));
-    const tokens = rows(told.tokens), nodes = told.features ? rows(told.features) : [];
-    if (!told.features) data.output.forEach((piece, t) => { if (piece.feature !== null) nodes[piece.feature] = tokens[t]; });
+  const stored = data.total && data.total[prompt.name];
+  if (!stored) return null;
+  if (!graphs.has(stored)) {
+    const rows = (entries) => entries.map(([columns, shares, features, others]) => ({ columns, shares, features, others }));
+    const tokens = rows(stored.tokens), nodes = stored.features ? rows(stored.features) : [];
+    if (!stored.features) data.output.forEach((piece, t) => { if (piece.feature !== null) nodes[piece.feature] = tokens[t]; });
     const errors = new Map();
-    for (const { level, spans, se } of told.errors || []) spans.forEach(([from, to], i) => errors.set([level, from, to].join(), se[i]));
-    graphs.set(told, { tokens, nodes, errors, strength: told.strength, tokenEnds: [], ends: [], best: [] });
+    for (const { level, spans, se } of stored.errors || []) spans.forEach(([from, to], i) => errors.set([level, from, to].join(), se[i]));
+    graphs.set(stored, { tokens, nodes, errors, strength: stored.strength, tokenTotals: [], featureTotals: [], best: [] });
   }
-  return graphs.get(told);
+  return graphs.get(stored);
 }
 const begins = (node) => !node.columns.length && !node.features.length;
 
-/* What led to a row in the end: shares of the prompt's parts, and of features that chains begin with. */
-function inTheEnd(own, row) {
+/* Total shares of a row: of the prompt's parts, and of features that begin chains. */
+function totalShares(own, row) {
   const found = { prompt: new Float64Array(prompt.names.length), output: new Float64Array(nOutput) };
   row.columns.forEach((j, k) => { found.prompt[j] += row.shares[k]; });
   row.features.forEach((j, k) => {
-    const before = endOf(own, j);
+    const before = totalSharesOf(own, j);
     for (const side of ["prompt", "output"]) before[side].forEach((share, i) => { found[side][i] += row.others[k] * share; });
   });
   return found;
 }
-function endOf(own, feature) { /* causes come before: those of earlier features are known */
-  for (let j = own.ends.length; j <= feature; j++) {
-    own.ends[j] = inTheEnd(own, own.nodes[j]);
-    if (begins(own.nodes[j])) own.ends[j].output[j] = 1;
+function totalSharesOf(own, feature) { /* causes precede their effects: totals of earlier features are known */
+  for (let j = own.featureTotals.length; j <= feature; j++) {
+    own.featureTotals[j] = totalShares(own, own.nodes[j]);
+    if (begins(own.nodes[j])) own.featureTotals[j].output[j] = 1;
   }
-  return own.ends[feature];
+  return own.featureTotals[feature];
 }
 
-/* Shares in tokens together, each with the weight of what led to it. */
+/* Shares of several tokens, weighted by the strength of their causes. */
 function sharesOf(from, to) {
   const own = graph(), parts = answer.partOf || range(nOutput);
   const series = (width) => ({ value: new Float64Array(width), error: new Float64Array(width), count: 1, isShare: true });
@@ -54,11 +54,11 @@ function sharesOf(from, to) {
       const side = column < width ? found.prompt : found.output;
       side.error[column < width ? column : column - width] = known(errors[1][k]);
     });
-  } else found.prompt.isUntold = found.output.isUntold = true; /* of a span that is no part of the answer */
+  } else found.prompt.hasUnknownError = found.output.hasUnknownError = true; /* a span that is not a part of the answer at this level */
   const all = total(own.strength, from, to);
   for (let t = from; t < to && all > 0; t++) {
     if (!(own.strength[t] > 0)) continue;
-    const end = (own.tokenEnds[t] ||= inTheEnd(own, own.tokens[t])), weight = own.strength[t] / all;
+    const end = (own.tokenTotals[t] ||= totalShares(own, own.tokens[t])), weight = own.strength[t] / all;
     end.prompt.forEach((share, j) => { found.prompt.value[j] += weight * share; });
     end.output.forEach((share, j) => { found.output.value[parts[j]] += weight * share; });
   }
@@ -67,8 +67,8 @@ function sharesOf(from, to) {
 
 /* Chains ------------------------------------------------------------------------------------------ */
 
-/* The strongest chains to a row, each {share, column or null, features}: of features that are
-   passed, or that it begins with. */
+/* The strongest chains to a row, each {share, column or null, features}; `features` are those passed,
+   and the first one if the chain begins in the answer. */
 function strongest(own, row) {
   const found = row.columns.map((column, k) => ({ share: row.shares[k], column, features: [] }));
   row.features.forEach((j, k) => {
@@ -83,15 +83,15 @@ function bestOf(own, feature) {
   return own.best[feature];
 }
 
-/* The share of all chains that go through these parts of the answer one after the other, whatever
-   their features within: `way` has the column that they begin with, or null, and the parts. */
-function shareAlong(own, view, way, partOf) {
-  const place = new Map(way.parts.map((part, i) => [part, i])), last = way.parts.length;
+/* The share of all chains through these parts of the answer in this order, by any of their features:
+   `route` has the column that they begin with, or null, and the parts. */
+function routeShare(own, view, route, partOf) {
+  const place = new Map(route.parts.map((part, i) => [part, i])), last = route.parts.length;
   const at = (feature) => (place.has(partOf(feature)) ? place.get(partOf(feature)) : partOf(feature) === null ? last : -2);
   const mass = new Map();
   const into = (row, here) => {
     let sum = 0;
-    if (here === 0 && way.column !== null) row.columns.forEach((j, k) => { if (j === way.column) sum += row.shares[k]; });
+    if (here === 0 && route.column !== null) row.columns.forEach((j, k) => { if (j === route.column) sum += row.shares[k]; });
     row.features.forEach((j, k) => {
       const before = at(j);
       if (before === here || before === here - 1) sum += row.others[k] * (mass.get(j) || 0);
@@ -100,7 +100,7 @@ function shareAlong(own, view, way, partOf) {
   };
   own.nodes.forEach((node, j) => {
     const here = at(j);
-    if (here >= 0) mass.set(j, begins(node) ? Number(here === 0 && way.column === null) : into(node, here));
+    if (here >= 0) mass.set(j, begins(node) ? Number(here === 0 && route.column === null) : into(node, here));
   });
   const all = total(own.strength, view.from, view.to);
   let sum = 0;
@@ -108,60 +108,60 @@ function shareAlong(own, view, way, partOf) {
   return sum;
 }
 
-/* The strongest ways to what is selected, by parts of the answer as it is read. */
-function waysTo(view) {
+/* The strongest routes to the selection, by parts of the answer at the current level. */
+function routesTo(view) {
   const own = graph();
   if (!own || view.kind !== "rows" || isWhole(view)) return [];
   const inside = new Set(data.output.slice(view.from, view.to).map((piece) => piece.feature));
   for (const j of [...inside]) if (j !== null && data.output.some((piece, t) => piece.feature === j && (t < view.from || t >= view.to))) inside.delete(j);
   const partOf = (feature) => (inside.has(feature) ? null : answer.partOf ? answer.partOf[feature] : feature);
-  const ways = new Map();
+  const routes = new Map();
   for (let t = view.from; t < view.to; t++) {
     if (!(own.strength[t] > 0)) continue;
     for (const { column, features } of strongest(own, own.tokens[t])) {
       const parts = features.map(partOf).filter((part, i, all) => part !== null && part !== all[i - 1]);
       const key = [column, ...parts].join();
-      if (!ways.has(key)) ways.set(key, { column, parts });
+      if (!routes.has(key)) routes.set(key, { column, parts });
     }
   }
-  return [...ways.values()].map((way) => ({ ...way, share: shareAlong(own, view, way, partOf) }))
+  return [...routes.values()].map((route) => ({ ...route, share: routeShare(own, view, route, partOf) }))
     .sort((a, b) => b.share - a.share).slice(0, MOST_CHAINS);
 }
 
-const LONG_NAME = 24; /* characters beyond which a part of the prompt is told by its number */
+const LONG_NAME = 24; /* characters above which a part of the prompt is named by its number */
 function promptPart(column, most = 40) {
   const name = visible(prompt.names[column]);
   return name.length > LONG_NAME ? prompt.name + " " + (column + 1) + " " + quoted(name, most) : quoted(name);
 }
 /* ["paragraph 4 “Lake …”", "“is:”", "“1642”"] */
-function stops(view, way) {
-  const begin = way.column === null ? [] : [promptPart(way.column)];
-  return [...begin, ...way.parts.map((part) => quoted(nameOf("answer", part), 24)), tokensText(view)];
+function stops(view, route) {
+  const begin = route.column === null ? [] : [promptPart(route.column)];
+  return [...begin, ...route.parts.map((part) => quoted(nameOf("answer", part), 24)), tokensText(view)];
 }
-function routeSaid(view) {
+function routeText(view) {
   const own = graph();
   if (!own || view.kind !== "rows" || isWhole(view)) return "";
-  const [way] = waysTo(view);
-  if (!way) return "Nothing in particular led to " + tokensText(view) + ".";
-  const said = stops(view, way), share = percentOf(way.share) + " of what led to " + tokensText(view);
-  if (way.column === null && !way.parts.length) return share + " begins with itself: nothing in particular led to its first token.";
-  if (way.column === null) return share + " began with " + said[0] + ", which nothing in particular led to: " + said.join(" → ") + ".";
-  if (!way.parts.length) return share + " came from " + said[0] + " directly, its strongest chain.";
-  return share + " came along its strongest chain: " + said.join(" → ") + ".";
+  const [route] = routesTo(view);
+  if (!route) return "Nothing in particular led to " + tokensText(view) + ".";
+  const labels = stops(view, route), share = percentOf(route.share) + " of what led to " + tokensText(view);
+  if (route.column === null && !route.parts.length) return share + " begins with itself: nothing in particular led to its first token.";
+  if (route.column === null) return share + " began with " + labels[0] + ", which nothing in particular led to: " + labels.join(" → ") + ".";
+  if (!route.parts.length) return share + " came from " + labels[0] + " directly, its strongest chain.";
+  return share + " came along its strongest chain: " + labels.join(" → ") + ".";
 }
 
-/* The strongest way as lines: from part to part. */
+/* The strongest route as links from part to part. */
 function chainLinks(view) {
-  const [way] = waysTo(view);
-  if (!way) return [];
+  const [route] = routesTo(view);
+  if (!route) return [];
   const pieceOf = (part) => { const owned = owners.answer[part]; return owned && owned[owned.length - 1].i; };
   const goal = pieces.answer.findIndex((piece) => piece.from < view.to && piece.to > view.from);
   const found = [];
-  let side = way.column === null ? "answer" : "prompt", from = way.column;
-  for (const part of way.parts) {
-    if (from !== null) found.push({ side, column: from, piece: pieceOf(part), value: way.share });
+  let side = route.column === null ? "answer" : "prompt", from = route.column;
+  for (const part of route.parts) {
+    if (from !== null) found.push({ side, column: from, piece: pieceOf(part), value: route.share });
     [side, from] = ["answer", part];
   }
-  if (from !== null) found.push({ side, column: from, piece: goal, value: way.share });
+  if (from !== null) found.push({ side, column: from, piece: goal, value: route.share });
   return found.filter((link) => link.piece !== undefined);
 }

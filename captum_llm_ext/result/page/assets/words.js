@@ -14,12 +14,12 @@ function signed(x, most) {
   return !isUnsigned && x > 0 && Number(text) !== 0 ? "+" + text : text;
 }
 function plusMinus(error, most) {
-  if (!Number.isFinite(error)) return nUntold ? " ± ?" : "";
+  if (!Number.isFinite(error)) return nUnknownErrors ? " ± ?" : "";
   if (!hasErrors || error === 0) return "";
   const text = plain(error, most);
   return Number(text) === 0 ? " ± <" + (10 ** -decimals(most)).toFixed(decimals(most)) : " ± " + text;
 }
-/* How many times as probable: of values that are logarithms, of a span by token. */
+/* How many times as probable: for logarithmic values of single tokens. */
 function factor(x, tokens) {
   if (unit !== "nats" || isUnsigned || !Number.isFinite(x) || !(Math.abs(x) >= 0.05) || tokens > 1) return "";
   const times = Math.exp(Math.min(Math.abs(x), 50));
@@ -27,17 +27,17 @@ function factor(x, tokens) {
   if (data.attr_target === "contrast") return x > 0 ? shown + " times the odds" : "the odds divided by " + shown;
   return shown + " times " + (x > 0 ? "as" : "less") + " probable";
 }
-/* A share of what led to something. */
+/* A share in per cent. */
 const hundredths = (x) => (x > 0 && Math.round(100 * x) === 0 ? "<1" : String(Math.round(100 * x)));
 const percentOf = (share) => hundredths(share) + "\u00a0%";
-/* What stands between a share's number and its sign. */
+/* The error between a share's number and its per cent sign. */
 function spreadOf(series, i) {
   const error = series.error[i];
-  if (series.isUntold || !(series.value[i] > 0)) return "";
+  if (series.hasUnknownError || !(series.value[i] > 0)) return "";
   return !Number.isFinite(error) ? " ± ?" : error > 0 ? " ± " + hundredths(error) : "";
 }
-const shareTold = (series, i) => percentOf(series.value[i]).replace("\u00a0%", spreadOf(series, i) + "\u00a0%");
-/* Whether colours tell sizes, not what raises and what lowers. */
+const shareText = (series, i) => percentOf(series.value[i]).replace("\u00a0%", spreadOf(series, i) + "\u00a0%");
+/* Whether colours show magnitudes without signs. */
 const isSized = () => root.classList.contains("absolute") || root.classList.contains("shares");
 const withUnit = (text) => (unit ? text + " " + unit : text);
 function percent(logProb) {
@@ -50,7 +50,7 @@ function odds(x) {
   if (!(times < 1e9)) return "";
   return x < 0 ? "1 : " + times.toLocaleString("en") : times.toLocaleString("en") + " : 1";
 }
-/* What a token is held against; a part of the answer goes by its first token. */
+/* Foils of a token; for a part of the answer, those of its first token. */
 const MOST_FOILS = 5;
 const foilsAt = (from) => (data.attr_target === "contrast" && data.foils ? data.foils[from] : []);
 function ratherThan(view) {
@@ -58,7 +58,7 @@ function ratherThan(view) {
   const foils = foilsAt(view.from);
   return foils.length ? " rather than " + foils.slice(0, MOST_FOILS).map((foil) => quoted(foil, 24)).join(", ") + (foils.length > MOST_FOILS ? "…" : "") : "";
 }
-/* What a value says as a share: of probability, or of token and foils. */
+/* A value as a probability, or as the share of the token among token and foils. */
 function share(x, view) {
   const n = view.to - view.from;
   if (data.attr_target === "log_prob" && n > 1) return percent(x / n) && percent(x / n) + " per token on average";
@@ -72,7 +72,7 @@ function visible(text) {
   if (inner) return inner.replace(/\s+/g, " ");
   return text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣") || "∅";
 }
-/* Cut by characters as a reader sees them, half an emoji is none; behind a word where that keeps half. */
+/* Cut at grapheme clusters, so that no emoji is halved; at a word boundary if that keeps half. */
 function short(text, most = 48) {
   if (text.length <= most) return text;
   const letters = Intl.Segmenter ? Array.from(new Intl.Segmenter().segment(text.slice(0, 4 * most)), (part) => part.segment) : Array.from(text);
@@ -80,16 +80,16 @@ function short(text, most = 48) {
   const kept = letters.slice(0, most - 1).join(""), behind = kept.slice(0, Math.max(kept.lastIndexOf(" "), 0));
   return (letters[most - 1].trim() && behind.length >= most / 2 ? behind : kept).trimEnd() + "…";
 }
-/* What runs to the left is isolated: it would turn the words around it. */
+/* Right-to-left text is isolated, so that it does not reorder the words around it. */
 const runsLeft = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/;
 function quoted(text, most) {
   const shown = short(visible(text), most);
   return runsLeft.test(shown) ? "“\u2068" + shown + "\u2069”" : "“" + shown + "”";
 }
-/* Which way a text runs: as its first letter does. */
+/* Direction of a text: that of its first letter. */
 const directionOf = (text) => (runsLeft.test((text.match(/\p{L}/u) || [""])[0]) ? "rtl" : "ltr");
 const textOf = (from, to) => data.output.slice(from, to).map((piece) => piece.text).join("");
-/* A token that holds a part of a character has no text, but a name. */
+/* A token of a partial character has no text, but a name. */
 const nameOfRun = (from, to) => textOf(from, to) || data.output_tokens[from] || "";
 const tokensText = (view) => (isWhole(view) ? "Whole answer" : quoted(nameOfRun(view.from, view.to)));
 

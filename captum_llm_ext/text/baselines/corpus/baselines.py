@@ -124,8 +124,8 @@ class CorpusBaselines:
         self._index = CorpusIndex(texts)
         if texts.n > 1 and not texts.differ and min_candidates > 0:
             warnings.warn(
-                f"All {texts.n:,} documents of the corpus are one and the same: it shows no slot "
-                "with more than one text. Give other texts of the same kind.",
+                f"All {texts.n:,} documents of the corpus are identical: it shows no slot with "
+                "more than one text. Give other texts of the same kind.",
                 stacklevel=2,
             )
         self.match: How = match
@@ -148,7 +148,7 @@ class CorpusBaselines:
         )
         self._known: dict[Slot, _Filling | _Tokens | None] = {}
         self._draws = torch.Generator().manual_seed(self.seed)
-        self._told = False
+        self._has_warned = False
 
     def __repr__(self) -> str:
         return f"CorpusBaselines({len(self._index):,} words, match={self.match!r})"
@@ -172,7 +172,7 @@ class CorpusBaselines:
         return slot.text if filling is None else filling.draw(generator)
 
     @property
-    def tells(self) -> bool:
+    def warns_of_mismatch(self) -> bool:
         """Whether it searches for surroundings, and warns if the corpus does not contain them."""
         return self.match in ("context", "model") and self.min_candidates > 0
 
@@ -256,7 +256,7 @@ class CorpusBaselines:
         if own is None:
             return None
         if self.match == "model" and slot.generated and not self._is_labelled(slot, own):
-            return self._said(slot, own)
+            return self._draw_generated(slot, own)
         together = [(s, surroundings_of(s)) for s in slot.siblings or (slot,)]
         members = [(s, place) for s, place in together if place is not None]
         candidates = self._jointly(members)
@@ -310,13 +310,13 @@ class CorpusBaselines:
             exclude_original=self.exclude_original,
         )
 
-    def _said(self, slot: Slot, place: Surroundings) -> "_Filling | _Tokens":
+    def _draw_generated(self, slot: Slot, place: Surroundings) -> "_Filling | _Tokens":
         """The model's alternatives to a generated feature."""
         found = self._lookup.single(place)
         if found.match.constant:
             # Without the original, only stray matches remain, which are not representative.
             return _Filling(found, place, 0)
-        model = self._asked()
+        model = self._language_model()
         if len(slot.ids) == 1:
             ids, probabilities = weighing.next_tokens(slot, model)
             match = Match("model", "_", 0, len(ids), False, ())
@@ -331,9 +331,9 @@ class CorpusBaselines:
             return candidates
         few = candidates.sample(weighing.MOST_WEIGHED, self.seed)
         slots, places = zip(*members, strict=True)
-        return weighing.in_place(few, slots, places, self._asked())
+        return weighing.in_place(few, slots, places, self._language_model())
 
-    def _asked(self) -> LanguageModel:
+    def _language_model(self) -> LanguageModel:
         if self._model is None:
             raise ValueError(
                 "match='model' asks the model under explanation: use these baselines in an input "
@@ -368,9 +368,9 @@ class CorpusBaselines:
                 "`CorpusBaselines` was called without arguments, and not by a `TextTemplateInput` "
                 "that it is the baseline of: call it with a slot and a generator."
             )
-        if not self._told:
+        if not self._has_warned:
             # Captum has no notion of a run: it calls for every evaluation.
-            self._told = True
+            self._has_warned = True
             unlike.warn_of_mismatch(
                 self, lambda: [self.explain(slot) for slot in template_slots(inp)]
             )

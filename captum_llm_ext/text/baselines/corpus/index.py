@@ -334,8 +334,8 @@ class CorpusIndex:
     @cached_property
     def _classes_of_kind(self) -> list[list[int]]:
         """For each kind, itself and the template classes that contain such a word."""
-        frame = self._classes >= _N_KINDS
-        classes, kinds = self._classes[frame], self._vocabulary.kinds[frame]
+        is_template = self._classes >= _N_KINDS
+        classes, kinds = self._classes[is_template], self._vocabulary.kinds[is_template]
         return [[kind, *classes[kinds == kind].unique().tolist()] for kind in range(_N_KINDS)]
 
     @_of_an_unchanged_file
@@ -370,7 +370,7 @@ class CorpusIndex:
         return self._vocabulary.kinds.index_select(0, self._words_at(places))
 
     @_of_an_unchanged_file
-    def framed_at(self, places: Tensor) -> Tensor:
+    def is_template_at(self, places: Tensor) -> Tensor:
         """Whether the atoms at these places are template words."""
         return self._class_at(places) >= _N_KINDS
 
@@ -512,8 +512,8 @@ def _classes(atoms: Atoms) -> Tensor:
     classes[single] = (
         int(classes.max()) + 1 + torch.arange(len(single), dtype=torch.int32, device="cpu")
     )
-    frame = classes >= _N_KINDS
-    classes[frame] = _N_KINDS + classes[frame].unique(return_inverse=True)[1].int()
+    is_template = classes >= _N_KINDS
+    classes[is_template] = _N_KINDS + classes[is_template].unique(return_inverse=True)[1].int()
     return classes
 
 

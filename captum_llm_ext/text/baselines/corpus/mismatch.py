@@ -14,7 +14,7 @@ class LooksUp(Protocol):
     """A baseline that searches for the surroundings of features, such as `CorpusBaselines`."""
 
     @property
-    def tells(self) -> bool:
+    def warns_of_mismatch(self) -> bool:
         """Whether to warn if they are not found."""
         ...
 
@@ -33,14 +33,14 @@ def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | N
             (``match="any"``) or its warnings are disabled.
         matches: Returns what it found for them; None if unknown.
     """
-    asked, unlike = _unlike(baseline, matches)
-    if not unlike or len(unlike) <= _SOME * len(asked):
+    nonblank, unlike = _unlike(baseline, matches)
+    if not unlike or len(unlike) <= _SOME * len(nonblank):
         return
     shown = ", ".join(f"by {m.level} in {m.surroundings!r}" for m in unlike[:_SHOWN])
     more = ", …" if len(unlike) > _SHOWN else ""
     _warn(
-        f"{len(unlike)} of {len(asked)} features have no place like theirs in this corpus: too "
-        f"little of their surroundings is found there, any text may stand in for them (matched "
+        f"{len(unlike)} of {len(nonblank)} features have no similar context in this corpus: too "
+        "little of their surroundings is found there, so any text may replace them (matched "
         f"{shown}{more}; `matches(inp)` tells). Give more texts, of the same kind as the prompt, "
         "lower `min_occurrences`, or silence this with min_candidates=0."
     )
@@ -48,18 +48,18 @@ def warn_of_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | N
 
 def is_mismatch(baseline: object, matches: Callable[[], Sequence[Match] | None]) -> bool:
     """Whether most features have no matching place in a corpus."""
-    asked, unlike = _unlike(baseline, matches)
-    return len(unlike) > _MOST * len(asked)
+    nonblank, unlike = _unlike(baseline, matches)
+    return len(unlike) > _MOST * len(nonblank)
 
 
 def _unlike(
     baseline: object, matches: Callable[[], Sequence[Match] | None]
 ) -> tuple[list[Match], list[Match]]:
     """The matches of features other than white space, and those of them that are not located."""
-    if not isinstance(baseline, LooksUp) or not baseline.tells:
+    if not isinstance(baseline, LooksUp) or not baseline.warns_of_mismatch:
         return [], []
-    asked = [match for match in matches() or () if match.level != "blank"]
-    return asked, [match for match in asked if not match.is_located]
+    nonblank = [match for match in matches() or () if match.level != "blank"]
+    return nonblank, [match for match in nonblank if not match.is_located]
 
 
 def _warn(message: str) -> None:

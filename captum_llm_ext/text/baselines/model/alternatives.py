@@ -119,16 +119,16 @@ class Alternatives:
         if not todo:
             return
         shapes = {span: self._shape(span) for span in todo}
-        begun = [(span, piece) for span in todo for piece, _ in self._begun(span)]
+        stems = [(span, piece) for span in todo for piece, _ in self._first_pieces(span)]
         sizes = {span: len(shape.numbers) + len(shape.marks) for span, shape in shapes.items()}
         written = self._model.greedy(
-            [self._text[: span[0]] + piece for span, piece in begun],
-            [self._text[span[1] :] for span, _ in begun],
-            [sizes[span] - 1 for span, _ in begun],
-            lambda i, rest: _end(begun[i][1] + rest, shapes[begun[i][0]]) is not None,
+            [self._text[: span[0]] + piece for span, piece in stems],
+            [self._text[span[1] :] for span, _ in stems],
+            [sizes[span] - 1 for span, _ in stems],
+            lambda i, rest: _end(stems[i][1] + rest, shapes[stems[i][0]]) is not None,
         )
         self._ended.update((span, []) for span in todo)
-        for (span, piece), rest in zip(begun, written, strict=True):
+        for (span, piece), rest in zip(stems, written, strict=True):
             text = piece + rest
             stop = _end(text, shapes[span]) or _end(text + "\n.", shapes[span]) or 0
             # In scripts without spaces a token may be several words, and is not split.
@@ -146,7 +146,7 @@ class Alternatives:
             self.read([span, *((one[0], other[1]) for one, other in self.ties)])
         own = self._text[span[0] : span[1]]
         found = {own: self._chance(span)}
-        for (_, chance), text in zip(self._begun(span), self._ended[span], strict=True):
+        for (_, chance), text in zip(self._first_pieces(span), self._ended[span], strict=True):
             # A word may continue in another script than it began in.
             if _INCOMPLETE not in text and words.keeps_script(text, own):
                 found[text] = found.get(text, 0.0) + chance
@@ -199,20 +199,20 @@ class Alternatives:
             texts: Per place, with probabilities given the text before.
             after: Per place the words after it; empty if these are not scored.
         """
-        asked = [
+        candidates = [
             (span, text)
             for span, own in texts.items()
             if after[span] and len({self._text[slice(*span)], *own}) > 1
             for text in dict.fromkeys([self._text[slice(*span)], *own])
         ]
-        if not asked:
+        if not candidates:
             return {span: dict(own) for span, own in texts.items()}
         log_probs = self._model.log_probs_between(
-            [self._text[: span[0]] + text for span, text in asked],
-            [after[span] for span, _ in asked],
-            [self._text[span[1] + len(after[span]) :] for span, _ in asked],
+            [self._text[: span[0]] + text for span, text in candidates],
+            [after[span] for span, _ in candidates],
+            [self._text[span[1] + len(after[span]) :] for span, _ in candidates],
         )
-        follows = dict(zip(asked, log_probs.tolist(), strict=True))
+        follows = dict(zip(candidates, log_probs.tolist(), strict=True))
 
         def weight(span: Span, text: str, chance: float) -> float:
             one, own = follows.get((span, text), 0.0), (span, self._text[slice(*span)])
@@ -239,8 +239,8 @@ class Alternatives:
         stop, n_words = span[1], 0
         for atom in self._atoms[bisect_left(self._atoms, span[1], key=lambda a: a.start) :]:
             is_mark = words.is_mark(atom.text)
-            tells = is_mark or words.kind(atom.text) in ("lower", "letters")
-            if n_words == _AFTER or atom.start >= most or not tells:
+            is_function_word = is_mark or words.kind(atom.text) in ("lower", "letters")
+            if n_words == _AFTER or atom.start >= most or not is_function_word:
                 break
             stop, n_words = atom.stop, n_words + (not is_mark)
             if is_mark and border(atom.text) >= SENTENCE_END:
@@ -426,7 +426,7 @@ class Alternatives:
         known = [self._listed.get(i) for i in self._shape(span).numbers]
         return math.exp(sum(listed.log_prob for listed in known if listed is not None))
 
-    def _begun(self, span: Span) -> list[tuple[str, float]]:
+    def _first_pieces(self, span: Span) -> list[tuple[str, float]]:
         """The beginnings of candidates for a place, with their probabilities."""
         number = self._number.get(span[0])
         listed = None if number is None else self._listed[number]

@@ -164,7 +164,7 @@ class ModelBaselines:
         ties = [(one[0], other[1]) for one, other in alternatives.ties]
         bonds = Bonds(*([*_runs(slots, spans)] for spans in (parts, ties)))
         if self._fit is not None:
-            self._heed(self._fit, slots, bonds)
+            self._weight_by_answer(self._fit, slots, bonds)
         return bonds
 
     def explain(self, slot: Slot) -> Match:
@@ -200,7 +200,7 @@ class ModelBaselines:
         for (start, stop), alternatives in known:
             if start <= within[0] and within[1] <= stop:
                 return alternatives
-        found = Alternatives(text, self._asked(), self.n_candidates, within)
+        found = Alternatives(text, self._required_proposer(), self.n_candidates, within)
         known.append((within, found))
         return found
 
@@ -229,12 +229,12 @@ class ModelBaselines:
     def _copied_from(self, text: str) -> list[str]:
         """Words of the answer that a text says."""
         if text not in self._copied:
-            said = _words_of(text) if self._answer else frozenset[str]()
+            present = _words_of(text) if self._answer else frozenset[str]()
             answered = sorted(_words_of(self._answer))
-            self._copied[text] = [word for word in answered if _has_form_of(word, said)]
+            self._copied[text] = [word for word in answered if _has_form_of(word, present)]
         return self._copied[text]
 
-    def _heed(self, fit: AnswerFit, slots: Sequence[Slot], bonds: Bonds) -> None:
+    def _weight_by_answer(self, fit: AnswerFit, slots: Sequence[Slot], bonds: Bonds) -> None:
         """Weights candidates of the last places by the probability of the answer's kinds.
 
         For features of many words, the effect of the whole is unknown.
@@ -263,12 +263,12 @@ class ModelBaselines:
 
     def _everywhere(self, slot: Slot, text: str) -> dict[Slot, str]:
         """A text in a slot, and in those of its feature with the same text."""
-        core = _said(slot)
-        places = [s for s in slot.siblings if _said(s) == core] or [slot]
+        core = _core_text(slot)
+        places = [s for s in slot.siblings if _core_text(s) == core] or [slot]
         fillings = {place: self._filling(place) for place in places}
         return {place: found.place.filled(text) for place, found in fillings.items() if found}
 
-    def _asked(self) -> Proposer:
+    def _required_proposer(self) -> Proposer:
         if self._model is None:
             raise ValueError(
                 "`ModelBaselines` asks the model under explanation: use it in an input of "
@@ -401,11 +401,11 @@ def _candidates(texts: dict[str, float]) -> Candidates:
 
 def _first_of(slot: Slot) -> Slot:
     """The first slot of the feature with the same text: a repeated name is drawn once."""
-    core = _said(slot)
-    return next((s for s in slot.siblings if _said(s) == core), slot)
+    core = _core_text(slot)
+    return next((s for s in slot.siblings if _core_text(s) == core), slot)
 
 
-def _said(slot: Slot) -> str:
+def _core_text(slot: Slot) -> str:
     """The text of a slot, without white space and punctuation at its ends."""
     return slot.context[slice(*_core(slot))]
 

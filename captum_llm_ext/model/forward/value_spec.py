@@ -1,4 +1,4 @@
-"""`Asked`: the target tokens that every row is scored for, and their foils."""
+"""`ValueSpec`: the target tokens that every row is scored for, and their foils."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from captum_llm_ext.model.forward.rows import TokenRow
 
 
 @dataclass(frozen=True)
-class Asked:
+class ValueSpec:
     """What is computed at the positions that predict the target tokens.
 
     A row has a value for every target token. With foils it has a second one, the log-probability of
@@ -36,9 +36,9 @@ class Asked:
     n_likeliest: int = 0
 
     @staticmethod
-    def likeliest(n_target: int, n: int) -> "Asked":
+    def likeliest(n_target: int, n: int) -> "ValueSpec":
         """Requests the `n` likeliest tokens at `n_target` positions."""
-        return Asked(torch.zeros(n_target, dtype=torch.int64, device="cpu"), n_likeliest=n)
+        return ValueSpec(torch.zeros(n_target, dtype=torch.int64, device="cpu"), n_likeliest=n)
 
     def __len__(self) -> int:
         return len(self.target)
@@ -54,11 +54,11 @@ class Asked:
         """The user's callable that computes values from logits, if there is one."""
         return None if self.n_likeliest or isinstance(attr_target, str) else attr_target
 
-    def only(self, tokens: Sequence[int]) -> "Asked":
+    def only(self, tokens: Sequence[int]) -> "ValueSpec":
         """The same for some of the target tokens only."""
         some = list(tokens)
         foils = None if self.foils is None else self.foils[some]
-        return Asked(self.target[some], foils, self.n_likeliest)
+        return ValueSpec(self.target[some], foils, self.n_likeliest)
 
     def blank(self, n_rows: int) -> Tensor:
         """NaN for every value of rows, float64 ``(n_rows, per_token, n_target)`` on the CPU."""
@@ -88,13 +88,13 @@ class Asked:
             return output.values(where, ids, str(attr_target))[back][:, None]
         (where, tokens), back = distinct_pairs(where, tokens)
         ids = torch.cat([self.target[tokens, None], self.foils[tokens]], 1)
-        is_asked = ids >= 0
+        is_token = ids >= 0
         found = torch.full(ids.shape, -torch.inf, dtype=torch.float64, device="cpu")
         places = where[:, None].expand_as(ids)
-        found[is_asked] = output.values(places[is_asked], ids[is_asked], "log_prob")
+        found[is_token] = output.values(places[is_token], ids[is_token], "log_prob")
         single = torch.promote_types(output.vectors.dtype, torch.float32)
         foils = found[:, 1:].logsumexp(1).to(single).double()  # rounded like all values
-        foils = foils.masked_fill(~is_asked[:, 1:].any(1), 0.0)
+        foils = foils.masked_fill(~is_token[:, 1:].any(1), 0.0)
         return torch.stack([found[:, 0], foils], 1)[back]
 
     def digest(self, row: TokenRow) -> bytes:
@@ -109,18 +109,18 @@ class Asked:
         return content.digest()
 
 
-def explained(values: Tensor, asked: Asked, attr_target: object) -> Tensor:
+def explained(values: Tensor, spec: ValueSpec, attr_target: object) -> Tensor:
     """The explained values, from the values of a request.
 
     Args:
         values: Shape ``(n_rows, per_token * n_target)``, as returned by `Scorer.values`.
-        asked: The request.
+        spec: The request.
         attr_target: As for `Scorer`.
 
     Returns:
         Shape ``(n_rows, n_target)``: the contrast of token and foils, or the token's own value.
     """
-    if asked.foils is None:
+    if spec.foils is None:
         return values
-    own, foils = values.split(len(asked), dim=1)
+    own, foils = values.split(len(spec), dim=1)
     return own - foils if attr_target == "contrast" else own

@@ -44,8 +44,10 @@ def found(
     guesses: dict[int, Guesses] = {}
     if own:
         is_whole = contrast.without is None
-        said = context.likeliest(model, n_looked) if is_whole else model.likeliest(rows, n_looked)
-        guesses = _averaged(_guesses(rows, own, *said))
+        proposals = (
+            context.likeliest(model, n_looked) if is_whole else model.likeliest(rows, n_looked)
+        )
+        guesses = _averaged(_guesses(rows, own, *proposals))
     candidates = {t: _of_kind(guesses.get(t, {}), t, contrast.n_foils, context) for t in own}
     weighed = [
         t

@@ -14,7 +14,7 @@ Ids = tuple[int, ...]
 _ENOUGH = 0.95
 
 
-class Following:
+class Continuation:
     """The likelihood of what follows a word of the answer, averaged over possible words.
 
     Args:

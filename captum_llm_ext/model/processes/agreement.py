@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 # Queries of the active sessions, the innermost last.
-asking: list[Callable[[], bool]] = []
+parting_checks: list[Callable[[], bool]] = []
 
 
 def failed_on_all() -> bool:
@@ -11,4 +11,4 @@ def failed_on_all() -> bool:
 
     If not, the others remain in it forever.
     """
-    return asking[-1]() if asking else True
+    return parting_checks[-1]() if parting_checks else True

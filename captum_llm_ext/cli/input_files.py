@@ -22,7 +22,7 @@ def read_text(option: str, name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{option} {name} is no UTF-8 text ({error}): save it as UTF-8."
+            f"{option} {name} is not UTF-8 text ({error}): save it as UTF-8."
         ) from error
     except FileNotFoundError:
         check_there(option, name)
@@ -65,7 +65,7 @@ def check_saved(name: str) -> None:
     is_header = begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= _LARGEST_HEADER
     if not is_header:
         raise UsageError(
-            f"RESULT {name!r} is damaged or no saved result: give a file written by --save or "
+            f"RESULT {name!r} is damaged or not a saved result: give a file written by --save or "
             "`GenerationAttributionResult.save`."
         )
 
