@@ -70,6 +70,7 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
 
     If direct effects do not show which part contributed most, its total share comes first.
     """
+    from captum_llm_ext.result.causes import unit_of
     from captum_llm_ext.result.whole_answer import whole_answer_shares
 
     causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
@@ -78,7 +79,11 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
     if end is not None and end.is_first:
         shares = {share.name: share for share in end.shares if not share.is_output}
     order = dict.fromkeys([*shares, *causes])
-    lines = [f"whole answer, by {level}{', and in the end through its own words' * bool(shares)}:"]
+    answer = result.answer if result.answer and result.answer.level == level else None
+    of = "whole answer, by" if answer or not result.output_features else "direct effects, by"
+    told = answer.told(unit_of(result)) if answer else ""
+    end_too = ", and in the end through its own words" * bool(shares)
+    lines = [f"{of} {level}{end_too}{f' ({told})' * bool(told)}:"]
     for name in order:
         cause, share = causes.get(name), shares.get(name)
         line = " " * 16 if cause is None else _attribution(cause)

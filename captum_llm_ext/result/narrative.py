@@ -10,6 +10,7 @@ import torch
 
 from captum_llm_ext.base.amounts import percent, plus_minus
 from captum_llm_ext.result.about import absence, factor, is_in_nats
+from captum_llm_ext.result.answer import LEFT_OUT, SHAPLEY
 from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, leading, quoted
 from captum_llm_ext.result.total import Share
@@ -32,6 +33,14 @@ _MEASURED = {
     "model": "by having the model itself rewrite parts of the text",
     "corpus": "by putting other texts in the place of parts",
     "texts": "by putting given texts in the place of parts",
+}
+
+
+_INSTEAD = {
+    "deleted": "none",
+    "model": "what the model itself puts in the place of its parts",
+    "corpus": "other texts in the place of its parts",
+    "texts": "the given texts in the place of its parts",
 }
 
 
@@ -64,6 +73,7 @@ def sentences(
     parts = [
         *in_end,
         *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
+        *(_of_the_whole(result, read) if is_whole else ()),
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
@@ -197,6 +207,21 @@ def _in_the_prompt(
     return found
 
 
+def _of_the_whole(result: "ResultNumbers", read: Reading) -> list[str]:
+    """What the amounts of the whole answer's causes are parts of."""
+    whole, unit = read.whole, unit_of(result)
+    if whole is None or not math.isfinite(whole.gain):
+        return []
+    amount = f"{abs(whole.gain):,.1f}{plus_minus(whole.empty_error, 1)} {unit or ''}".strip()
+    more = "more" if whole.gain > 0 else "less"
+    than = _INSTEAD.get(absence(result), "with every part of it absent")
+    text = f"The prompt as a whole gives the answer, as it was written, {amount} {more} than {than}"
+    if whole.kind == SHAPLEY:
+        return [f"{text}; these are shared out among its parts."]
+    alone = "loses without that part alone" if whole.kind == LEFT_OUT else "gains by it alone"
+    return [f"{text}; each part’s number tells what it {alone}."]
+
+
 def _in_the_answer(
     result: "ResultNumbers", read: Reading, blocks: Blocks, start: int, stop: int
 ) -> list[str]:
@@ -212,6 +237,8 @@ def _in_the_answer(
             f"Of the answer so far, {part_text(first, read.answer.level)} {verb} "
             f"({amount(first, unit)})."
         ]
+    if read.whole is not None and (start, stop) == (0, len(result.output_tokens)):
+        return []
     rows = slice(start, stop)
     whole = float(result.full_attr[rows].sum())
     prompt = float(result.full_attr[rows, : len(result.input_tokens)].sum())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
-from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.foils import list_foils
 from captum_llm_ext.result.reading import Reading, adds_up, finest_level
 from captum_llm_ext.result.whole_answer import whole_answer_shares
@@ -30,7 +30,7 @@ _LEAST_ROOM = 20  # minimum width for causes, even if lines exceed the terminal;
 _ROOM_FOR_TWO = 50  # width below which a line shows only the stronger block; chosen
 _LEAST_SHOWN = 0.005  # smaller attributions are shown as 0
 _NOTHING = "nothing in particular"
-_WHOLE = "whole answer"
+_WHOLE, _DIRECT = "whole answer", "whole answer, direct effects"
 _TELLING = 0.01  # attributions below this share of their block's largest are left out; chosen
 
 
@@ -75,16 +75,20 @@ def table(
 def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> list[str]:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
-    If direct effects do not show which part contributed most, the total causes come first. Empty if
+    If the whole answer was not attributed by itself, these are sums of direct effects on its
+    tokens. If those do not show which part contributed most, the total causes come first. Empty if
     values of tokens do not add up.
     """
     if not adds_up(result):
         return []
     paint = show or _plain
     directly = _ARROW + _directly(result, k, paint)
+    if result.answer is not None:
+        told = result.answer.told(unit_of(result))
+        return [_WHOLE + directly + (f"  ({told})" if told else "")]
     end = whole_answer_shares(result)
     if end is None or not end.is_first:
-        return [_WHOLE + directly]
+        return [(_DIRECT if result.output_features else _WHOLE) + directly]
     shares = ", ".join(paint(str(share), "size") for share in end.listed[:k])
     through = f"  ⇐  {shares or _NOTHING}"
     why = f"(⇐ through the answer’s own words, which have {_percent(1 - end.directly)} of what led "
@@ -95,7 +99,8 @@ def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = No
 def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:
     read = Reading(result)
     causes = read.causes(0, len(result.output_tokens), precise=True).prompt
-    shown = [cause for cause in causes if _is_shown(cause)][:k]
+    told = [cause for cause in causes if abs(cause.attribution) >= _LEAST_SHOWN]
+    shown = [cause for cause in told if _is_shown(cause)][:k]
     line = ", ".join(_painted(cause, cause.describe(), show) for cause in shown)
     return line or "nothing of the prompt in particular"
 

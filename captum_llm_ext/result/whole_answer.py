@@ -1,15 +1,11 @@
 """Total shares of a whole answer, and whether they should be read first.
 
-A long answer follows mostly from its own words. The direct effects of the prompt on each token,
-summed over the answer, are nearly its whole effect on the answer's probability: by the chain rule,
-this is the sum of its effects on each token given those before it. So direct effects show which
-part of the prompt an answer came from.
-
 Shares show where chains of causes begin. Whatever changed the first words counts in all that
 follows from them, however small it was: of an answer whose passage is worth 25 nats, the question
 16 and a passage that is only mentioned 11, the shares are 20, 40 and 27 %
-(tests/test_html_totals.py). They are read first only if direct effects are too uncertain to say
-which part contributed most, as errors add up over a long answer, and are left out otherwise.
+(tests/test_html_totals.py). What an answer came from is told by `AnswerAttribution`, in nats, where
+it is known. Otherwise shares are read first only if the direct effects, summed over the answer, are
+too uncertain to say which part contributed most, as errors add up over a long answer.
 """
 
 from collections.abc import Sequence
@@ -94,7 +90,7 @@ def whole_answer_shares(
         for share in total.why(None, len(total.names) + len(total.output_names))
     ]
     found = WholeAnswerShares(total.level, shares, directly, is_first=False)
-    is_first = found.is_listed and _tells_of_the_prompt(found)
+    is_first = result.answer is None and found.is_listed and _tells_of_the_prompt(found)
     is_first = is_first and not Reading(result).tells_the_first()
     return replace(found, is_first=is_first)
 

@@ -54,6 +54,7 @@ from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.stepwise import TopK
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import Prompt
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
@@ -466,11 +467,12 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         outcome: Outcome,
         joint: Tensor | None,
         generation: Generation | None,
+        answer: AnswerAttribution | None,
     ) -> GenerationAttributionResult:
         if self._chosen is None:
             scorer = cast(RemoteScorer, game.run.scorer)
             doubts = self._warned(scorer.drift() if self._counter is None else [])
-            result = super()._result(inp, game, outcome, joint, generation)
+            result = super()._result(inp, game, outcome, joint, generation, answer)
             result.provenance["doubts"] = doubts
             return result
         scorer = self._chosen.scorer
@@ -497,7 +499,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 reported["token_attr_interval"] = finite(torch.stack(ends))
-        result = super()._result(inp, game, outcome, joint, generation)
+        result = super()._result(inp, game, outcome, joint, generation, answer)
         result.provenance.update(reported)
         return result
 

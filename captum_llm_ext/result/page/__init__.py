@@ -51,6 +51,7 @@ _USED = ("unit", "noise_floor")  # parts of the provenance that scripts use
 # Number of listed shares of the whole answer, and the smallest; chosen, not measured.
 _MOST_SHARES, _LEAST_SHARE = 3, 0.05
 _SINGLE = 1.96  # standard errors at which a single value is significant
+_WHOLE = "whole answer"
 _LONGEST_HEADING = 60  # characters; chosen, not measured
 _PLAIN_ROWS = 500  # tokens listed if scripts are disabled; chosen, not measured
 
@@ -76,6 +77,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``about``, ``narrative``, ``summary``, ``causes`` and ``marked_beyond`` are the
             descriptions of ``to_dict()``; ``around`` has per column of a side (``prompt``,
             ``output``) the rest of the word that it is a fragment of, before and after;
+            ``answer`` has the whole answer's attributions to the largest parts;
             ``answer_unit`` is the level at which the answer is shown first. ``total`` has, per
             level of the prompt, the edges of chains as from `TotalAttribution.links` and ``errors``
             of shares as from `share_errors`; ``in_the_end`` has total shares of the whole answer by
@@ -181,7 +183,7 @@ def _is_through_first(data: Mapping[str, Any]) -> bool:
     return bool(data.get("total")) and bool((data.get("in_the_end") or {}).get("first"))
 
 
-def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
+def _summary(data: Mapping[str, Any], name: str = _WHOLE) -> str:
     """One line on the causes of the whole answer, by the largest parts of the prompt."""
     found = data.get("summary")
     if not found:
@@ -189,7 +191,15 @@ def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
     is_sized = bool(data.get("is_unsigned"))
     causes = [_cause(cause, is_sized) for cause in found["prompt"] if _is_told(cause)]
     listed = ", ".join(causes) or "nothing of the prompt in particular"
-    return f'<p id="summary"><b>{name}</b> ← {listed}</p>'
+    answer = data.get("answer")
+    told = (
+        f' <span class="of">({_escaped(answer["told"])})</span>'
+        if answer and answer["told"]
+        else ""
+    )
+    if name == _WHOLE and not answer and data["output_features"]:
+        name += ", direct effects"
+    return f'<p id="summary"><b>{name}</b> ← {listed}{told}</p>'
 
 
 def _total(data: Mapping[str, Any], name: str) -> str:

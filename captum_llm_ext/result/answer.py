@@ -1,0 +1,161 @@
+"""Attributions of a whole answer to the largest parts of the prompt.
+
+The direct effects of a part on every token, summed, are no amount of the whole answer if earlier
+output takes part as a cause: most coalitions lack some of it. Here the answer is held as it is, and
+what is attributed is its log-probability, the sum over its tokens. By the chain rule this is the
+whole effect of a part on the answer, also through the words in between.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from captum_llm_ext.base.amounts import plus_minus
+from captum_llm_ext.result.levels import coarsest, prompt_levels
+
+if TYPE_CHECKING:
+    from captum_llm_ext.result.result import GenerationAttributionResult
+
+SHAPLEY, LEFT_OUT, ALONE = "Shapley values", "leave-one-out", "only one in"
+_KINDS = {
+    **dict.fromkeys(("exact", "paired kernel regression"), SHAPLEY),
+    **dict.fromkeys(("antithetic permutations", "nested orders"), SHAPLEY),
+    **{name: name for name in (LEFT_OUT, ALONE)},
+}
+
+
+@dataclass(frozen=True)
+class AnswerAttribution:
+    """Attributions of the whole answer, held as it is, to the largest parts of the prompt.
+
+    Attributes:
+        level: Level of the parts: the coarsest with at least two.
+        part_of: Index of the part of each column of `token_attr`.
+        attributions: Shape ``(n_parts,)``, in the unit of the value (nats).
+        standard_errors: Same shape: 0 if exact, NaN if unknown.
+        full_value: Value of the answer after the whole prompt: its log-probability.
+        empty_value: Value with every part of the prompt absent, averaged over draws; NaN if it was
+            not scored.
+        empty_error: Its standard error: 0 if exact, NaN if unknown.
+        estimator: How the coalitions of parts were solved: ``"exact"``, ``"leave-one-out"``…
+        n_evaluations: Number of rows scored for this alone.
+    """
+
+    level: str
+    part_of: list[int]
+    attributions: Tensor
+    standard_errors: Tensor
+    full_value: float
+    empty_value: float
+    empty_error: float
+    estimator: str
+    n_evaluations: int
+
+    @property
+    def gain(self) -> float:
+        """What the whole prompt gives the answer: full minus empty value."""
+        return self.full_value - self.empty_value
+
+    @property
+    def kind(self) -> str | None:
+        """`SHAPLEY`, whose attributions sum to `gain`, `LEFT_OUT` or `ALONE`."""
+        return kind_of(self.estimator)
+
+    def told(self, unit: str | None) -> str:
+        """``of the 41.2 nats that the prompt gives the answer``; empty if that is unknown.
+
+        Args:
+            unit: Unit of the value, if known.
+        """
+        if not math.isfinite(self.gain):
+            return ""
+        error = plus_minus(self.empty_error, 1)
+        amount = f"{self.gain:,.1f}{error} {unit or ''}".strip().replace("-", "−")
+        if self.kind == SHAPLEY:
+            return f"of the {amount} that the prompt gives the answer"
+        return f"the whole prompt gives the answer {amount}"
+
+    def to(self, like: Tensor) -> "AnswerAttribution":
+        """A copy whose tensors have the device and dtype of another one."""
+        numbers = (part.to(like, copy=True) for part in (self.attributions, self.standard_errors))
+        attributions, errors = numbers
+        return replace(self, attributions=attributions, standard_errors=errors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields without the tensors, as JSON values."""
+        return {
+            "level": self.level,
+            "part_of": self.part_of,
+            "full_value": self.full_value,
+            "empty_value": self.empty_value,
+            "empty_error": self.empty_error,
+            "estimator": self.estimator,
+            "n_evaluations": self.n_evaluations,
+        }
+
+    @classmethod
+    def from_dict(
+        cls, data: Mapping[str, Any], attributions: Tensor, standard_errors: Tensor
+    ) -> "AnswerAttribution":
+        """The inverse of `to_dict`."""
+        # JSON has no NaN.
+        known = {name: math.nan if held is None else held for name, held in data.items()}
+        return cls(attributions=attributions, standard_errors=standard_errors, **known)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """The mean of values from independent draws, and its standard error; NaN if there is one."""
+    n = len(values)
+    error = float(values.double().std() / n**0.5) if n > 1 else math.nan
+    return float(values.double().mean()), error
+
+
+def kind_of(estimator: str) -> str | None:
+    """What an estimator estimates: `SHAPLEY`, `LEFT_OUT` or `ALONE`; None for others."""
+    return _KINDS.get(estimator)
+
+
+def is_at_hand(estimator: str, has_output: bool) -> bool:
+    """Whether coalitions of the largest parts themselves hold the whole answer.
+
+    Args:
+        estimator: Name of the estimator that solved them.
+        has_output: Whether earlier output took part as a cause.
+    """
+    return estimator == LEFT_OUT or (kind_of(estimator) is not None and not has_output)
+
+
+def answer_at_hand(result: "GenerationAttributionResult") -> AnswerAttribution | None:
+    """The same from the result's own coalitions, if these hold the answer: see `is_at_hand`."""
+    design, target = result.design, result.provenance.get("attr_target")
+    is_fixed, n_target = not result.output_features, len(result.output_tokens)
+    if design is None or not is_at_hand(design.solved, not is_fixed):
+        return None
+    n_parts = 1 + max(design.columns, default=-1)
+    if n_parts < 2 or (target == "prob" and n_target > 1):
+        return None
+    if coarsest(prompt_levels(result)) is not None:
+        return None
+    first = [design.columns.index(part) for part in range(n_parts)]
+    if n_target == 1:  # an API's errors include those of its answers
+        errors = result.full_attr_se[0]
+    else:
+        errors = result.attribute_span(0, n_target).standard_errors
+    empty, spread = math.nan, math.nan
+    if is_fixed:
+        rows = result.values[~result.masks.any(1)].sum(1)
+        empty, spread = float(result.empty_values.sum()), mean_and_error(rows)[1]
+    return AnswerAttribution(
+        str(result.provenance.get("unit") or "finest"),
+        list(design.columns),
+        result.full_attr.sum(0)[first],
+        errors[first],
+        float(result.full_values.sum()),
+        empty,
+        0.0 if design.deterministic and is_fixed else spread,
+        design.solved,
+        0,
+    )
