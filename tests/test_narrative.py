@@ -20,7 +20,7 @@ from captum_llm_ext.result.about import factor, header
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
 from captum_llm_ext.result.narrative import sentences
-from captum_llm_ext.result.reading import Reading, first_level, quoted
+from captum_llm_ext.result.reading import Reading, finest_level, first_level, quoted
 from captum_llm_ext.result.refit import Evidence, jackknife_error
 from captum_llm_ext.text.segment import shorten
 
@@ -44,8 +44,13 @@ def few_shot():
 
 
 def _sums(result, level):
-    """Attributions of the whole answer by parts of the prompt, added up from the raw tensors."""
+    """Attributions of the whole answer by parts of the prompt.
+
+    As scored for it; otherwise added up from the raw tensors.
+    """
     names, attr = result.at_level(level)
+    if result.answer is not None:
+        return names, result.answer.attributions.tolist()
     return names, attr.double().sum(0).tolist()
 
 
@@ -114,11 +119,14 @@ def test_foils_and_absence_are_told_where_they_are_kept(few_shot):
 
 
 def test_the_order_of_two_causes_is_as_certain_as_their_difference(result):
-    read = Reading(result)
+    if result.answer is not None:
+        assert "These numbers are exact for this way of measuring" in result.narrative()
+    level = finest_level(result)
+    read = Reading(result, level)
     n = len(result.output_tokens)
     causes = read.causes(0, n, precise=True).prompt
     marked = [cause for cause in causes if cause.is_marked]
-    said = result.narrative()
+    said = result.narrative(level=level)
     if not marked:
         assert "order" not in said
         return

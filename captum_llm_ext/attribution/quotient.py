@@ -1,8 +1,8 @@
-"""The whole answer's attributions to the largest parts of the prompt, from coalitions of their own.
+"""Attributions of the whole answer to the largest parts of the prompt.
 
-The players of this game (Owen's quotient game) are the few parts of the prompt's coarsest level, and
-its value is the log-probability of the whole answer, held as it is. A handful of evaluations beside
-those of the attribution answer what is read first.
+They come from coalitions of their own: the players of this game (Owen's quotient game) are the few
+parts of the prompt's coarsest level, and its value is the log-probability of the whole answer, held
+as it is. A handful of evaluations beside those of the attribution answer what is read first.
 """
 
 from collections.abc import Sequence

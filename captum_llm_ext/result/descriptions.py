@@ -18,7 +18,6 @@ from captum_llm_ext.result.reading import (
     row_unit,
 )
 from captum_llm_ext.result.token_names import words_around
-from captum_llm_ext.result.whole_answer import whole_answer_shares
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         answer its ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in
         the ``prompt`` and in the ``answer`` before it. ``summary``: the same for the whole answer,
         by the largest parts of the prompt, and their ``level``; None if values do not add up.
-        ``narrative``: sentences. ``in_the_end``: total shares of the whole answer
-        (`WholeAnswerShares`), or None. ``answer``: see `answer_told`.
+        ``narrative``: sentences. ``answer``: see `answer_told`.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -50,7 +48,6 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
     ]
     coarse = Reading(result)
     whole = coarse.causes(0, n_target, precise=True) if adds_up(result) else None
-    end = whole_answer_shares(result) if adds_up(result) else None
     return {
         "about": header(result),
         "labels": result.names._asdict(),
@@ -58,7 +55,6 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         "causes": rows,
         "summary": None if whole is None else {"level": coarse.prompt.level} | _blocks(whole),
         "narrative": sentences(result, 0, n_target, reading=coarse),
-        "in_the_end": None if end is None else end.to_dict(),
         "answer": answer_told(result),
     }
 

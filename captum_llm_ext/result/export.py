@@ -22,8 +22,8 @@ from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
 from captum_llm_ext.result.reading import finest_level
+from captum_llm_ext.result.shares import share_errors, totals
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
-from captum_llm_ext.result.whole_answer import share_errors, totals
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
@@ -174,12 +174,12 @@ class ExportedResult(DrawnResult):
         Args:
             layout: ``"answer"``: a row per largest part of the prompt, with its attribution for the
                 whole answer (`answer`): ``level``, ``part``, ``attribution``, ``standard_error``
-                and ``marked``; no rows if there is none. ``"long"``: a row for every target token and possible cause, with the columns
-                ``position`` and ``token`` (of the target), ``source`` (``"prompt"`` or
-                ``"output"``), ``column`` (of `full_attr`), ``feature``, ``attribution`` and
-                ``standard_error``, ``marked`` (whether it is significant), and the unique
-                ``token_name`` and ``feature_name``. ``"wide"``: a row per target token, a column
-                per feature, named by source, column and feature, as `full_attr`.
+                and ``marked``; no rows if there is none. ``"long"``: a row for every target token
+                and possible cause, with the columns ``position`` and ``token`` (of the target),
+                ``source`` (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
+                ``attribution`` and ``standard_error``, ``marked`` (whether it is significant), and
+                the unique ``token_name`` and ``feature_name``. ``"wide"``: a row per target token,
+                a column per feature, named by source, column and feature, as `full_attr`.
 
         Returns:
             The frame. Later output, which cannot be a cause, is omitted in the long layout and 0 in

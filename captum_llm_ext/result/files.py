@@ -12,12 +12,12 @@ A file of format 6 holds
   ``answer_attr`` and ``answer_attr_se``) and ``provenance``;
 * in the metadata ``sha256``: a digest of both, so that damage is detected.
 
-Any safetensors reader can open it; nothing in it is ever executed. Format 5 had no
-``answer``, format 4 no foils either. Format 3 equals format 4, whose number is new because the
-first readers of format 3 reject roles. Format 2 had no digest and no roles, format 1 also no ``design``, and at first no ``levels``. All are read by
-their own rules; a higher format raises an error. Without a digest not all damage can be detected,
-since most numbers are stored once: formats 1 and 2 are only read on request; redundant numbers are
-then compared, and a warning is raised.
+Any safetensors reader can open it; nothing in it is ever executed. Format 5 had no ``answer``,
+format 4 no foils either. Format 3 equals format 4, whose number is new because the first readers of
+format 3 reject roles. Format 2 had no digest and no roles, format 1 also no ``design``, and at
+first no ``levels``. All are read by their own rules; a higher format raises an error. Without a
+digest not all damage can be detected, since most numbers are stored once: formats 1 and 2 are only
+read on request; redundant numbers are then compared, and a warning is raised.
 """
 
 import json

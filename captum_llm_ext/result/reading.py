@@ -196,14 +196,6 @@ class Reading:
         apart = abs(one.attribution) - abs(other.attribution)
         return apart > CERTAIN * self.difference_error(start, stop, one, other)  # false for NaN
 
-    def tells_the_first(self) -> bool:
-        """Whether the part of the prompt that contributed most to the whole answer is certain."""
-        n = len(self._result.output_tokens)
-        first = leading(self.causes(0, n, precise=True).prompt)
-        if not first or not first[0].is_marked:
-            return False
-        return len(first) < 2 or self.is_stronger(0, n, *first)
-
     def replicates(self, start: int, stop: int) -> Tensor | None:
         """Jackknife replicates of a span's attributions, ``(n_replicates, n_columns)``."""
         return self._result.replicates(start, stop)

@@ -43,9 +43,9 @@ function bridgeOfWhole(view, { empty_value: empty, full_value: full }) {
   const span = [Math.min(empty, full), Math.max(empty, full)];
   return [
     make("h2", "", "The answer, held as it is" + (unit ? ", " + unit : "")),
-    step("after none of the prompt", empty, empty, span, "point", share(empty, view)),
-    step("the prompt", empty, full, span),
-    step("after all of it", full, full, span, "point", share(full, view)),
+    step("no prompt", empty, empty, span, "point", share(empty, view)),
+    step("prompt", empty, full, span),
+    step("whole prompt", full, full, span, "point", share(full, view)),
   ];
 }
 
@@ -180,7 +180,7 @@ function notesOnShares(view, shares) {
   const isTold = shares.some(({ isUntold }) => !isUntold), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
   const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
   return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
-    + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, direct effects tell better where they tell it." : "")
+    + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, “direct” tells." : "")
     + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : "")
     + (!isTold ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
 }
@@ -285,11 +285,12 @@ function describeRows(view) {
     return tokensText(view) + ": " + shareTold(first.series, first.i) + " of what led to it in the end "
       + (first.side === "prompt" ? "is " + promptPart(first.i) : "begins with " + quoted(nameOf("answer", first.i), 24) + " in the answer");
   }
-  const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
+  const whole = wholeAt(prompt, view.from, view.to), isKnown = whole && Number.isFinite(known(whole.empty_value));
+  const full = total(data.full_values, view.from, view.to), empty = isKnown ? whole.empty_value : total(data.empty_values, view.from, view.to);
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
   const told = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
-  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + " with nothing given";
+  return name + ratherThan(view) + ": " + told(full) + "; " + told(empty) + (isKnown ? " without the prompt" : " with nothing given");
 }
 
 function describeColumn(view) {
