@@ -42,8 +42,11 @@ def attribute_answer(
     if not adds_up or not is_known(game.run.method) or unions is None or max(unions) < 1:
         return None
     are_features = len(set(unions)) == prompt.n_features
-    is_free = game.deterministic and bool(game.generated.n_causes)
-    if are_features and not is_free and is_at_hand(estimator, bool(game.generated.n_features)):
+    has_output = bool(game.generated.n_features)
+    # Rows that were scored cost nothing, and that of the empty coalition tells the gain.
+    is_free = estimator == "leave-one-out" and has_output and game.deterministic
+    at_hand = is_at_hand(estimator, are_features=are_features, has_output=has_output)
+    if at_hand and not is_free:
         return None
     most = max(_LEAST, int(_SHARE * n_evaluations))
     if max_evaluations is not None:

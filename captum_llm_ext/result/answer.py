@@ -7,13 +7,16 @@ whole effect of a part on the answer, also through the words in between.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from captum_llm_ext.base.amounts import plus_minus
+from captum_llm_ext.coalitions import Plan, Scope, solve_exact
+from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.levels import coarsest, prompt_levels
 
 if TYPE_CHECKING:
@@ -118,44 +121,85 @@ def kind_of(estimator: str) -> str | None:
     return _KINDS.get(estimator)
 
 
-def is_at_hand(estimator: str, has_output: bool) -> bool:
-    """Whether coalitions of the largest parts themselves hold the whole answer.
+def is_at_hand(estimator: str, *, are_features: bool, has_output: bool) -> bool:
+    """Whether the coalitions of an attribution hold the whole answer's.
 
     Args:
         estimator: Name of the estimator that solved them.
+        are_features: Whether the largest parts are the features themselves.
         has_output: Whether earlier output took part as a cause.
     """
-    return estimator == LEFT_OUT or (kind_of(estimator) is not None and not has_output)
+    if estimator == "exact":  # all coalitions, those of the parts with all of the answer among them
+        return True
+    is_held = estimator == LEFT_OUT or not has_output
+    return are_features and is_held and kind_of(estimator) is not None
 
 
 def answer_at_hand(result: "GenerationAttributionResult") -> AnswerAttribution | None:
     """The same from the result's own coalitions, if these hold the answer: see `is_at_hand`."""
-    design, target = result.design, result.provenance.get("attr_target")
-    is_fixed, n_target = not result.output_features, len(result.output_tokens)
-    if design is None or not is_at_hand(design.solved, not is_fixed):
+    design, n_target = result.design, len(result.output_tokens)
+    level = coarsest(prompt_levels(result))
+    adds_up = n_target == 1 or result.provenance.get("attr_target") != "prob"
+    if design is None or design.correction is not None or not adds_up:
         return None
-    n_parts = 1 + max(design.columns, default=-1)
-    if n_parts < 2 or (target == "prob" and n_target > 1):
+    part_of: list[int] = design.columns if level is None else level["part_of"]
+    has_output, n_parts = bool(result.output_features), 1 + max(part_of, default=-1)
+    if n_parts < 2 or not is_at_hand(
+        design.solved, are_features=level is None, has_output=has_output
+    ):
         return None
-    if coarsest(prompt_levels(result)) is not None:
-        return None
-    first = [design.columns.index(part) for part in range(n_parts)]
+    unit = result.provenance.get("unit") or "finest"
+    name = str(unit if level is None else level["name"])
+    if design.solved == "exact":
+        return _of_all_coalitions(result, design, name, part_of)
+    first = [part_of.index(part) for part in range(n_parts)]
     if n_target == 1:  # an API's errors include those of its answers
         errors = result.full_attr_se[0]
     else:
         errors = result.attribute_span(0, n_target).standard_errors
     empty, spread = math.nan, math.nan
-    if is_fixed:
+    if not has_output:
         rows = result.values[~result.masks.any(1)].sum(1)
-        empty, spread = float(result.empty_values.sum()), mean_and_error(rows)[1]
+        empty = float(result.empty_values.sum())
+        spread = 0.0 if design.deterministic else mean_and_error(rows)[1]
     return AnswerAttribution(
-        str(result.provenance.get("unit") or "finest"),
-        list(design.columns),
+        name,
+        list(part_of),
         result.full_attr.sum(0)[first],
         errors[first],
         float(result.full_values.sum()),
         empty,
-        0.0 if design.deterministic and is_fixed else spread,
+        spread,
+        design.solved,
+        0,
+    )
+
+
+def _of_all_coalitions(
+    result: "GenerationAttributionResult", design: Design, level: str, part_of: Sequence[int]
+) -> AnswerAttribution:
+    """From every coalition of the features: those in which each part is present as a whole."""
+    n_parts, n_features = 1 + max(part_of), 1 + max(design.columns)
+    of = dict(zip(design.columns, part_of, strict=True))
+    unions = torch.tensor([of[i] for i in range(n_features)], dtype=torch.int64, device="cpu")
+    masks = result.masks.cpu()
+    masks, answer = masks[:, :n_features], masks[:, n_features:]
+    first = [unions.tolist().index(part) for part in range(n_parts)]
+    is_whole = (masks == masks[:, first][:, unions]).all(1) & answer.all(1)
+    values = result.values.cpu().double()[is_whole].sum(1, keepdim=True)
+    n_anchors = int(is_whole[: design.n_anchors].sum())
+    plan = Plan(masks[is_whole][:, first], result.draws.cpu()[is_whole], n_anchors)
+    found = solve_exact(plan, values, Scope.of_all(1, n_parts))
+    empty, spread = mean_and_error(values[~plan.masks.any(1), 0])
+    like = result.full_values
+    return AnswerAttribution(
+        level,
+        list(part_of),
+        found.attributions[0].to(like),
+        found.standard_errors[0].to(like),
+        float(found.full_values[0]),
+        empty,
+        0.0 if design.deterministic else spread,
         design.solved,
         0,
     )

@@ -79,9 +79,9 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``answer_unit`` is the level at which the answer is shown first. ``total`` has, per
             level of the prompt, the edges of chains as from `TotalAttribution.links` and ``errors``
             of shares as from `share_errors`. ``counterfactuals`` are from `Counterfactual.to_dict`,
-            ``column_features`` has the feature index of each prompt column, which they refer to. ``prompt_layout`` may say ``"text"`` (the pieces are
-            running text) or ``"list"`` (separate names); by default names that would run together
-            are separated.
+            ``column_features`` has the feature index of each prompt column, which they refer to.
+            ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"``
+            (separate names); by default names that would run together are separated.
         title: Heading of the page; by default the generated text.
 
     Returns:
