@@ -42,7 +42,7 @@ def attribute_answer(
     if not adds_up or not is_known(game.run.method) or unions is None or max(unions) < 1:
         return None
     are_features = len(set(unions)) == prompt.n_features
-    has_output = bool(game.generated.n_features)
+    has_output = game.generated.n_causes > 0
     # Rows that were scored cost nothing, and that of the empty coalition tells the gain.
     is_free = estimator == "leave-one-out" and has_output and game.deterministic
     at_hand = is_at_hand(estimator, are_features=are_features, has_output=has_output)

@@ -127,7 +127,7 @@ def is_at_hand(estimator: str, *, are_features: bool, has_output: bool) -> bool:
     Args:
         estimator: Name of the estimator that solved them.
         are_features: Whether the largest parts are the features themselves.
-        has_output: Whether earlier output took part as a cause.
+        has_output: Whether earlier output was a cause of some token.
     """
     if estimator == "exact":  # all coalitions, those of the parts with all of the answer among them
         return True
@@ -143,17 +143,18 @@ def answer_at_hand(result: "GenerationAttributionResult") -> AnswerAttribution |
     if design is None or design.correction is not None or not adds_up:
         return None
     part_of: list[int] = design.columns if level is None else level["part_of"]
-    has_output, n_parts = bool(result.output_features), 1 + max(part_of, default=-1)
-    if n_parts < 2 or not is_at_hand(
-        design.solved, are_features=level is None, has_output=has_output
-    ):
+    has_output = design.n_features > 1 + max(design.columns, default=-1)
+    n_parts, are_features = 1 + max(part_of, default=-1), level is None
+    is_there = is_at_hand(design.solved, are_features=are_features, has_output=has_output)
+    # Errors of an API's answers are known of features alone.
+    if n_parts < 2 or not is_there or (result.rung is not None and not are_features):
         return None
     unit = result.provenance.get("unit") or "finest"
     name = str(unit if level is None else level["name"])
-    if design.solved == "exact":
+    if design.solved == "exact" and (has_output or not are_features):
         return _of_all_coalitions(result, design, name, part_of)
     first = [part_of.index(part) for part in range(n_parts)]
-    if n_target == 1:  # an API's errors include those of its answers
+    if n_target == 1:  # of an API they include those of its answers
         errors = result.full_attr_se[0]
     else:
         errors = result.attribute_span(0, n_target).standard_errors

@@ -460,6 +460,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         ids = [chosen.tokenizer.token(text) for text in texts]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
+    def _answer(
+        self, game: Game, outcome: Outcome, max_evaluations: int | None
+    ) -> AnswerAttribution | None:
+        # Other rungs pay several requests for a coalition, and know errors of features alone.
+        if self._chosen is not None:
+            return None
+        return super()._answer(game, outcome, max_evaluations)
+
     def _result(
         self,
         inp: InterpretableInput,
