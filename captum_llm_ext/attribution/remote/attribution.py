@@ -207,6 +207,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self._rung: RungName | None = rung
         self._chosen: ChosenRung | None = None
         self._counter: Counter | None = None
+        self._may_be_forced = True
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -385,6 +386,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         counter = Counter()
         counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
         counting.attr_target = cast(Any, "frequency")
+        counting._may_be_forced = "forced" in self._choice.names
         ids = [vocabulary.token(target or "answer")]
         arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol", "stop")}
         super(RemoteGenerationAttribution, counting).attribute(
@@ -464,7 +466,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self, game: Game, outcome: Outcome, max_evaluations: int | None
     ) -> AnswerAttribution | None:
         # Other rungs pay several requests for a coalition, and know errors of features alone.
-        if self._chosen is not None:
+        if self._chosen is not None or not self._may_be_forced:
             return None
         return super()._answer(game, outcome, max_evaluations)
 
