@@ -105,7 +105,7 @@ class AnswerAttribution:
     ) -> "AnswerAttribution":
         """The inverse of `to_dict`."""
         # JSON has no NaN.
-        known = {name: math.nan if held is None else held for name, held in data.items()}
+        known: dict[str, Any] = {n: math.nan if held is None else held for n, held in data.items()}
         return cls(attributions=attributions, standard_errors=standard_errors, **known)
 
 
