@@ -255,8 +255,8 @@ def test_shares_are_seen_by_all(view, axe, scheme):  # noqa: F811
 @pytest.mark.parametrize(
     ("name", "level", "exact"),
     [
-        ("rag", "paragraph", [4.7449, 10.4169, 1.4348, 24.6128, 16.4578]),
-        ("chat", "turn", [-0.2143, 12.2275, 5.5903]),
+        ("rag", "paragraph", [4.7441, 10.4166, 1.4354, 24.6128, 16.4576]),
+        ("chat", "turn", [-0.2144, 12.2274, 5.5904]),
     ],
 )
 def test_the_first_line_tells_the_effect_on_the_whole_answer(view, name, level, exact):  # noqa: F811

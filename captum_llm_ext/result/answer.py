@@ -9,7 +9,7 @@ whole effect of a part on the answer, also through the words in between.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.coalitions import Plan, Scope, solve_exact
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.levels import coarsest, prompt_levels
-
-if TYPE_CHECKING:
-    from captum_llm_ext.result.result import GenerationAttributionResult
 
 SHAPLEY, LEFT_OUT, ALONE = "Shapley values", "leave-one-out", "only one in"
 _KINDS = {
@@ -135,7 +132,7 @@ def is_at_hand(estimator: str, *, are_features: bool, has_output: bool) -> bool:
     return are_features and is_held and kind_of(estimator) is not None
 
 
-def answer_at_hand(result: "GenerationAttributionResult") -> AnswerAttribution | None:
+def answer_at_hand(result: Any) -> AnswerAttribution | None:
     """The same from the result's own coalitions, if these hold the answer: see `is_at_hand`."""
     design, n_target = result.design, len(result.output_tokens)
     level = coarsest(prompt_levels(result))
@@ -177,7 +174,7 @@ def answer_at_hand(result: "GenerationAttributionResult") -> AnswerAttribution |
 
 
 def _of_all_coalitions(
-    result: "GenerationAttributionResult", design: Design, level: str, part_of: Sequence[int]
+    result: Any, design: Design, level: str, part_of: Sequence[int]
 ) -> AnswerAttribution:
     """From every coalition of the features: those in which each part is present as a whole."""
     n_parts, n_features = 1 + max(part_of), 1 + max(design.columns)

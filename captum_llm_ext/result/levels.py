@@ -3,19 +3,16 @@
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from captum_llm_ext.text.inputs import Level, Piece
 from captum_llm_ext.text.segment import segment, shorten
-
-if TYPE_CHECKING:
-    from captum_llm_ext.result.numbers import ResultNumbers
 
 _TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # units that readers know, from coarse to fine
 
 
-def page_levels(result: "ResultNumbers") -> dict[str, Any]:
+def page_levels(result: Any) -> dict[str, Any]:
     """Levels, and standard errors of their sums, as a page gets them beside ``to_dict()``.
 
     Returns:
@@ -30,7 +27,7 @@ def page_levels(result: "ResultNumbers") -> dict[str, Any]:
     }
 
 
-def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[int]]:
+def prompt_level(result: Any, name: str) -> tuple[list[str], list[int]]:
     """One level of the prompt, by its name: the finest, or any that a page offers.
 
     Args:
@@ -54,7 +51,7 @@ def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[in
     return levels[name]
 
 
-def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
+def prompt_levels(result: Any) -> list[dict[str, Any]]:
     """Levels above the features themselves, from coarse to fine, as in `page_levels`."""
     n = len(result.input_tokens)
     # Results built from another package's numbers may have no coalitions.
@@ -109,7 +106,7 @@ def coarsest(levels: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return next((level for level in levels if len(level["parts"]) > 1), None)
 
 
-def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
+def answer_levels(result: Any) -> list[dict[str, Any]]:
     """Per level, from coarse to fine, the part of each target token: runs of tokens.
 
     The levels are words, sentences and paragraphs, and the unit of the output's features.

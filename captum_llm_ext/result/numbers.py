@@ -126,7 +126,7 @@ class ResultNumbers(LLMAttributionResult):
         None if there are too many parts for the evaluations, if values of tokens do not add up, or
         for methods other than Shapley values and leave-one-out.
         """
-        return self.own_answer or answer_at_hand(cast(Any, self))
+        return self.own_answer or answer_at_hand(self)
 
     @property
     def fixed_attr(self) -> Tensor | None:
