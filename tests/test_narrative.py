@@ -96,7 +96,7 @@ def test_the_first_part_that_is_named_is_the_strongest_of_those_told_from_noise(
 
 
 def test_shares_of_prompt_and_answer_are_those_of_the_values(summary):
-    part = slice(0, 30)
+    part = slice(0, 63)
     found = re.search(
         r"lie ([\d,.]+) nats: the prompt gives ([\d,.]+), what .* other ([\d,.]+)\.",
         summary.narrative((part.start, part.stop)),
