@@ -3,19 +3,24 @@
     PYTHONPATH=benchmarks python benchmarks/first_view.py [--model smollm2] [--cache FOLDER]
 
 Four passages and a question, as people ask a retrieval model; one has the fact. Answers that do not
-hold it are left out: the model is small, and writes nonsense to half of the questions. Two
-references that are not this package's: the passage with the fact, and what each passage does to the
-log-probability of the whole answer as it was written, which by the chain rule is its total effect
-on it, through all that was written before: exact Shapley values of deleted passages from a plain
-loop of forward passes in float32.
+hold it are left out: the model is small, and writes nonsense to half of the questions. Three views:
+the whole answer by itself (`answer` of a result, which its first line tells), direct effects added
+up over its tokens, and total shares. Two references that are not this package's: the passage with
+the fact, and what each passage does to the log-probability of the whole answer as it was written,
+which by the chain rule is its total effect on it, through all that was written before: exact
+Shapley values from a plain loop of forward passes in float32 over deleted passages. Of replaced
+ones these are averages over other draws of the replacements, with their standard errors, and their
+values are this package's own (`to_game`), again in float32.
 
-`--cache` keeps each prompt's result: a run goes on where it was ended.
+`--cache` keeps each prompt's result: a run goes on where it was ended. `--whole` measures the first
+view alone, which takes a tenth of the time.
 """
 
 import argparse
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -31,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatInput, GenerationAttribution, GenerationAttributionResult
 from captum_llm_ext.result.reading import Reading
-from captum_llm_ext.result.whole_answer import whole_answer_shares
+from captum_llm_ext.text.inputs import as_prompt
 
 RESULTS = Path(__file__).parent / "results" / "first_view.json"
 # What a language model draws has its error; what a set of deleted passages does has none.
@@ -83,6 +88,8 @@ QUESTIONS = (
     (tuple(LAKE_PASSAGES.split("\n\n")[:4]), LAKE_PASSAGES.split("\n\n")[4], 3, "1642"),
 )
 N_PASSAGES = 4
+VIEWS = ("whole", "direct", "through")
+DRAWS = 8  # of replacements, for the reference
 
 
 def message(passages: tuple[str, ...], question: str) -> list[dict[str, str]]:
@@ -99,27 +106,34 @@ def answer_of(model: Any, tokenizer: Any, content: list[dict[str, str]]) -> torc
     return new[: ends[0]] if ends else new
 
 
-def log_probability(model: Any, tokenizer: Any, parts: list[str], target: torch.Tensor) -> float:
+def log_probability(model: Any, ids: Sequence[int], target: torch.Tensor) -> float:
     """Log-probability of an answer after a message of these parts."""
-    content = [{"role": "user", "content": "\n\n".join(parts)}]
-    ids = tokenizer.apply_chat_template(
-        content, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"][0]
     with torch.no_grad():
-        logits = model(torch.cat([ids, target])[None]).logits[0, len(ids) - 1 : -1]
+        logits = model(torch.tensor([[*ids, *target.tolist()]])).logits[0, len(ids) - 1 : -1]
     told = logits.double().log_softmax(-1).gather(1, target[:, None])
     return float(told.sum())
 
 
-def shapley(model: Any, tokenizer: Any, parts: list[str], target: torch.Tensor) -> list[float]:
-    """Exact Shapley values of the passages and the question, by all coalitions of them."""
-    n = len(parts)
-    values = {
-        kept: log_probability(
-            model, tokenizer, [p for p, k in zip(parts, kept, strict=True) if k], target
-        )
-        for kept in product((False, True), repeat=n)
-    }
+def shapley(inp: ChatInput, model: Any, tokenizer: Any, target: torch.Tensor) -> list[list[float]]:
+    """Exact Shapley values of the passages and the question, by all coalitions of them.
+
+    In every draw of the replacements: one where passages are deleted.
+    """
+    sets = list(product((False, True), repeat=N_PASSAGES + 1))
+    prompt = as_prompt(inp, tokenizer, None)
+    if prompt.own_baseline is None:
+        rows = prompt.render(torch.tensor(sets), torch.Generator().manual_seed(0))
+        return [_shapley(sets, [log_probability(model, row.ids, target) for row in rows])]
+    attribution = GenerationAttribution(KernelShap(model), tokenizer)
+    games = (
+        attribution.to_game(inp, target, output_unit=None, n_draws=1, seed=1000 + draw)
+        for draw in range(DRAWS)
+    )
+    return [_shapley(sets, game(torch.tensor(sets).numpy()).tolist()) for game in games]
+
+
+def _shapley(sets: Sequence[tuple[bool, ...]], told: Sequence[float]) -> list[float]:
+    n, values = len(sets[0]), dict(zip(sets, told, strict=True))
     found = [0.0] * n
     for kept, value in values.items():
         for i in range(n):
@@ -138,14 +152,12 @@ def views(result: GenerationAttributionResult) -> dict[str, Any]:
     for cause in read.causes(0, n).prompt:
         direct[read.prompt.part_of[cause.column]] = cause.attribution
     total = result.total(level="paragraph")
-    end = whole_answer_shares(result, "paragraph")
     shares, begins = total.span()
     weights = total.strength / total.strength.sum()
     return {
         "direct": direct,
         "through": shares.tolist(),
         "begins": float(begins.sum()),
-        "first": "through" if end is not None and end.is_first else "direct",
         "direct_share": float((weights @ total.direct).sum()),
     }
 
@@ -161,30 +173,39 @@ def agreement(one: list[float], other: list[float]) -> float:
     return float(torch.corrcoef(pair)[0, 1])
 
 
-def measured(exact: Any, quick: Any, tokenizer: Any, number: int, absence: str, path: Path) -> Any:
-    """A row of the report; its result is kept beside it."""
+def measured(
+    exact: Any, quick: Any, tokenizer: Any, number: int, absence: str, path: Path, known: Any
+) -> Any:
+    """A row of the report; its result is kept beside it. What is `known` of it is not repeated."""
     passages, question, passage, holds = QUESTIONS[number]
     content = message(passages, question)
     target = answer_of(exact, tokenizer, content)
     text = tokenizer.decode(target)
-    row: dict[str, Any] = {"question": question, "answer": text, "absence": absence}
+    row: dict[str, Any] = {"question": question, "answer": text, "absence": absence, **known}
     if holds not in text:
         return row
     given = {} if ABSENCES[absence] is None else {"baselines": ABSENCES[absence]}
     inp = ChatInput(content, tokenizer, "paragraph", **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = GenerationAttribution(KernelShap(quick), tokenizer).attribute(
-            inp, target, seed=0, output_unit="word"
-        )
-    result.save(path.with_suffix(".safetensors"))
-    told = views(result)
-    reference = shapley(exact, tokenizer, [*passages, question], target)
-    row |= told | {"passage": passage, "reference": reference}
-    row |= {"evaluations": result.n_evaluations, "reference_rank": rank(reference, passage)}
-    for view in ("direct", "through"):
-        row[f"{view}_rank"] = rank(told[view], passage)
-        row[f"{view}_correlation"] = agreement(told[view], reference)
+        attribution = GenerationAttribution(KernelShap(quick), tokenizer)
+        held = attribution.attribute(inp, target, seed=0, output_unit=None)
+        if path.suffix:  # not with `--whole`
+            result = attribution.attribute(inp, target, seed=0, output_unit="word")
+            result.save(path.with_suffix(".safetensors"))
+            row |= views(result) | {"evaluations": result.n_evaluations}
+    told = held.answer
+    assert told is not None
+    row |= {"whole": told.attributions.tolist(), "whole_se": told.standard_errors.tolist()}
+    if "reference_se" not in row:
+        each = torch.tensor(shapley(inp, exact, tokenizer, target), dtype=torch.float64)
+        row |= {"passage": passage, "reference": each.mean(0).tolist()}
+        spread = each.std(0) / len(each) ** 0.5 if len(each) > 1 else torch.zeros(len(each[0]))
+        row |= {"reference_se": spread.tolist(), "reference_rank": rank(row["reference"], passage)}
+    for view in VIEWS:
+        if view in row:
+            row[f"{view}_rank"] = rank(row[view], passage)
+            row[f"{view}_correlation"] = agreement(row[view], row["reference"])
     return row
 
 
@@ -193,20 +214,23 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for absence in dict.fromkeys(row["absence"] for row in rows):
         asked = [row for row in rows if row["absence"] == absence]
-        right = [row for row in asked if "direct" in row]
-        told[absence] = {"asked": len(asked), "right": len(right)} | {
-            name: mean(float(of(row)) for row in right)
-            for view in ("direct", "through")
-            for name, of in (
-                (f"{view}: passage first", lambda row, v=view: row[f"{v}_rank"] == 1),
-                (f"{view}: correlation", lambda row, v=view: row[f"{v}_correlation"]),
-            )
-            if right
-        }
-        if right:
-            told[absence]["first line: passage first"] = mean(
-                row[f"{row['first']}_rank"] == 1 for row in right
-            )
+        right = [row for row in asked if "whole" in row]
+        told[absence] = {"asked": len(asked), "right": len(right)}
+        for view in VIEWS:
+            seen = [row for row in right if view in row]
+            if seen:
+                first = mean(float(row[f"{view}_rank"] == 1) for row in seen)
+                correlation = mean(row[f"{view}_correlation"] for row in seen)
+                told[absence] |= {f"{view}: passage first": first}
+                told[absence] |= {f"{view}: correlation": correlation}
+            if seen and view != "through":  # shares are no amounts
+                errors = [
+                    abs(a - b)
+                    for row in seen
+                    for a, b in zip(row[view], row["reference"], strict=True)
+                ]
+                told[absence] |= {f"{view}: mean error, nats": mean(errors)}
+                told[absence] |= {f"{view}: largest error, nats": max(errors)}
     return told
 
 
@@ -216,6 +240,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="a folder for results")
     parser.add_argument("--absence", choices=list(ABSENCES), action="append")
     parser.add_argument("--report", action="store_true", help="of what is in the cache, no more")
+    parser.add_argument("--whole", action="store_true", help="the whole answer by itself alone")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     places = {
@@ -223,7 +248,13 @@ def main() -> None:
         for absence in arguments.absence or ABSENCES
         for number in range(len(QUESTIONS))
     }
-    missing = {} if arguments.report else {k: p for k, p in places.items() if not p.exists()}
+    known = {k: json.loads(p.read_text()) for k, p in places.items() if p.exists()}
+    missing = {
+        k: p
+        for k, p in places.items()
+        if not arguments.report
+        and (k not in known or ("passage" in known[k] and "whole" not in known[k]))
+    }
     if missing:
         where = folder(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(where)
@@ -232,7 +263,9 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16)
         )
         for (number, absence), path in missing.items():
-            row = measured(exact, quick, tokenizer, number, absence, path)
+            beside = path.with_suffix("") if arguments.whole else path
+            earlier = known.get((number, absence), {})
+            row = measured(exact, quick, tokenizer, number, absence, beside, earlier)
             path.write_text(json.dumps(row))
             print(json.dumps(row), flush=True)
     rows = [json.loads(path.read_text()) for path in places.values() if path.exists()]

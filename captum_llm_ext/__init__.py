@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         TokenProvider,
     )
     from captum_llm_ext.result import (
+        AnswerAttribution,
         Cause,
         GenerationAttributionResult,
         Redundancy,
@@ -80,6 +81,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActivationPatching",
+    "AnswerAttribution",
     "AnthropicProvider",
     "ApiError",
     "AttentionRollout",
@@ -162,8 +164,8 @@ _NAMES = {
     "evaluation.faithfulness": "FaithfulnessReport measure_faithfulness",
     "remote": "AnthropicProvider ApiError CallableProvider ChatProvider CompletionsProvider "
     "EngineProvider Estimate TokenProvider",
-    "result": "Cause GenerationAttributionResult Redundancy Route SpanAttribution TotalAttribution "
-    "UnresolvedGroup",
+    "result": "AnswerAttribution Cause GenerationAttributionResult Redundancy Route "
+    "SpanAttribution TotalAttribution UnresolvedGroup",
     "evaluation.sensitivity": "BaselineComparison compare_baselines",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -201,7 +201,9 @@ def test_coalition_costs_one_row_for_any_target_length(model, tokenizer):
     finally:
         handle.remove()
     n_features = 4 + len(result.target) - 1
-    assert result.n_evaluations == n_features + 2  # and the full and the empty one
+    # And the full and the empty one; for the whole answer the prompt alone absent.
+    assert result.n_evaluations - result.answer.n_evaluations == n_features + 2
+    assert result.answer.n_evaluations == 1
     assert 1 <= sum(rows) - result.n_evaluations <= noise._CHECKED  # and what confirms them
 
 
@@ -441,7 +443,7 @@ def test_foreign_method_runs_its_own_attribute(model, tokenizer):
     known = _attribute(model, tokenizer, FeatureAblation)
     own = _attribute(model, tokenizer, OwnAblation)
     torch.testing.assert_close(own.full_attr, known.full_attr, atol=1e-5, rtol=1e-4)
-    assert own.n_evaluations == known.n_evaluations
+    assert own.n_evaluations == known.n_evaluations - known.answer.n_evaluations
     doubled = _attribute(model, tokenizer, Doubling, factor=3.0)
     torch.testing.assert_close(doubled.full_attr, 3 * known.full_attr, atol=1e-5, rtol=1e-4)
 

@@ -1333,7 +1333,7 @@ def test_fragment_has_fallback_text():
     cause = {"name": "p2", "text": "p2", "attribution": -1.0, "standard_error": 0.1, "marked": True}
     data = example(summary={"level": "word", "prompt": [cause], "answer": []})
     beside = html.fragment(data, "text").split("</iframe>")[1]
-    assert "whole answer</b> ← " in beside.split("</summary>")[0]
+    assert "whole answer, direct effects</b> ← " in beside.split("</summary>")[0]
     assert "−1.00" in beside.split("</summary>")[0]
 
 

@@ -224,24 +224,15 @@ def test_share_within_its_error_is_pale(view):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["rag", "summary", "chat"])
-def test_direct_effects_are_the_first_view_unless_undecided(view, name):  # noqa: F811
+def test_shares_are_shown_on_request_only(view, name):  # noqa: F811
+    """They answer another question, and lean to what the first words rest on."""
     result = load(name)
     page = view.text(result.to_html())
-    certain = "two causes is certain" in result.narrative()
-    assert page.is_checked("#effect input[value=direct]") == certain == (name != "chat")
-    lines = page.locator("header p:not(#about) > b:first-child").all_inner_texts()
-    summary = result.table().splitlines()[1:3]
-    if certain:  # shares answer another question, and lean to what the first words rest on
-        assert lines == ["whole answer"]
-        assert summary[0].startswith("whole answer  ←  ")
-        assert not summary[1]
-        assert "followed through" not in result.narrative()
-    else:
-        assert lines == ["whole answer, through its own words", "directly"]
-        assert "Colours are shares in the end" in page.inner_text("#hint")
-        assert summary[0].startswith("whole answer  ⇐  ")
-        assert summary[1].startswith("    directly  ←  ")
-        assert page.locator("#narrative").is_visible()
+    assert page.is_checked("#effect input[value=direct]")
+    assert "%" not in page.inner_text("#summary")
+    assert "⇐" not in str(result)
+    page.check(THROUGH, force=True)
+    assert "Colours are shares in the end" in page.inner_text("#hint")
 
 
 def test_effect_switch_is_absent_without_chains(view):  # noqa: F811
@@ -253,38 +244,43 @@ def test_effect_switch_is_absent_without_chains(view):  # noqa: F811
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_share_view_passes_accessibility_audit(view, axe, scheme):  # noqa: F811
-    page = view.text(load("chat").to_html())  # shares come first
+    page = view.text(load("chat").to_html())
+    page.check(THROUGH, force=True)
     page.emulate_media(color_scheme=scheme)
     assert violations(page, axe) == []
     answer(page, 1).click()
     assert violations(page, axe) == []
 
 
-def test_first_line_is_ordered_by_whole_answer_effect():
-    # Exact Shapley values of deleted paragraphs and turns, in plain float64 passes over the answers
-    # of these files: passages 24.8, question 16.5, another passage 10.6; turns 12.2 and 5.6 nats.
-    first = re.findall(r"[←⇐]  paragraph (\d).*, paragraph (\d)", str(load("rag")).splitlines()[1])
-    assert first == [("4", "5")]
-    first = re.findall(r"[←⇐]  turn (\d).*, turn (\d)", str(load("chat")).splitlines()[1])
-    assert first == [("2", "3")]
-
-
-def test_whole_answer_shares_agree_in_page_table_and_json():
-    result = load("chat")
-    total = result.total(level="turn")
-    told = [percent(*one) for one in by_size(total.span()[0], total.span_se()[0])][:2]
-    parsed = Parsed(result.to_html())
-    shown = parsed.texts["b"].replace("\u00a0", " ")
-    kept = result.to_dict()["in_the_end"]
-    assert [percent(one["share"], one["standard_error"]) for one in kept["shares"]][:2] == told
-    table = result.table().splitlines()
-    for share in told:
-        assert share in shown
-        assert any("⇐" in line and share in line for line in table[:4])
-        assert share in result.narrative()
-    directly = float(total.strength @ total.direct.sum(1) / total.strength.sum())
-    assert kept["directly"] == pytest.approx(directly)
-    assert f"{100 * (1 - directly):.0f} % of what led to its tokens" in result.narrative()
+@pytest.mark.parametrize(
+    ("name", "level", "exact"),
+    [
+        ("rag", "paragraph", [4.7441, 10.4166, 1.4354, 24.6128, 16.4576]),
+        ("chat", "turn", [-0.2144, 12.2274, 5.5904]),
+    ],
+)
+def test_first_line_gives_the_effect_on_the_whole_answer(view, name, level, exact):  # noqa: F811
+    """Exact Shapley values of deleted parts, in plain float64 passes over the answers."""
+    result = load(name)
+    line = str(result).splitlines()[1]
+    found = re.findall(rf"{level} (\d)[^+−]*?([+-]\d+\.\d+)", line)
+    assert [int(i) for i, _ in found] == sorted(
+        range(1, 1 + len(exact)), key=lambda i: -exact[i - 1]
+    )[:3]
+    for i, amount in found:
+        assert float(amount) == pytest.approx(exact[int(i) - 1], abs=0.01)
+    assert f"of the {sum(exact):.1f} nats that the prompt gives the answer" in line
+    page = view.text(result.to_html())
+    assert f"{sum(exact):.1f} nats" in page.inner_text("#summary")
+    assert f"{sum(exact):.1f} nats" in page.inner_text("#top-prompt caption")
+    shown = page.locator("#top-prompt td.value").all_inner_texts()
+    expected = sorted((round(x, 1) for x in exact), key=abs, reverse=True)
+    assert [float(x.replace("−", "-")) for x in shown] == pytest.approx(expected, abs=0.11)
+    steps = page.locator(".step").all_inner_texts()
+    assert [step.split("\n")[0] for step in steps] == ["no prompt", "prompt", "whole prompt"]
+    prompt(page, 0).click()
+    own = f"{exact[0]:+.1f}".replace("-", "−")
+    assert page.inner_text("#bridge").startswith(own)
 
 
 # What would have changed it ----------------------------------------------------------------------

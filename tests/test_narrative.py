@@ -20,7 +20,7 @@ from captum_llm_ext.result.about import factor, header
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
 from captum_llm_ext.result.narrative import sentences
-from captum_llm_ext.result.reading import Reading, first_level, quoted
+from captum_llm_ext.result.reading import Reading, finest_level, first_level, quoted
 from captum_llm_ext.result.refit import Evidence, jackknife_error
 from captum_llm_ext.text.segment import shorten
 
@@ -44,8 +44,13 @@ def few_shot():
 
 
 def _sums(result, level):
-    """Attributions of the whole answer by parts of the prompt, added up from the raw tensors."""
+    """Attributions of the whole answer by parts of the prompt.
+
+    As scored for it; otherwise added up from the raw tensors.
+    """
     names, attr = result.at_level(level)
+    if result.answer is not None:
+        return names, result.answer.attributions.tolist()
     return names, attr.double().sum(0).tolist()
 
 
@@ -91,16 +96,25 @@ def test_first_named_part_is_the_strongest_marked(summary):
 
 
 def test_prompt_and_answer_shares_follow_the_values(summary):
+    part = slice(0, 63)
     found = re.search(
         r"lie ([\d,.]+) nats: the prompt gives ([\d,.]+), what .* other ([\d,.]+)\.",
-        summary.narrative(),
+        summary.narrative((part.start, part.stop)),
     )
     gained, prompt, answer = (float(x.replace(",", "")) for x in found.groups())
     assert gained == pytest.approx(
-        float((summary.full_values - summary.empty_values).double().sum()), abs=0.06
+        float((summary.full_values - summary.empty_values)[part].double().sum()), abs=0.06
     )
-    assert prompt == pytest.approx(float(summary.token_attr.double().sum()), abs=0.06)
+    assert prompt == pytest.approx(float(summary.token_attr[part].double().sum()), abs=0.06)
     assert answer == pytest.approx(gained - prompt, abs=0.11)
+
+
+def test_gain_of_the_whole_answer_follows_its_values(summary):
+    found = re.search(r"([\d,.]+) nats likelier than none does", summary.narrative())
+    gained = float(found[1].replace(",", ""))
+    assert gained == pytest.approx(summary.answer.full_value - summary.answer.empty_value, abs=0.06)
+    assert gained == pytest.approx(float(summary.answer.attributions.double().sum()), abs=0.06)
+    assert summary.answer.full_value == pytest.approx(float(summary.full_values.sum()), abs=1e-2)
 
 
 def test_foils_and_baselines_are_named_if_recorded(few_shot):
@@ -114,11 +128,14 @@ def test_foils_and_baselines_are_named_if_recorded(few_shot):
 
 
 def test_order_certainty_follows_the_difference(result):
-    read = Reading(result)
+    if result.answer is not None:
+        assert "These numbers are exact for this way of measuring" in result.narrative()
+    level = finest_level(result)
+    read = Reading(result, level)
     n = len(result.output_tokens)
     causes = read.causes(0, n, precise=True).prompt
     marked = [cause for cause in causes if cause.is_marked]
-    said = result.narrative()
+    said = result.narrative(level=level)
     if not marked:
         assert "order" not in said
         return

@@ -15,6 +15,7 @@ import captum_llm_ext
 from captum_llm_ext.__main__ import main
 
 PUBLIC = {
+    "AnswerAttribution",
     "ActivationPatching",
     "PatchingResult",
     "ApiError",

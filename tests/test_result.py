@@ -58,7 +58,8 @@ def test_fields_have_documented_shapes(model, tokenizer):
     assert result.masks.shape == (n_coalitions, n_prompt + n_target)
     assert result.masks.dtype == torch.bool
     assert result.values.shape == (n_coalitions, n_target)
-    assert 0 < result.n_evaluations <= n_coalitions
+    n_of_answer = result.answer.n_evaluations if result.answer else 0
+    assert 0 < result.n_evaluations - n_of_answer <= n_coalitions
     assert result.output_features == result.output_tokens
     torch.testing.assert_close(result.output_probs, result.full_values.exp())
     torch.testing.assert_close(
@@ -112,7 +113,7 @@ def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "KIND", replace(module.KIND, format=99))
     _result(model, tokenizer).save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 5"):
+    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 6"):
         GenerationAttributionResult.load(path)
 
 
@@ -140,13 +141,13 @@ def test_written_format_equals_the_documented_one(tmp_path):
     result.save(tmp_path / "again")
     with safe_open(tmp_path / "again", framework="pt") as file:
         rest = json.loads(file.metadata()["captum_llm_ext"])
-    assert rest["format"] == 5
+    assert rest["format"] == 6
     roles = [piece[2] for piece in rest["prompt_pieces"] if len(piece) == 3]
     assert set(roles) == {"template", "user"}
     assert [p.role for p in result.prompt_pieces] == roles
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("name", ["prompt_pieces", "output_pieces"])
 @pytest.mark.parametrize(
     "piece",
@@ -206,7 +207,7 @@ def test_damage_never_changes_a_number(model, tokenizer, tmp_path):
     assert all("damaged" in error or "not a saved result" in error for error in told)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
 def test_files_of_earlier_versions_are_read(version, tmp_path):
     """Written by those versions, with what they told of them as JSON."""
     path = DATA / f"result_format_{version}.safetensors"
@@ -482,7 +483,7 @@ def test_to_pandas_holds_every_possible_cause(model, tokenizer, unit):
     assert all(last[c - n_prompt] < p for p, c in zip(later.position, later.column, strict=True))
     missing = result.full_attr.abs().sum() - frame["attribution"].abs().sum()
     assert float(missing) == pytest.approx(0.0, abs=1e-4)
-    with pytest.raises(ValueError, match="'long' or 'wide'"):
+    with pytest.raises(ValueError, match="'long', 'wide' or 'answer'"):
         result.to_dataframe("tall")
 
 

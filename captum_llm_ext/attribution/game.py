@@ -1,9 +1,10 @@
 """An attribution as a cooperative game: coalitions of features in, values of target tokens out."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from captum.attr._utils.attribution import PerturbationAttribution
@@ -75,7 +76,9 @@ class Game:
         run: The settings of the call.
         generated: The target.
         foils: The alternatives of a contrast; None otherwise.
-        is_joint: Whether a coalition has a single value, the product over the target tokens.
+        whole: If a coalition has a single value, how it follows from those of the target tokens.
+        unions: Per prompt feature the index of its union: the players are then the unions. Only
+            without features of the target.
     """
 
     def __init__(
@@ -84,17 +87,18 @@ class Game:
         generated: GeneratedText,
         foils: Foils | None = None,
         *,
-        is_joint: bool = False,
+        whole: Literal["product", "sum"] | None = None,
+        unions: Sequence[int] | None = None,
     ) -> None:
-        self.run, self.generated, self._is_joint = run, generated, is_joint
+        self.run, self.generated, self._whole, self._unions = run, generated, whole, unions
         self.foils, self.foil_ids = foils, None if foils is None else foils.tensor
         self._foil_values: list[Tensor] = []
         self.target = generated.target
-        n_prompt = run.prompt.n_features
+        n_prompt = run.prompt.n_features if unions is None else 1 + max(unions)
         n_generated = generated.n_causes
         self.n_features = n_prompt + n_generated
         self.deterministic = run.prompt.deterministic and generated.deterministic
-        n_visible = [n_prompt] if is_joint else [n + n_prompt for n in generated.n_visible]
+        n_visible = [n_prompt] if whole else [n + n_prompt for n in generated.n_visible]
         # Features that are not players are always present and need not be required.
         required = [
             -1 if g is None or g >= n_generated else g + n_prompt for g in generated.required
@@ -114,7 +118,25 @@ class Game:
     def joint(self) -> "Game":
         """The game of the target's joint probability with the output held fixed, as in captum."""
         fixed = self.run.context.generated(self.target, None, None)
-        return Game(self.run, fixed, is_joint=True)
+        return Game(self.run, fixed, whole="product")
+
+    def quotient(self, unions: Sequence[int], seed: int) -> "Game":
+        """The game between unions of prompt features over the whole target, which is held fixed.
+
+        Named after the quotient game of Owen (1977, "Values of games with a priori unions"). Its
+        value is the sum over the target tokens: the log-probability of the whole.
+
+        Args:
+            unions: Per prompt feature the index of its union.
+            seed: Seeds its draws; those of this game are unaffected.
+        """
+        run = copy.copy(self.run)
+        run.generator = torch.Generator().manual_seed(seed)
+        run.surrogate = None
+        fixed = run.context.generated(self.target, None, None)
+        game = Game(run, fixed, self.foils, whole="sum", unions=unions)
+        game._seen = self._seen
+        return game
 
     @property
     def held(self) -> list[int]:
@@ -127,8 +149,8 @@ class Game:
 
         Calls the baselines for every slot, as scoring has already done.
         """
-        n_prompt = self.run.prompt.n_features
-        n_seen = self.n_features - n_prompt
+        n_prompt, unions = self.run.prompt.n_features, self._unions
+        n_seen = 0 if unions is not None else self.n_features - n_prompt
         mask = torch.ones(1, n_prompt + self.generated.n_features, dtype=torch.bool, device="cpu")
         mask[0, list(self.run.prompt.unchanging())] = False
         mask[0, [n_prompt + g for g in self.generated.unchanging(n_seen)]] = False
@@ -139,7 +161,10 @@ class Game:
         (row,) = render_text(self.run.prompt, self.generated, mask, generator)
         if row.ids != self.full_row.ids:
             return self.scope
-        unchanging = (~mask[0]).nonzero()[:, 0].tolist()
+        unchanging: list[int] = (~mask[0]).nonzero()[:, 0].tolist()
+        if unions is not None:
+            changing = {u for u, is_own in zip(unions, mask[0].tolist(), strict=False) if is_own}
+            unchanging = [u for u in range(self.n_features) if u not in changing]
         return replace(self.scope, unchanging=tuple(unchanging))
 
     @property
@@ -162,7 +187,7 @@ class Game:
             self.run.prompt.n_features,
             self.n_features,
             levels=levels,
-            beyond=self._is_joint,
+            beyond=self._whole is not None,
         )
 
     def values(self, plan: Plan, seed: int | None = None) -> Tensor:
@@ -180,7 +205,8 @@ class Game:
         """Like `values`, by several scorers that are given the same rows."""
         run = self.run
         generator = run.generator if seed is None else torch.Generator().manual_seed(seed)
-        texts = render_text(run.prompt, self.generated, plan.masks, generator, plan.draws)
+        masks = plan.masks if self._unions is None else plan.masks[:, list(self._unions)]
+        texts = render_text(run.prompt, self.generated, masks, generator, plan.draws)
         rows = [
             TokenRow(text.ids, text.positions, text.prompt.extras, text.prompt.key)
             for text in texts
@@ -196,7 +222,9 @@ class Game:
                 self._foil_values.append(foils)
             if run.callback is not None and scorer is run.scorer:
                 self._report(run.callback, [text.prompt.ids for text in texts], rows, values)
-            found.append(values.prod(1, keepdim=True) if self._is_joint else values)
+            if self._whole is not None:
+                values = values.sum(1, True) if self._whole == "sum" else values.prod(1, True)
+            found.append(values)
         return found
 
     @property

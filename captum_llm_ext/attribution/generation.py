@@ -16,6 +16,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.attribution.answers import AnswerAccess
 from captum_llm_ext.attribution.coalition_game import CoalitionGame
 from captum_llm_ext.attribution.game import Game, Inspect, Run
+from captum_llm_ext.attribution.quotient import attribute_answer
 from captum_llm_ext.attribution.sampling import Effort, Outcome
 from captum_llm_ext.attribution.solving import solve
 from captum_llm_ext.attribution.surrogate import Surrogate
@@ -42,6 +43,7 @@ from captum_llm_ext.model import (
 )
 from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.result import Design, GenerationAttributionResult
+from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.assembled import assembled
 from captum_llm_ext.text.baselines.model.baselines import ModelBaselines
 from captum_llm_ext.text.baselines.naming import unseen
@@ -234,6 +236,10 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 For the others, only arguments that repeat the default
                 (``return_input_shape=True``).
 
+        Besides, for methods that estimate Shapley values or leave features out, the whole answer is
+        attributed to the few largest parts of the prompt, if that takes at most an eighth more
+        evaluations, or eight: `answer` of the result, which is shown first.
+
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
             models).
@@ -307,7 +313,18 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                     joint = outcome.whole
                     if self.attr_target == "prob":
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
-            return self._result(inp, game, outcome, joint, generation)
+                    answer = self._answer(game, outcome, max_evaluations)
+            return self._result(inp, game, outcome, joint, generation, answer)
+
+    def _answer(
+        self, game: Game, outcome: Outcome, max_evaluations: int | None
+    ) -> AnswerAttribution | None:
+        """The whole answer's attributions to the largest parts of the prompt."""
+        run = game.run
+        cost = float(run.scorer.n_evaluations)
+        if run.surrogate is not None:
+            cost += run.surrogate.n_evaluations / run.work_of_model
+        return attribute_answer(game, outcome.name, cost, max_evaluations)
 
     def to_game(
         self,
@@ -405,6 +422,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         outcome: Outcome,
         joint: Tensor | None,
         generation: Generation | None,
+        answer: AnswerAttribution | None,
     ) -> GenerationAttributionResult:
         return assembled(
             inp,
@@ -422,6 +440,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             provenance=self._game_provenance(game, outcome, generation)
             | self._scoring_provenance(game),
             design=_design(game, outcome),
+            answer=answer,
         )
 
     def _game_provenance(

@@ -36,12 +36,13 @@ NO_ERROR = (
 
 @dataclass(frozen=True)
 class Effort:
-    """Limits on what one attribution may spend."""
+    """Limits on what one attribution may spend; `n_empty` are draws of the empty coalition."""
 
     budget: Budget
     num_trials: int
     stop: StoppingRule | None
     max_evaluations: int | None
+    n_empty: int = EMPTY_DRAWS
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Outcome:
         return {"stop": str(self.stop), "settled": settled, "converged": all(settled)}
 
 
-def anchors_of(game: Game) -> Plan:
+def anchors_of(game: Game, n_empty: int = EMPTY_DRAWS) -> Plan:
     """The coalitions that every plan begins with: the full one, and draws of the empty one."""
-    n_empty = 1 if game.deterministic else EMPTY_DRAWS
+    n_empty = 1 if game.deterministic else n_empty
     return plan_anchors(game.n_features, required=game.held, n_empty=n_empty)
 
 
@@ -88,7 +89,7 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     if rule is not None and not method.gives_errors:
         raise ValueError(NO_ERROR)
     first = [method.plan(generator) for _ in range(effort.num_trials)]
-    plan = join_plans([anchors_of(game), *first])
+    plan = join_plans([anchors_of(game, effort.n_empty), *first])
     values = game.values(plan)
     solution = solved(game, method, plan, values)
     size, idle = len(first[0].masks), 0

@@ -4,15 +4,14 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING
 
-from captum_llm_ext.base.amounts import percent, plus_minus
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.base.terminal import paint, shortened, width
 from captum_llm_ext.cli.command import UsageError, note
 from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.text.segment import NAMED_UNITS
 
 if TYPE_CHECKING:
-    from captum_llm_ext.result import Cause, GenerationAttributionResult
-    from captum_llm_ext.result.total import Share
+    from captum_llm_ext.result import GenerationAttributionResult
 
 _LEVELS = ("turn", "passage", "part", "example", *NAMED_UNITS)
 
@@ -66,36 +65,18 @@ def report(result: "GenerationAttributionResult", k: int, level: str | None = No
 
 
 def _by_level(result: "GenerationAttributionResult", level: str, columns: int | None) -> str:
-    """One line per part of the prompt: its attribution for the whole answer.
+    """One line per part of the prompt: its attribution for the whole answer."""
+    from captum_llm_ext.result.causes import unit_of
 
-    If direct effects do not show which part contributed most, its total share comes first.
-    """
-    from captum_llm_ext.result.whole_answer import whole_answer_shares
-
-    causes = {cause.label or cause.name: cause for cause in result.causes(level=level).prompt}
-    end = whole_answer_shares(result, level)
-    shares: dict[str, Share] = {}
-    if end is not None and end.is_first:
-        shares = {share.name: share for share in end.shares if not share.is_output}
-    order = dict.fromkeys([*shares, *causes])
-    lines = [f"whole answer, by {level}{', and in the end through its own words' * bool(shares)}:"]
-    for name in order:
-        cause, share = causes.get(name), shares.get(name)
-        line = " " * 16 if cause is None else _attribution(cause)
-        line += " " + _share(share) if shares else ""
-        line = f"{line} {' '.join(name.split())}"
+    answer = result.answer if result.answer and result.answer.level == level else None
+    of = "whole answer, by" if answer or not result.output_features else "direct effects, by"
+    told = answer.told(unit_of(result)) if answer else ""
+    lines = [f"{of} {level}{f' ({told})' * bool(told)}:"]
+    for cause in result.causes(level=level).prompt:
+        error = plus_minus(cause.standard_error)
+        name = " ".join((cause.label or cause.name).split())
+        line = f"{cause.attribution:+8.2f}{error:<8} {name}"
         line = line if columns is None else shortened(line, columns)
-        kind = "raises" if cause is not None and cause.attribution > 0 else "lowers"
-        is_sure = (cause is not None and cause.is_marked) or share is not None
-        lines.append(paint(line, kind if is_sure else "nothing"))
+        kind = "raises" if cause.attribution > 0 else "lowers"
+        lines.append(paint(line, kind if cause.is_marked else "nothing"))
     return "\n".join(lines)
-
-
-def _attribution(cause: "Cause") -> str:
-    return f"{cause.attribution:+8.2f}{plus_minus(cause.standard_error):<8}"
-
-
-def _share(share: "Share | None") -> str:
-    if share is None:
-        return f"{'0 %':<9}"
-    return f"{percent(share.share, share.standard_error):<9}"

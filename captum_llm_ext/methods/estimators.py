@@ -42,6 +42,9 @@ _EVALUATIONS_PER_FEATURE = 16
 # First round under a stopping rule: with fewer samples, regressions are no more than guesses.
 # Chosen, not measured.
 _FEWEST_PER_FEATURE, _FEWEST_ORDERS = 2, 4
+# For few features beside an attribution: draws, which leave a quarter of the error of one, and half
+# of the default evaluations per feature. Chosen, not measured.
+_MOST_DRAWS_OF_FEW, _FEWEST_OF_FEW = 16, 8
 _CAPTUM_ORDERS = 25  # the default of captum's `ShapleyValueSampling`
 _TWO_DRAWS = "2 `n_draws`"
 
@@ -159,6 +162,41 @@ def estimator(
             stacklevel=stacklevel_of_caller(),
         )
     return found
+
+
+def estimator_of_few(
+    method: PerturbationAttribution, n_features: int, n_most: int, *, deterministic: bool
+) -> tuple[Estimator, int] | None:
+    """An estimator of the method's kind over few features, within a number of evaluations.
+
+    Args:
+        method: The method.
+        n_features: Number of players.
+        n_most: Maximum number of evaluations, besides that of the full coalition.
+        deterministic: As for `estimator`.
+
+    Returns:
+        Shapley values for methods that estimate these or Owen values, from all coalitions if they
+        fit, otherwise from pairs; leave-one-out or only-one-in for theirs. And the number of draws
+        of the empty coalition to score beside its own. None for other methods, and if too few
+        evaluations are left.
+    """
+    one_at_a_time = _ONE_AT_A_TIME.get(type(method))
+    if one_at_a_time is None and type(method) not in _SHAPLEY:
+        return None
+    task = _Task(method, n_features, Budget(), deterministic, (), (), 1)
+    if n_features <= MOST_EXACT_FEATURES or one_at_a_time is not None:
+        n_each = n_features + 1 if one_at_a_time is not None else 2**n_features - 1
+        n_draws = min(n_most // n_each, 1 if deterministic else _MOST_DRAWS_OF_FEW)
+        # A single draw of a random baseline gives no errors.
+        if n_draws >= (1 if deterministic else 2):
+            task = replace(task, budget=Budget(n_draws=n_draws))
+            return (_exact(task), 1) if one_at_a_time is None else (one_at_a_time(task), n_draws)
+    n_empty = 1 if deterministic else _MAX_DRAWS
+    n_pairs = min(_EVALUATIONS_PER_FEATURE * n_features, n_most - n_empty)
+    if one_at_a_time is not None or n_pairs < _FEWEST_OF_FEW * n_features:
+        return None
+    return _pairs(replace(task, budget=Budget(n_samples=n_pairs))), n_empty
 
 
 @dataclass(frozen=True)
@@ -467,6 +505,15 @@ _ESTIMATORS: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]
     KernelShap: _pairs,
     Lime: _lime,
     Smile: _smile,
+}
+
+
+# Of parts of the prompt: which methods estimate Shapley values, and which what one part does.
+_SHAPLEY = (KernelShap, ShapleyValues, ShapleyValueSampling, PartitionShap)
+_ONE_AT_A_TIME: Mapping[type[PerturbationAttribution], Callable[[_Task], Estimator]] = {
+    FeatureAblation: _leave_one_out,
+    HierarchicalAblation: _leave_one_out,
+    FeatureInclusion: _only_one_in,
 }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import Foils
+from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.result import GenerationAttributionResult
 from captum_llm_ext.text.inputs import GeneratedText, Prompt
@@ -31,6 +32,7 @@ def assembled(
     design: Design | None = None,
     foils: Foils | None = None,
     foil_values: Tensor | None = None,
+    answer: AnswerAttribution | None = None,
 ) -> GenerationAttributionResult:
     """A result with one column per prompt feature; captum's inputs have one per group member.
 
@@ -51,6 +53,7 @@ def assembled(
         foils: The foils of a contrast.
         foil_values: Log-probability of all foils of each target token together, ``(n_coalitions,
             n_target)``; the first coalition is the full one.
+        answer: The whole answer's attributions, from coalitions of their own.
     """
     n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
     columns = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
@@ -93,6 +96,7 @@ def assembled(
         foils=None if foils is None else foils.tensor.to(like.device),
         foil_tokens=None if foils is None else [list(own) for own in foils.names],
         foil_values=None if foil_values is None else foil_values.to(like, copy=True),
+        answer=None if answer is None else answer.to(like),
         provenance=provenance,
     )
 

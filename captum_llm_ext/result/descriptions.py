@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.result.about import header
-from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.levels import answer_levels
 from captum_llm_ext.result.narrative import sentences
 from captum_llm_ext.result.reading import (
@@ -18,7 +18,6 @@ from captum_llm_ext.result.reading import (
     row_unit,
 )
 from captum_llm_ext.result.token_names import words_around
-from captum_llm_ext.result.whole_answer import whole_answer_shares
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         answer its ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in
         the ``prompt`` and in the ``answer`` before it. ``summary``: the same for the whole answer,
         by the largest parts of the prompt, and their ``level``; None if values do not add up.
-        ``narrative``: sentences. ``in_the_end``: total shares of the whole answer
-        (`WholeAnswerShares`), or None.
+        ``narrative``: sentences. ``answer``: see `answer_told`.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -50,7 +48,6 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
     ]
     coarse = Reading(result)
     whole = coarse.causes(0, n_target, precise=True) if adds_up(result) else None
-    end = whole_answer_shares(result) if adds_up(result) else None
     return {
         "about": header(result),
         "labels": result.names._asdict(),
@@ -58,8 +55,43 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         "causes": rows,
         "summary": None if whole is None else {"level": coarse.prompt.level} | _blocks(whole),
         "narrative": sentences(result, 0, n_target, reading=coarse),
-        "in_the_end": None if end is None else end.to_dict(),
+        "answer": answer_told(result),
     }
+
+
+def answer_told(result: "ResultNumbers") -> dict[str, Any] | None:
+    """Attributions of the whole answer (`AnswerAttribution`) as plain data; None without them.
+
+    Returns:
+        ``level``, ``full_value``, ``empty_value``, ``empty_error``, ``estimator``,
+        ``n_evaluations``; ``parts``, in the order of the text: ``part``, ``attribution``,
+        ``standard_error``, whether it is ``marked``, and its ``columns``; and ``told``, what they
+        are parts of in words.
+    """
+    found = result.answer
+    if found is None:
+        return None
+    read = Reading(result, found.level)
+    causes = {read.prompt.part_of[c.column]: c for c in read.causes(0, len(result.target)).prompt}
+    columns: dict[int, list[int]] = {}
+    for column, part in enumerate(found.part_of):
+        columns.setdefault(part, []).append(column)
+    parts: list[dict[str, Any]] = []
+    for i, name in enumerate(read.prompt.names):
+        of = found.part_of[read.prompt.part_of.index(i)]
+        error = float(found.standard_errors[of])
+        parts.append(
+            {
+                "part": name,
+                "attribution": float(found.attributions[of]),
+                "standard_error": None if math.isnan(error) else error,
+                "marked": i in causes and causes[i].is_marked,
+                "columns": columns[of],
+            }
+        )
+    about = found.to_dict()
+    del about["part_of"]
+    return about | {"parts": parts, "told": found.told(unit_of(result))}
 
 
 def reading_aids(result: "ResultNumbers") -> dict[str, Any]:

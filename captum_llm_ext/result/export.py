@@ -12,13 +12,18 @@ from captum_llm_ext.base import files
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import joined_name
-from captum_llm_ext.result.descriptions import descriptions, part_sums, reading_aids
+from captum_llm_ext.result.descriptions import (
+    answer_told,
+    descriptions,
+    part_sums,
+    reading_aids,
+)
 from captum_llm_ext.result.foils import other_value
 from captum_llm_ext.result.levels import page_levels
 from captum_llm_ext.result.plots import DrawnResult
 from captum_llm_ext.result.reading import finest_level
+from captum_llm_ext.result.shares import share_errors, totals
 from captum_llm_ext.result.summed_errors import summed_error_bounds, summed_errors
-from captum_llm_ext.result.whole_answer import share_errors, totals
 from captum_llm_ext.text.inputs import Piece
 
 if TYPE_CHECKING:
@@ -31,7 +36,7 @@ _INSTALL = "`{method}` needs {package}: pip install 'captum-llm-ext[{package}]'.
 _OF_ONE_VALUE = (
     "attr_target token_attr token_attr_se output_attr output_attr_se full_values empty_values"
 ).split()
-_TOLD_OF_IT = ("about", "marked_beyond")
+_TOLD_OF_IT = ("about", "marked_beyond", "answer")
 # Share of full - empty that attributions may miss and still be called a sum; chosen, not measured.
 _UNEXPLAINED = 0.01
 
@@ -163,16 +168,18 @@ class ExportedResult(DrawnResult):
             files.write(path, text + "\n")
         return text
 
-    def to_dataframe(self, layout: Literal["long", "wide"] = "long") -> Any:
+    def to_dataframe(self, layout: Literal["long", "wide", "answer"] = "long") -> Any:
         """The attributions as a ``pandas.DataFrame``.
 
         Args:
-            layout: ``"long"``: a row for every target token and possible cause, with the columns
-                ``position`` and ``token`` (of the target), ``source`` (``"prompt"`` or
-                ``"output"``), ``column`` (of `full_attr`), ``feature``, ``attribution`` and
-                ``standard_error``, ``marked`` (whether it is significant), and the unique
-                ``token_name`` and ``feature_name``. ``"wide"``: a row per target token, a column
-                per feature, named by source, column and feature, as `full_attr`.
+            layout: ``"answer"``: a row per largest part of the prompt, with its attribution for the
+                whole answer (`answer`): ``level``, ``part``, ``attribution``, ``standard_error``
+                and ``marked``; no rows if there is none. ``"long"``: a row for every target token
+                and possible cause, with the columns ``position`` and ``token`` (of the target),
+                ``source`` (``"prompt"`` or ``"output"``), ``column`` (of `full_attr`), ``feature``,
+                ``attribution`` and ``standard_error``, ``marked`` (whether it is significant), and
+                the unique ``token_name`` and ``feature_name``. ``"wide"``: a row per target token,
+                a column per feature, named by source, column and feature, as `full_attr`.
 
         Returns:
             The frame. Later output, which cannot be a cause, is omitted in the long layout and 0 in
@@ -182,13 +189,20 @@ class ExportedResult(DrawnResult):
             ImportError: If pandas is not installed.
             ValueError: If there is no such layout.
         """
-        if layout not in ("long", "wide"):
-            raise ValueError(f"`layout` is {layout!r}: give 'long' or 'wide'.")
+        if layout not in ("long", "wide", "answer"):
+            raise ValueError(f"`layout` is {layout!r}: give 'long', 'wide' or 'answer'.")
         try:
             import pandas as pd
         except ImportError as error:
             hint = _INSTALL.format(method="to_dataframe", package="pandas")
             raise ImportError(hint) from error
+        if layout == "answer":
+            told = answer_told(cast(Any, self))
+            parts = [] if told is None else told["parts"]
+            names = ["part", "attribution", "standard_error", "marked"]
+            frame = pd.DataFrame([[part[name] for name in names] for part in parts], columns=names)
+            frame.insert(0, "level", None if told is None else told["level"])
+            return frame
         n_prompt, n_columns = len(self.input_tokens), len(self._column_names)
         attr = self.full_attr.detach().cpu()
         source = ["prompt"] * n_prompt + ["output"] * (n_columns - n_prompt)

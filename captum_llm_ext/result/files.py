@@ -1,22 +1,23 @@
 """Results as files: safetensors, with everything but the tensors as JSON in its metadata.
 
-A file of format 5 holds
+A file of format 6 holds
 
 * tensors, by the names of the result's fields: ``token_attr``, ``masks``, ``values`` …; those that
   are None are left out;
 * in the metadata ``captum_llm_ext``: a JSON object with ``format``, ``input_tokens``,
   ``output_tokens``, ``output_features``, ``prompt_pieces`` and ``output_pieces`` (per piece
   ``[text, column]``, the column null for fixed text, or ``[text, column, role]`` where someone said
-  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``, ``foil_tokens``
-  and ``provenance``;
+  it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``,
+  ``foil_tokens``, ``answer`` (what is known of the whole answer's attributions, the tensors
+  ``answer_attr`` and ``answer_attr_se``) and ``provenance``;
 * in the metadata ``sha256``: a digest of both, so that damage is detected.
 
-Any safetensors reader can open it; nothing in it is ever executed. Format 4 had no foils. Format 3
-equals format 4, whose number is new because the first readers of format 3 reject roles. Format 2
-had no digest and no roles, format 1 also no ``design``, and at first no ``levels``. All are read by
-their own rules; a higher format raises an error. Without a digest not all damage can be detected,
-since most numbers are stored once: formats 1 and 2 are only read on request; redundant numbers are
-then compared, and a warning is raised.
+Any safetensors reader can open it; nothing in it is ever executed. Format 5 had no ``answer``,
+format 4 no foils either. Format 3 equals format 4, whose number is new because the first readers of
+format 3 reject roles. Format 2 had no digest and no roles, format 1 also no ``design``, and at
+first no ``levels``. All are read by their own rules; a higher format raises an error. Without a
+digest not all damage can be detected, since most numbers are stored once: formats 1 and 2 are only
+read on request; redundant numbers are then compared, and a warning is raised.
 """
 
 import json
@@ -31,6 +32,7 @@ from torch import Tensor
 from captum_llm_ext.base import tensor_file
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.tensor_file import BROKEN, Kind
+from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.redundancy import check_redundancy
 from captum_llm_ext.text.inputs import Level, Piece
@@ -43,7 +45,7 @@ T = TypeVar("T")
 KIND = Kind(
     "saved result",
     "captum_llm_ext",
-    format=5,
+    format=6,
     advice="give a file written by `GenerationAttributionResult.save`.",
     digest_since=3,
     oldest=1,
@@ -65,6 +67,7 @@ _TENSORS = (
     "foils",
     "foil_values",
 )
+_OF_ANSWER = {"answer_attr": "attributions", "answer_attr_se": "standard_errors"}
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
 _IDS = ("target", "draws", "foils")
@@ -89,6 +92,7 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
         "levels": [[level.name, level.parts, level.part_of] for level in result.levels],
         "design": None if result.design is None else result.design.to_dict(),
         "foil_tokens": result.foil_tokens,
+        "answer": None if result.own_answer is None else result.own_answer.to_dict(),
         "provenance": result.provenance,
     }
     plain = finite(rest)
@@ -100,6 +104,7 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
             "mappings only."
         ) from error
     tensors = {name: getattr(result, name) for name in _TENSORS}
+    tensors |= {name: getattr(result.own_answer, field, None) for name, field in _OF_ANSWER.items()}
     there = {name: value for name, value in tensors.items() if value is not None}
     tensor_file.write(path, KIND, there, plain)
 
@@ -132,6 +137,9 @@ def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bo
         rest["levels"] = [Level(*level) for level in rest.get("levels", ())]
         if rest.get("design") is not None:
             rest["design"] = Design.from_dict(rest["design"])
+        if rest.get("answer") is not None:
+            numbers = (tensors.pop(name) for name in _OF_ANSWER)
+            rest["answer"] = AnswerAttribution.from_dict(rest["answer"], *numbers)
         found = make(**tensors, **rest)
     except BROKEN as error:
         raise _broken(path, error) from error
@@ -199,6 +207,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
     if rest.get("foil_tokens") is not None:
         expected |= {"foils": (n_target, _n_foils(tensors, rest))}
         expected |= {"foil_values": (n_coalitions, n_target)} if "foil_values" in tensors else {}
+    if rest.get("answer") is not None:
+        n_parts = 1 + max(_list_of(int, rest["answer"], "part_of"))
+        expected |= dict.fromkeys(_OF_ANSWER, (n_parts,))
     for name, shape in expected.items():
         found = tensors.get(name)
         if found is None and name != "output_probs":
@@ -258,6 +269,8 @@ def _check_rest(rest: Mapping[str, Any], version: int) -> None:
         floor = _list_of(float, rest["provenance"], "noise_floor")
         if len(floor) != len(rest["output_tokens"]):
             raise ValueError(f"`noise_floor` has {len(floor)} numbers")
+    if rest.get("answer") is not None:
+        _check_answer(rest["answer"], n_columns)
     if "columns" in rest["provenance"]:
         _list_of(int, rest["provenance"], "columns")
     design = rest.get("design")
@@ -268,6 +281,22 @@ def _check_rest(rest: Mapping[str, Any], version: int) -> None:
         for name, kind in {**kinds, "n_features": int, "n_anchors": int}.items():
             if type(design[name]) is not kind:
                 raise ValueError(f"`{name}` of `design` is {design[name]!r}")
+
+
+def _check_answer(answer: Mapping[str, Any], n_columns: int) -> None:
+    """Checks what is said of the whole answer's attributions.
+
+    Raises:
+        ValueError, LookupError, TypeError: If a type is wrong.
+    """
+    kinds = {"level": str, "estimator": str, "n_evaluations": int, "full_value": float}
+    told = [name for name in ("empty_value", "empty_error") if answer[name] is not None]
+    for name, kind in (kinds | dict.fromkeys(told, float)).items():
+        if type(answer[name]) is not kind:
+            raise ValueError(f"`{name}` of `answer` is {answer[name]!r}")
+    part_of = _list_of(int, answer, "part_of")
+    if len(part_of) != n_columns or set(part_of) != set(range(1 + max(part_of))):
+        raise ValueError(f"`answer` is not about {n_columns} columns")
 
 
 def _list_of(kind: type, rest: Mapping[str, Any], name: str) -> Sequence[Any]:

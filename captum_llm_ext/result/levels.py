@@ -3,19 +3,16 @@
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from captum_llm_ext.text.inputs import Piece
+from captum_llm_ext.text.inputs import Level, Piece
 from captum_llm_ext.text.segment import segment, shorten
-
-if TYPE_CHECKING:
-    from captum_llm_ext.result.numbers import ResultNumbers
 
 _TEMPLATE = "template"
 _UNITS = ("paragraph", "sentence", "word")  # units that readers know, from coarse to fine
 
 
-def page_levels(result: "ResultNumbers") -> dict[str, Any]:
+def page_levels(result: Any) -> dict[str, Any]:
     """Levels, and standard errors of their sums, as a page gets them beside ``to_dict()``.
 
     Returns:
@@ -30,7 +27,7 @@ def page_levels(result: "ResultNumbers") -> dict[str, Any]:
     }
 
 
-def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[int]]:
+def prompt_level(result: Any, name: str) -> tuple[list[str], list[int]]:
     """One level of the prompt, by its name: the finest, or any that a page offers.
 
     Args:
@@ -54,27 +51,41 @@ def prompt_level(result: "ResultNumbers", name: str) -> tuple[list[str], list[in
     return levels[name]
 
 
-def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
+def prompt_levels(result: Any) -> list[dict[str, Any]]:
     """Levels above the features themselves, from coarse to fine, as in `page_levels`."""
-    known = [
-        {"name": level.name, "parts": level.parts, "part_of": level.part_of}
-        for level in result.levels
-    ]
     n = len(result.input_tokens)
-    unit = result.provenance.get("unit")
     # Results built from another package's numbers may have no coalitions.
     n_columns = result.masks.shape[1] if result.masks.ndim == 2 else n
     n_features = n_columns - len(result.output_features or ())
+    unit = result.provenance.get("unit")
+    return levels_of(result.levels, result.prompt_pieces, unit, n, n_features)
+
+
+def levels_of(
+    levels: Sequence[Level], pieces: Sequence[Piece], unit: str | None, n: int, n_features: int
+) -> list[dict[str, Any]]:
+    """Levels above the features of a prompt, from coarse to fine, as in `page_levels`.
+
+    Args:
+        levels: Those that the input has.
+        pieces: The prompt's text, with the column of each piece.
+        unit: Unit of the features.
+        n: Number of columns.
+        n_features: Number of features.
+    """
+    known = [
+        {"name": level.name, "parts": level.parts, "part_of": level.part_of} for level in levels
+    ]
     # If columns are copies of one feature's score, as in captum, sums would count it repeatedly.
     for name in () if 0 < n_features < n else _UNITS:
         if name == unit or any(level["name"] == name for level in known):
             continue
-        found = _parts(result.prompt_pieces, name)
-        part_of = _per_feature(result.prompt_pieces, found, n)
+        found = _parts(pieces, name)
+        part_of = _per_feature(pieces, found, n)
         if part_of is None or not _is_new(part_of, n, known):
             continue
         parts = [""] * (max(part_of) + 1)
-        for piece, part in zip(result.prompt_pieces, found, strict=True):
+        for piece, part in zip(pieces, found, strict=True):
             if piece.feature is not None and part is not None:
                 parts[part_of[piece.feature]] += piece.text
         known.append(
@@ -83,7 +94,19 @@ def prompt_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
     return sorted(known, key=lambda level: len(level["parts"]))
 
 
-def answer_levels(result: "ResultNumbers") -> list[dict[str, Any]]:
+def coarsest(levels: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The coarsest level with at least two parts, at which an answer is shown first.
+
+    Args:
+        levels: From coarse to fine, as in `page_levels`.
+
+    Returns:
+        One of them; None if that is the features themselves.
+    """
+    return next((level for level in levels if len(level["parts"]) > 1), None)
+
+
+def answer_levels(result: Any) -> list[dict[str, Any]]:
     """Per level, from coarse to fine, the part of each target token: runs of tokens.
 
     The levels are words, sentences and paragraphs, and the unit of the output's features.

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from captum_llm_ext.base.amounts import percent, plus_minus
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.result.about import absence, factor, is_in_nats
+from captum_llm_ext.result.answer import LEFT_OUT, SHAPLEY
 from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.reading import TOKEN, WORD, Blocks, Reading, adds_up, leading, quoted
-from captum_llm_ext.result.total import Share
-from captum_llm_ext.result.whole_answer import WholeAnswerShares, whole_answer_shares
 
 if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
@@ -24,7 +23,7 @@ _MOSTLY = 0.5
 # Share of full - empty that attributions may miss and still be called complete; chosen, not
 # measured.
 _ADDS_UP = 0.01
-_MOST_FOILS, _MOST_ENDS = 3, 3
+_MOST_FOILS = 3
 _ANSWER = 60
 _QUOTATION = re.compile("“([^”]*)”")
 _MEASURED = {
@@ -32,6 +31,14 @@ _MEASURED = {
     "model": "by having the model itself rewrite parts of the text",
     "corpus": "by putting other texts in the place of parts",
     "texts": "by putting given texts in the place of parts",
+}
+
+
+_INSTEAD = {
+    "deleted": "none does",
+    "model": "what the model itself would have written in its place does",
+    "corpus": "other texts in its place do",
+    "texts": "the given texts in its place do",
 }
 
 
@@ -58,16 +65,13 @@ def sentences(
         ]
     blocks = read.causes(start, stop, precise=True)
     is_whole = (start, stop) == (0, len(result.output_tokens))
-    end = whole_answer_shares(result, read.prompt.level) if is_whole else None
-    in_end = [] if end is None or not end.is_first else _in_the_end(result, end)
-    is_first = bool(in_end)
     parts = [
-        *in_end,
-        *_in_the_prompt(result, read, blocks, start, stop, is_second=is_first),
+        *_in_the_prompt(result, read, blocks, start, stop),
+        *(_of_the_whole(result, read) if is_whole else ()),
         *_in_the_answer(result, read, blocks, start, stop),
         *_without_the_first(result, read, blocks, start, stop),
         _measured(result),
-        *_certainty(result, read, blocks.prompt, start, stop, is_second=is_first),
+        *_certainty(result, read, blocks.prompt, start, stop),
     ]
     sentences = _quoted_once([sentence for sentence in parts if sentence], read.prompt.level)
     return list(map(_isolated, sentences))
@@ -118,42 +122,15 @@ def amount(cause: Cause, unit: str | None, per: int = 1) -> str:
     return text + (f" over {per} tokens" if per > 1 else "")
 
 
-def _in_the_end(result: "ResultNumbers", end: WholeAnswerShares) -> list[str]:
-    """Sentences on the total causes of an answer that follows mostly from its own words."""
-    subject = subject_of(result, 0, len(result.output_tokens))
-    causes = [
-        f"{_part_of_end(share, end)} ({percent(share.share, share.standard_error)})"
-        for share in end.listed[:_MOST_ENDS]
-    ]
-    if not causes:
-        return []
-    mostly = "mostly " if end.listed[0].share > _MOSTLY else ""
-    rest = f", then to {' and '.join(causes[1:])}" if len(causes) > 1 else ""
-    return [
-        f"Most of {subject} follows from its own words, which have {_percent(1 - end.directly)} of "
-        f"what led to its tokens: followed through these, it goes back {mostly}to "
-        f"{causes[0]}{rest}."
-    ]
-
-
-def _part_of_end(share: Share, end: WholeAnswerShares) -> str:
-    if share.is_output:
-        return f"{quoted(share.name)} in the answer itself, which nothing in particular led to"
-    name = share.name
-    return name if "“" in name else f"the {end.level} {quoted(name)}"
-
-
 def _in_the_prompt(
     result: "ResultNumbers",
     read: Reading,
     blocks: Blocks,
     start: int,
     stop: int,
-    *,
-    is_second: bool,
 ) -> list[str]:
     n_tokens, unit, level = stop - start, unit_of(result), read.prompt.level
-    subject = "it" if is_second else subject_of(result, start, stop)
+    subject = subject_of(result, start, stop)
     if not blocks.prompt:
         return [f"No part of the prompt changed anything about {subject}."]
     first = blocks.prompt[0]
@@ -180,11 +157,7 @@ def _in_the_prompt(
             is_contrast = result.provenance.get("attr_target") == "contrast" and against
             times = f", {factor(raising[0].attribution, of_odds=is_contrast)}"
         size = f"{amount(raising[0], unit, n_tokens)}{times}"
-        directly = "Directly, o" if is_second else "O"
-        text = (
-            f"{directly}f the prompt, {subject} rests {mostly} on "
-            f"{part_text(raising[0], level)} ({size})"
-        )
+        text = f"Of the prompt, {subject} rests {mostly} on {part_text(raising[0], level)} ({size})"
         if len(raising) > 1:
             text += f", then on {part_text(raising[1], level)} ({amount(raising[1], None)})"
         found.append(text + ".")
@@ -195,6 +168,25 @@ def _in_the_prompt(
             f"({amount(lowering[0], None if raising else unit)})."
         )
     return found
+
+
+def _of_the_whole(result: "ResultNumbers", read: Reading) -> list[str]:
+    """What the amounts of the whole answer's causes are parts of."""
+    whole, unit = read.whole, unit_of(result)
+    if whole is None or not math.isfinite(whole.gain):
+        return []
+    amount = f"{abs(whole.gain):,.1f}{plus_minus(whole.empty_error, 1)} {unit or ''}".strip()
+    is_more, instead = whole.gain > 0, _INSTEAD.get(absence(result), "nothing in its place does")
+    if is_in_nats(result):
+        likelier = "likelier" if is_more else "less likely"
+        gives = f"makes the answer, as it was written, {amount} {likelier}"
+    else:
+        gives = f"gives the answer, as it was written, {amount} {'more' if is_more else 'less'}"
+    text = f"The prompt as a whole {gives} than {instead}"
+    if whole.kind == SHAPLEY:
+        return [f"{text}; its parts share these."]
+    alone = "loses without that part alone" if whole.kind == LEFT_OUT else "gains by it alone"
+    return [f"{text}; each part’s number tells what it {alone}."]
 
 
 def _in_the_answer(
@@ -212,6 +204,8 @@ def _in_the_answer(
             f"Of the answer so far, {part_text(first, read.answer.level)} {verb} "
             f"({amount(first, unit)})."
         ]
+    if read.whole is not None and (start, stop) == (0, len(result.output_tokens)):
+        return []
     rows = slice(start, stop)
     whole = float(result.full_attr[rows].sum())
     prompt = float(result.full_attr[rows, : len(result.input_tokens)].sum())
@@ -290,8 +284,6 @@ def _certainty(
     causes: Sequence[Cause],
     start: int,
     stop: int,
-    *,
-    is_second: bool,
 ) -> list[str]:
     if not causes:
         return []
@@ -314,10 +306,7 @@ def _certainty(
         apart = abs(one.attribution) - abs(other.attribution)
         error = read.difference_error(start, stop, one, other)
         comparison = f"in size they differ by {apart:.2f}{plus_minus(error)}".replace("-", "−")
-        direct = "direct " * is_second
-        which = (
-            f"the first two {direct}causes" if other.is_marked else f"it and the next {direct}cause"
-        )
+        which = "the first two causes" if other.is_marked else "it and the next cause"
         if math.isnan(error):
             found.append(f"Which of {which} is the stronger cannot be told.")
         elif read.is_stronger(start, stop, one, other):

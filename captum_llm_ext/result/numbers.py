@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -11,6 +12,7 @@ from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.base.arguments import position_of
+from captum_llm_ext.result.answer import AnswerAttribution, answer_at_hand
 from captum_llm_ext.result.causes import Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.marks import marked_beyond
@@ -70,6 +72,7 @@ class ResultNumbers(LLMAttributionResult):
         foils: Tensor | None = None,
         foil_tokens: list[list[str]] | None = None,
         foil_values: Tensor | None = None,
+        answer: AnswerAttribution | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -100,6 +103,7 @@ class ResultNumbers(LLMAttributionResult):
         self.design = design
         self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
+        self.own_answer = answer
         # Cached, since it can take seconds.
         self._replicates: dict[tuple[int, int], Tensor | None] = {}
         self._moved: dict[tuple[int, int], Tensor | None] = {}
@@ -115,6 +119,15 @@ class ResultNumbers(LLMAttributionResult):
         """Standard errors of `full_attr`."""
         se = self.token_attr_se
         return se if self.output_attr_se is None else torch.cat([se, self.output_attr_se], dim=1)
+
+    @cached_property
+    def answer(self) -> AnswerAttribution | None:
+        """Attributions of the whole answer to the largest parts of the prompt.
+
+        None if there are too many parts for the evaluations, if values of tokens do not add up, or
+        for methods other than Shapley values and leave-one-out.
+        """
+        return self.own_answer or answer_at_hand(self)
 
     @property
     def fixed_attr(self) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.result.causes import Cause, joined_name
-from captum_llm_ext.result.levels import answer_levels, prompt_level, prompt_levels
+from captum_llm_ext.result.levels import answer_levels, coarsest, prompt_level, prompt_levels
 from captum_llm_ext.result.refit import jackknife_error
 from captum_llm_ext.result.token_names import is_fragmented, numbered_where_alike
 from captum_llm_ext.text.segment import shorten
@@ -86,6 +86,7 @@ class Reading:
     Attributes:
         prompt, answer: Parts of each side.
         rows: The parts of the answer, in order.
+        whole: Attributions of the whole answer at the prompt's level, if there are any.
 
     Raises:
         ValueError: If there is no such level or unit.
@@ -101,6 +102,8 @@ class Reading:
         self.prompt = _prompt_parts(result, level or first_level(result))
         self.rows = _rows(result, unit or row_unit(result))
         self.answer = _answer_parts(result, unit or row_unit(result), self.rows)
+        found = result.answer
+        self.whole = None if found is None or found.level != self.prompt.level else found
 
     def causes(self, start: int, stop: int, *, precise: bool = False) -> Blocks:
         """The causes of some target tokens.
@@ -110,6 +113,10 @@ class Reading:
             precise: Whether standard errors of sums are computed by a jackknife, which takes tenths
                 of a second. Otherwise errors of tokens are summed, which is an upper bound, and
                 columns of a part count as independent.
+
+        Returns:
+            Of the whole answer, the prompt's attributions are those of `whole` where known; all
+            others are sums over tokens of what led to each directly.
         """
         prompt, answer = (
             self._block(parts, start, stop, precise) for parts in (self.prompt, self.answer)
@@ -118,8 +125,13 @@ class Reading:
 
     def _block(self, parts: Parts, start: int, stop: int, precise: bool) -> list[Cause]:
         result = self._result
-        values = _by_part(result.full_attr[start:stop].sum(0), parts)
-        errors = self._errors(parts, start, stop, precise)
+        whole = self.whole if parts is self.prompt and self._is_whole(start, stop) else None
+        if whole is None:
+            values = _by_part(result.full_attr[start:stop].sum(0), parts)
+            errors = self._errors(parts, start, stop, precise)
+        else:
+            of = [whole.part_of[parts.part_of.index(i)] for i in range(len(parts.names))]
+            values, errors = whole.attributions[of], whole.standard_errors[of]
         own = self._own_parts(parts, start, stop)
         order = values.abs().argsort(descending=True, stable=True).tolist()
         floor = result.noise_floor
@@ -141,9 +153,12 @@ class Reading:
 
     def _own_parts(self, parts: Parts, start: int, stop: int) -> set[int]:
         """Indices of the answer's parts within the span itself."""
-        if parts is not self.answer or (start, stop) == (0, len(self._result.output_tokens)):
+        if parts is not self.answer or self._is_whole(start, stop):
             return set()
         return {i for i, row in enumerate(self.rows) if start <= row.start and row.stop <= stop}
+
+    def _is_whole(self, start: int, stop: int) -> bool:
+        return (start, stop) == (0, len(self._result.output_tokens))
 
     def _errors(self, parts: Parts, start: int, stop: int, precise: bool) -> Tensor:
         errors = self._result.full_attr_se[start:stop]
@@ -164,7 +179,8 @@ class Reading:
         """
         if not one.standard_error + other.standard_error > 0:
             return one.standard_error + other.standard_error
-        replicates = self.replicates(start, stop)
+        is_apart = self.whole is not None and self._is_whole(start, stop)
+        replicates = None if is_apart else self.replicates(start, stop)
         if replicates is None:
             return one.standard_error + other.standard_error
         values: list[Tensor] = []
@@ -179,14 +195,6 @@ class Reading:
         """Whether one cause is larger in magnitude, at 95 % confidence."""
         apart = abs(one.attribution) - abs(other.attribution)
         return apart > CERTAIN * self.difference_error(start, stop, one, other)  # false for NaN
-
-    def tells_the_first(self) -> bool:
-        """Whether the part of the prompt that contributed most to the whole answer is certain."""
-        n = len(self._result.output_tokens)
-        first = leading(self.causes(0, n, precise=True).prompt)
-        if not first or not first[0].is_marked:
-            return False
-        return len(first) < 2 or self.is_stronger(0, n, *first)
 
     def replicates(self, start: int, stop: int) -> Tensor | None:
         """Jackknife replicates of a span's attributions, ``(n_replicates, n_columns)``."""
@@ -214,10 +222,8 @@ def leading(causes: Sequence[Cause]) -> list[Cause]:
 
 def first_level(result: "ResultNumbers") -> str:
     """The coarsest level with at least two parts, at which an answer is shown first."""
-    for level in prompt_levels(result):
-        if len(level["parts"]) > 1:
-            return level["name"]
-    return finest_level(result)
+    level = coarsest(prompt_levels(result))
+    return finest_level(result) if level is None else level["name"]
 
 
 def finest_level(result: "ResultNumbers") -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.base import terminal
+from captum_llm_ext.result.answer import kind_of
 from captum_llm_ext.result.causes import (
     Cause,
     SpanAttribution,
@@ -71,6 +72,8 @@ class GenerationAttributionResult(ExportedResult):
         foil_tokens: Their printable names, a list per target token.
         foil_values: Log-probability of all foils of a token together in each coalition, ``(C, T)``
             (0 if it has none): contrast plus this is the token's log-probability.
+        answer: Attributions of the whole answer, held as it is, to the largest parts of the prompt:
+            see `AnswerAttribution`; None if there are none.
         provenance: Versions, model, method, seed, budget: what is needed to reproduce it.
     """
 
@@ -229,6 +232,9 @@ class GenerationAttributionResult(ExportedResult):
             | {"refitted_from": [self.provenance["method"], self.provenance["attr_target"]]},
         }
         same: dict[str, Any] = {name: getattr(self, name) for name in _SAME}
+        if self.own_answer is not None and attr_target == self.provenance["attr_target"]:
+            is_same = kind_of(evidence.design.solved) in (None, self.own_answer.kind)
+            same["answer"] = self.own_answer if is_same or method is None else None
         return GenerationAttributionResult(**same | other)
 
     def why(self, token: int | str, k: int = 5) -> list[Cause]:

@@ -5,13 +5,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.terminal import columns, one_line, shortened
 from captum_llm_ext.result.about import header
-from captum_llm_ext.result.causes import Cause
+from captum_llm_ext.result.causes import Cause, unit_of
 from captum_llm_ext.result.foils import list_foils
 from captum_llm_ext.result.reading import Reading, adds_up, finest_level
-from captum_llm_ext.result.whole_answer import whole_answer_shares
 from captum_llm_ext.text.segment import shorten
 
 if TYPE_CHECKING:
@@ -30,7 +28,7 @@ _LEAST_ROOM = 20  # minimum width for causes, even if lines exceed the terminal;
 _ROOM_FOR_TWO = 50  # width below which a line shows only the stronger block; chosen
 _LEAST_SHOWN = 0.005  # smaller attributions are shown as 0
 _NOTHING = "nothing in particular"
-_WHOLE = "whole answer"
+_WHOLE, _DIRECT = "whole answer", "whole answer, direct effects"
 _TELLING = 0.01  # attributions below this share of their block's largest are left out; chosen
 
 
@@ -47,7 +45,7 @@ def table(
     show = paint or _plain
     read = Reading(result, finest_level(result), unit)
     lines = _wrapped([" · ".join(header(result))], width)
-    lines += _wrapped(summary_lines(result, k, show if width is None else _plain), width)
+    lines += _wrapped([summary_line(result, k, show if width is None else _plain)], width)
     if result.output_features and len(read.rows) > 1:
         heading = (
             f"{read.answer.level}{_ARROW}in the prompt{_BETWEEN}{_SO_FAR}in the answer before it"
@@ -72,30 +70,26 @@ def table(
     return "\n".join([*lines, *_wrapped(_remarks(result), width)])
 
 
-def summary_lines(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> list[str]:
+def summary_line(result: "ResultNumbers", k: int = 3, show: "Paint | None" = None) -> str:
     """``whole answer  ←  paragraph 4 “Lake Baikal…” +13.64 ± 0.42, …`` by the largest parts.
 
-    If direct effects do not show which part contributed most, the total causes come first. Empty if
-    values of tokens do not add up.
+    If the whole answer was not attributed by itself, these are sums of direct effects on its
+    tokens. Empty if values of tokens do not add up.
     """
     if not adds_up(result):
-        return []
-    paint = show or _plain
-    directly = _ARROW + _directly(result, k, paint)
-    end = whole_answer_shares(result)
-    if end is None or not end.is_first:
-        return [_WHOLE + directly]
-    shares = ", ".join(paint(str(share), "size") for share in end.listed[:k])
-    through = f"  ⇐  {shares or _NOTHING}"
-    why = f"(⇐ through the answer’s own words, which have {_percent(1 - end.directly)} of what led "
-    why += "to its tokens)"
-    return [_WHOLE + through, f"{'directly':>{len(_WHOLE)}}{directly}", why]
+        return ""
+    causes = _ARROW + _of_answer(result, k, show or _plain)
+    if result.answer is None:
+        return (_DIRECT if result.output_features else _WHOLE) + causes
+    told = result.answer.told(unit_of(result))
+    return _WHOLE + causes + (f"  ({told})" if told else "")
 
 
-def _directly(result: "ResultNumbers", k: int, show: "Paint") -> str:
+def _of_answer(result: "ResultNumbers", k: int, show: "Paint") -> str:
     read = Reading(result)
     causes = read.causes(0, len(result.output_tokens), precise=True).prompt
-    shown = [cause for cause in causes if _is_shown(cause)][:k]
+    told = [cause for cause in causes if abs(cause.attribution) >= _LEAST_SHOWN]
+    shown = [cause for cause in told if _is_shown(cause)][:k]
     line = ", ".join(_painted(cause, cause.describe(), show) for cause in shown)
     return line or "nothing of the prompt in particular"
 
@@ -267,10 +261,6 @@ def _more(result: "ResultNumbers") -> str:
     """What would split more groups."""
     is_search = result.design is not None and result.design.solved == "hierarchical search"
     return "give a smaller `share`" if is_search else "give more `n_samples`"
-
-
-def _percent(share: float) -> str:
-    return percent(share)
 
 
 def _plain(text: str, _: str) -> str:

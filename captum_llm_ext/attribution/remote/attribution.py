@@ -56,6 +56,7 @@ from captum_llm_ext.remote.similarities import Similar
 from captum_llm_ext.remote.stepwise import TopK, reports_any_token
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
+from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.inputs import Prompt
 from captum_llm_ext.text.plain_tokenizer import OpenVocabulary, PlainTokenizer
@@ -209,6 +210,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         self._rung: RungName | None = rung
         self._chosen: ChosenRung | None = None
         self._counter: Counter | None = None
+        self._may_be_forced = True
 
     def attribute(  # captum's arguments in captum's order, then keyword-only ones
         self,
@@ -381,6 +383,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         counter = Counter()
         counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
         counting.attr_target = cast(Any, "frequency")
+        counting._may_be_forced = "forced" in self._choice.names
         ids = [vocabulary.token(target or "answer")]
         arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol", "stop")}
         super(RemoteGenerationAttribution, counting).attribute(
@@ -456,6 +459,14 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         ids = [chosen.tokenizer.token(text) for text in texts]
         return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
+    def _answer(
+        self, game: Game, outcome: Outcome, max_evaluations: int | None
+    ) -> AnswerAttribution | None:
+        # Other rungs pay several requests for a coalition, and know errors of features alone.
+        if self._chosen is not None or not self._may_be_forced:
+            return None
+        return super()._answer(game, outcome, max_evaluations)
+
     def _result(
         self,
         inp: InterpretableInput,
@@ -463,14 +474,15 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         outcome: Outcome,
         joint: Tensor | None,
         generation: Generation | None,
+        answer: AnswerAttribution | None,
     ) -> GenerationAttributionResult:
         if self._chosen is None:
-            result = super()._result(inp, game, outcome, joint, generation)
-            if self._counter is not None:
-                return result
             scorer = cast(RemoteScorer, game.run.scorer)
-            result.provenance["doubts"] = self._warned(scorer.drift())
-            note_bounds(result, scorer.bounds(len(outcome.plan.masks)), outcome, joint)
+            doubts = self._warned(scorer.drift() if self._counter is None else [])
+            result = super()._result(inp, game, outcome, joint, generation, answer)
+            result.provenance["doubts"] = doubts
+            if self._counter is None:
+                note_bounds(result, scorer.bounds(len(outcome.plan.masks)), outcome, joint)
             return result
         scorer = self._chosen.scorer
         scorer.only_first(len(outcome.plan.masks))
@@ -496,7 +508,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
                 outcome = replace(outcome, solution=solution)
             if ends is not None:
                 reported["token_attr_interval"] = finite(torch.stack(ends))
-        result = super()._result(inp, game, outcome, joint, generation)
+        result = super()._result(inp, game, outcome, joint, generation, answer)
         result.provenance.update(reported)
         return result
 

@@ -20,7 +20,7 @@ from importlib import resources
 from itertools import pairwise
 from typing import Any
 
-from captum_llm_ext.base.amounts import percent, plus_minus
+from captum_llm_ext.base.amounts import plus_minus
 from captum_llm_ext.base.terminal import shortened
 from captum_llm_ext.result.page.changes import change_sentences
 from captum_llm_ext.result.page.provenance import provenance_rows
@@ -46,11 +46,10 @@ _SCRIPTS = ("model", "through", "words", "text", "links", "panel", "map", "page"
 _LEAST = 0.01
 _UNKNOWN = ", estimates of unknown error: nothing tells a cause from noise"
 # Written as HTML, not kept as data.
-_TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "in_the_end", "column_features")
+_TOLD_IN_TEXT = ("causes", "summary", "labels", "errors_unknown", "column_features")
 _USED = ("unit", "noise_floor")  # parts of the provenance that scripts use
-# Number of listed shares of the whole answer, and the smallest; chosen, not measured.
-_MOST_SHARES, _LEAST_SHARE = 3, 0.05
 _SINGLE = 1.96  # standard errors at which a single value is significant
+_WHOLE = "whole answer"
 _LONGEST_HEADING = 60  # characters; chosen, not measured
 _PLAIN_ROWS = 500  # tokens listed if scripts are disabled; chosen, not measured
 
@@ -76,14 +75,13 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
             ``about``, ``narrative``, ``summary``, ``causes`` and ``marked_beyond`` are the
             descriptions of ``to_dict()``; ``around`` has per column of a side (``prompt``,
             ``output``) the rest of the word that it is a fragment of, before and after;
+            ``answer`` has the whole answer's attributions to the largest parts;
             ``answer_unit`` is the level at which the answer is shown first. ``total`` has, per
             level of the prompt, the edges of chains as from `TotalAttribution.links` and ``errors``
-            of shares as from `share_errors`; ``in_the_end`` has total shares of the whole answer by
-            the largest parts, and whether they come ``first``. ``counterfactuals`` are from
-            `Counterfactual.to_dict`, ``column_features`` has the feature index of each prompt
-            column, which they refer to. ``prompt_layout`` may say ``"text"`` (the pieces are
-            running text) or ``"list"`` (separate names); by default names that would run together
-            are separated.
+            of shares as from `share_errors`. ``counterfactuals`` are from `Counterfactual.to_dict`,
+            ``column_features`` has the feature index of each prompt column, which they refer to.
+            ``prompt_layout`` may say ``"text"`` (the pieces are running text) or ``"list"``
+            (separate names); by default names that would run together are separated.
         title: Heading of the page; by default the generated text.
 
     Returns:
@@ -96,7 +94,6 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
     _check(data)
     shown = {"prompt_layout": _layout(data["prompt"]), **data, "noted": provenance_rows(data)}
     shown["counterfactuals"] = change_sentences(data)
-    shown["first_effect"] = "through" if _is_through_first(data) else "direct"
     shown["provenance"] = {name: data.get("provenance", {}).get(name) for name in _USED}
     kept = {name: value for name, value in shown.items() if name not in _TOLD_IN_TEXT}
     style, script = _asset("page.css"), _script()
@@ -107,7 +104,7 @@ def page(data: Mapping[str, Any], *, title: str | None = None) -> str:
         title=_escaped(heading),
         heading=_escaped(heading),
         about=_escaped(" · ".join(data.get("about") or ())),
-        summary=_first_lines(shown),
+        summary=_summary(shown),
         plain=_plain(shown),
         style=style,
         script=script,
@@ -130,7 +127,7 @@ def fragment(data: Mapping[str, Any], text: str = "") -> str:
     """
     details = ""
     if text:
-        lines = _first_lines(data) or "<p>The attributions as text</p>"
+        lines = _summary(data) or "<p>The attributions as text</p>"
         shown = re.sub(r"</?p[^>]*>", " ", lines.replace("</p>", "<br>", lines.count("</p>") - 1))
         details = f"<details><summary>{shown}</summary><pre>{_escaped(text)}</pre></details>"
     return (
@@ -169,19 +166,7 @@ def _heading(output: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     return f"What made the model write “{shortened(answer, _LONGEST_HEADING)}”"
 
 
-def _first_lines(data: Mapping[str, Any]) -> str:
-    """Causes of the whole answer: total ones as well if direct effects do not show the first."""
-    if not _is_through_first(data):
-        return _summary(data)
-    whole = "whole answer, through its own words"
-    return _total(data, whole) + _summary(data, "directly")
-
-
-def _is_through_first(data: Mapping[str, Any]) -> bool:
-    return bool(data.get("total")) and bool((data.get("in_the_end") or {}).get("first"))
-
-
-def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
+def _summary(data: Mapping[str, Any]) -> str:
     """One line on the causes of the whole answer, by the largest parts of the prompt."""
     found = data.get("summary")
     if not found:
@@ -189,23 +174,12 @@ def _summary(data: Mapping[str, Any], name: str = "whole answer") -> str:
     is_sized = bool(data.get("is_unsigned"))
     causes = [_cause(cause, is_sized) for cause in found["prompt"] if _is_marked(cause)]
     listed = ", ".join(causes) or "nothing of the prompt in particular"
-    return f'<p id="summary"><b>{name}</b> ← {listed}</p>'
-
-
-def _total(data: Mapping[str, Any], name: str) -> str:
-    """One line on the total shares of the whole answer."""
-    listed = (data.get("in_the_end") or {}).get("shares") or ()
-    shares = [
-        f'<span class="cause size"><bdi>{_escaped(one["name"])}</bdi> <b>{_share(one)}</b></span>'
-        for one in listed[:_MOST_SHARES]
-        if one["share"] >= _LEAST_SHARE
-        and not one["share"] < _SINGLE * (one["standard_error"] or 0)
-    ]
-    return f'<p id="total"><b>{name}</b> ← {", ".join(shares)}</p>' if shares else ""
-
-
-def _share(one: Mapping[str, Any]) -> str:
-    return _escaped(percent(one["share"], one["standard_error"], "\u00a0"))
+    answer, name = data.get("answer"), _WHOLE
+    if not answer and data["output_features"]:
+        name += ", direct effects"
+    told = answer["told"] if answer else ""
+    of = f' <span class="of">({_escaped(told)})</span>' if told else ""
+    return f'<p id="summary"><b>{name}</b> ← {listed}{of}</p>'
 
 
 def _is_marked(cause: Mapping[str, Any]) -> bool:

@@ -52,11 +52,20 @@ _VALUES = {"log_prob": "log-probability", "prob": "probability", "True": "yes", 
 def provenance_rows(data: Mapping[str, Any]) -> list[list[str]]:
     """Pairs of a name and a value, in display order."""
     entries = {name: data[name] for name in _FIRST if name in data}
+    if (answer := data.get("answer")) is not None:
+        entries["whole_answer"] = _of_answer(answer)
     entries |= {
         name: value for name, value in data.get("provenance", {}).items() if name not in _LONG
     }
     rows = [(name, _spelled(value)) for name, value in entries.items()]
     return [[_NAMES.get(name, name.replace("_", " ")), text] for name, text in rows if text]
+
+
+def _of_answer(answer: Mapping[str, Any]) -> str:
+    """How the whole answer's attributions were computed."""
+    n = answer["n_evaluations"]
+    of = "these evaluations" if not n else f"{n:,} evaluation{'s' * (n != 1)} more, counted above"
+    return f"held as it is; by {answer['level']}, {answer['estimator']}, from {of}"
 
 
 def _spelled(value: Any) -> str:

@@ -13,7 +13,7 @@ const nTarget = data.output_tokens.length, nPrompt = data.input_tokens.length;
 const nOutput = data.output_features ? data.output_features.length : 0;
 const MATRICES = ["token_attr", "token_attr_se", "output_attr", "output_attr_se"];
 /* Fields that depend on the explained value: a result may hold two, and the page switches between them. */
-const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about", "total"];
+const NUMBERS = [...MATRICES, "attr_target", "full_values", "empty_values", "sums", "noise_floor", "marked_beyond", "about", "total", "answer"];
 data.noise_floor ??= (data.provenance || {}).noise_floor ?? null;
 const readings = [data, data.other].filter(Boolean).map((told) => {
   const numbers = Object.fromEntries(NUMBERS.map((name) => [name, told[name] ?? null]));
@@ -151,11 +151,26 @@ function readKnownErrors() {
   }
 }
 readKnownErrors();
+/* The whole answer, held as it is, is known by itself at one level of the prompt. */
+const wholeAt = (level, from, to) => (data.answer && level.side === "prompt" && level.name === data.answer.level && from === 0 && to === nTarget ? data.answer : null);
+function wholeSeries(level, answer) {
+  const value = new Float64Array(level.names.length), error = new Float64Array(level.names.length);
+  for (const part of answer.parts) {
+    for (const column of part.columns) {
+      const i = level.partOf[column];
+      value[i] = part.attribution;
+      error[i] = known(part.standard_error);
+    }
+  }
+  return { value, error, count: nTarget };
+}
 const told = (level, from, to) => knownErrors.get(sumKey(level.side, level.key, from, to));
 /* Sums whose terms may be dependent, although their errors are added in quadrature. */
-const guessed = (level, from, to) => (told(level, from, to) ? [] : [to - from > 1 ? "tokens" : "", level.key ? "parts" : ""].filter(Boolean));
+const guessed = (level, from, to) => (told(level, from, to) || wholeAt(level, from, to) ? [] : [to - from > 1 ? "tokens" : "", level.key ? "parts" : ""].filter(Boolean));
 
 function sumRows(level, from, to) {
+  const whole = wholeAt(level, from, to);
+  if (whole) return wholeSeries(level, whole);
   const { attr, se } = level, width = level.names.length;
   const value = new Float64Array(width), error = new Float64Array(width).fill(se ? 0 : NaN);
   for (let t = from; t < to; t++) {

@@ -308,7 +308,7 @@ offerLevels("answer", answerLevels);
 offer(at("values"), "value", readings.map((reading, i) => [nameOfValue(reading.attr_target), i]), 0);
 at("blocks").hidden = !nOutput || nTarget < 2;
 at("narrative").textContent = (data.narrative || []).join(" ");
-setEffect(data.total && data.first_effect === "through" ? "through" : "direct");
+setEffect("direct");
 render();
 /* A long prompt is scrolled to its strongest part. */
 function showStrongest() {

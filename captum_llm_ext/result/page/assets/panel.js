@@ -37,8 +37,22 @@ function routeList(view) {
   return [make("h2", "", "Strongest chains"), list];
 }
 
+/* From the answer after none of the prompt to the answer after all of it. */
+function bridgeOfWhole(view, { empty_value: empty, full_value: full }) {
+  if (![empty, full].every(Number.isFinite)) return [];
+  const span = [Math.min(empty, full), Math.max(empty, full)];
+  return [
+    make("h2", "", "The answer, held as it is" + (unit ? ", " + unit : "")),
+    step("no prompt", empty, empty, span, "point", share(empty, view)),
+    step("prompt", empty, full, span),
+    step("whole prompt", full, full, span, "point", share(full, view)),
+  ];
+}
+
 function bridge(view) {
   if (isThrough()) return routeList(view);
+  const whole = wholeAt(prompt, view.from, view.to);
+  if (whole) return bridgeOfWhole(view, whole);
   const empty = total(data.empty_values, view.from, view.to);
   const full = total(data.full_values, view.from, view.to);
   const byPrompt = empty + sum(view.prompt.value);
@@ -166,7 +180,7 @@ function notesOnShares(view, shares) {
   const hasKnownErrors = shares.some(({ hasUnknownError }) => !hasUnknownError), isUncertain = shares.some(({ error }) => error.some((x) => !(x === 0)));
   const left = [[negative, "for lowering"], [uncertain, "as perhaps noise"]].filter(([share]) => share >= 0.005).map(([share, why]) => percentOf(share) + " " + why);
   return [make("span", "", "Shares of all that led to it, followed back through the answer’s own words to where each chain begins; they sum to 100 %, in rounding. They are no amounts: how far a token would move is another question."
-    + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, direct effects tell better where they tell it." : "")
+    + (isWhole(view) ? " What nudged the first words counts in all that follows from them: which part an answer came from, “direct” tells." : "")
     + (left.length ? " Left out of the attributions: " + left.join(", ") + "." : "")
     + (!hasKnownErrors ? " Of tokens together that are no part of the answer, no error is told." : isUncertain ? " ± is one standard error; a share that could be noise is pale." : ""))];
 }
@@ -176,6 +190,7 @@ function notesOn(view) {
   const notes = [], rows = view.kind === "rows";
   if (rows && !nOutput) notes.push("The answer before each token was held fixed: only the prompt is a cause. That asks which part of it the answer came from; without output_unit=None, words of the answer are causes as well.");
   if (isWhole(view) && nOutput) notes.push("Earlier words of the answer are causes, too: this tells which word led to the next. To ask of the prompt alone, which passage it came from, hold the answer fixed: output_unit=None, or --output-unit none.");
+  if (isWhole(view) && nOutput && data.answer) notes.push("By " + data.answer.level + " of the prompt, what is attributed is the whole answer, held as it is. All else adds up what led to each token directly, with earlier words of the answer as causes beside it.");
   if (view.guessed.size && hasErrors) notes.push("± is approximate here: the errors of the " + [...view.guessed].join(" and of the ") + " that are added up are taken as independent, which they are not.");
   if (rows && view.to - view.from > 1 && data.attr_target === "prob") notes.push("A sum of the tokens' probabilities, not the probability of all of them.");
   if (data.attr_target === "contrast") notes.push("A contrast: the log-probability of a token less that of its foils together, what it might have been instead. A token without any, such as one that goes on a word, is worth its log-probability.");
@@ -198,7 +213,9 @@ function captionOf(view, side, rows) {
   if (isThrough()) return side === "prompt" ? "In the end, by " + prompt.name + " of the prompt" : "Begins in the answer itself, by " + answer.name;
   const areAllUnknown = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
   const where = side === "prompt" ? "In the prompt, by " + prompt.name : "In the answer so far, by " + answer.name;
-  return where + (areAllUnknown ? ": largest estimates, of unknown error" : "");
+  const whole = isWhole(view) && nOutput && data.answer, isIt = whole && wholeAt(prompt, view.from, view.to);
+  if (isIt && side === "prompt" && data.answer.shownValue) return where + ": " + data.answer.shownValue;
+  return where + (whole && (side === "answer" || !isIt) ? ", direct effects" : "") + (areAllUnknown ? ": largest estimates, of unknown error" : "");
 }
 
 /* Counterfactuals of the selected tokens. */
@@ -236,7 +253,8 @@ function drawPanel(view, isKept) {
   at("route").hidden = !at("route").textContent;
   if (rows || isThrough()) at("bridge").replaceChildren(...bridge(view));
   else {
-    const all = sum(view.tokens.value);
+    const whole = !isThrough() && wholeAt(prompt, 0, nTarget);
+    const all = whole ? wholeSeries(prompt, whole).value[view.index] : sum(view.tokens.value);
     at("bridge").replaceChildren(make("p", "", withUnit(signed(all, Math.max(peak(view.tokens.value), Math.abs(all)))) + " over the whole answer"));
   }
   const tables = { prompt: rows ? causesIn(view, "prompt") : [], answer: rows ? causesIn(view, "answer") : whereItMattered(view) };
@@ -267,11 +285,12 @@ function describeRows(view) {
     return tokensText(view) + ": " + shareText(first.series, first.i) + " of what led to it in the end "
       + (first.side === "prompt" ? "is " + promptPart(first.i) : "begins with " + quoted(nameOf("answer", first.i), 24) + " in the answer");
   }
-  const full = total(data.full_values, view.from, view.to), empty = total(data.empty_values, view.from, view.to);
+  const whole = wholeAt(prompt, view.from, view.to), isKnown = whole && Number.isFinite(known(whole.empty_value));
+  const full = total(data.full_values, view.from, view.to), empty = isKnown ? whole.empty_value : total(data.empty_values, view.from, view.to);
   const most = Math.max(Math.abs(full), Math.abs(empty)), name = tokensText(view);
   if (!Number.isFinite(most)) return name;
   const shownValue = (x) => withUnit(plain(x, most)) + (share(x, view) ? " (" + share(x, view) + ")" : "");
-  return name + ratherThan(view) + ": " + shownValue(full) + "; " + shownValue(empty) + " with nothing given";
+  return name + ratherThan(view) + ": " + shownValue(full) + "; " + shownValue(empty) + (isKnown ? " without the prompt" : " with nothing given");
 }
 
 function describeColumn(view) {
