@@ -73,10 +73,10 @@ class LLM:
     """vLLM's ``LLM``: places that were not computed have no log-probabilities of their own."""
 
     model: Any
-    asked: _Model = field(init=False)
+    recorded: _Model = field(init=False)
 
     def __post_init__(self) -> None:
-        self.continuation_ids = _Model(self.model)
+        self.recorded = _Model(self.model)
         config = SimpleNamespace(model="tiny", max_model_len=512)
         self.llm_engine = SimpleNamespace(model_config=config)
 
@@ -85,14 +85,14 @@ class LLM:
 
     def generate(self, prompts: Any, how: SamplingParams, use_tqdm: bool) -> list[Any]:
         assert not use_tqdm
-        self.continuation_ids.n_calls += 1
+        self.recorded.n_calls += 1
         return [self._answer(prompt["prompt_token_ids"], how) for prompt in prompts]
 
     def _answer(self, ids: list[int], how: SamplingParams) -> Any:
         skips = how.skip_reading_prefix_cache
         skips = how.prompt_logprobs is not None if skips is None else skips
-        n = 0 if skips else self.continuation_ids.cached(ids, len(ids) - 1)
-        told = self.continuation_ids.log_probs(ids)
+        n = 0 if skips else self.recorded.cached(ids, len(ids) - 1)
+        told = self.recorded.log_probs(ids)
         entries: list[Any] = [None]
         for i in range(1, len(ids)):
             own = _top(told[i - 1], ids[i], how.prompt_logprobs or 0)
@@ -103,7 +103,7 @@ class LLM:
             entries.append({k: SimpleNamespace(logprob=v) for k, v in own.items()})
         outputs = []
         for _ in range(how.n):
-            wrote = self.continuation_ids.written(ids, how.max_tokens, how.temperature)
+            wrote = self.recorded.written(ids, how.max_tokens, how.temperature)
             tops = [_top(at, token, how.logprobs or 0) for token, at in wrote]
             outputs.append(
                 SimpleNamespace(
@@ -122,10 +122,10 @@ class Engine:
     """SGLang's ``Engine``: nothing is reused from where log-probabilities begin."""
 
     model: Any
-    asked: _Model = field(init=False)
+    recorded: _Model = field(init=False)
 
     def __post_init__(self) -> None:
-        self.asked = _Model(self.model)
+        self.recorded = _Model(self.model)
         # What it reads from the model's configuration, with ``context_length`` left to it.
         self.tokenizer_manager = SimpleNamespace(context_len=512)
         self.server_args = SimpleNamespace(model_path="tiny", context_length=None)
@@ -141,7 +141,7 @@ class Engine:
     ) -> list[Any]:
         assert prompt is None
         assert return_logprob
-        self.continuation_ids.n_calls += 1
+        self.recorded.n_calls += 1
         starts = logprob_start_len or [len(ids) - 1 for ids in input_ids]
         return [
             self._answer(ids, start, top_logprobs_num, sampling_params)
@@ -149,13 +149,13 @@ class Engine:
         ]
 
     def _answer(self, ids: list[int], start: int, k: int, how: dict[str, Any]) -> dict[str, Any]:
-        self.continuation_ids.cached(ids, start)
-        told = self.continuation_ids.log_probs(ids)
+        self.recorded.cached(ids, start)
+        told = self.recorded.log_probs(ids)
         # Its ids of tokens at the vocabulary's end are clipped, as those of images are.
         shown = [i if i < told.shape[-1] - 1 else 0 for i in ids]
         values = [None, *(float(told[i - 1, ids[i]]) for i in range(start + 1, len(ids)))]
         tops: list[Any] = [None, *(_likeliest(told[i - 1], k) for i in range(start + 1, len(ids)))]
-        wrote = self.continuation_ids.written(ids, how["max_new_tokens"], how["temperature"])
+        wrote = self.recorded.written(ids, how["max_new_tokens"], how["temperature"])
         about = {
             "input_token_logprobs": [
                 (v, i, None) for v, i in zip(values, shown[start:], strict=True)

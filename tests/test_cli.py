@@ -274,7 +274,7 @@ def test_colours_follow_terminal_and_environment(saved, capsys, monkeypatch):
     plain = shown()
     assert "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "4000")
     coloured = shown()
     assert "\x1b[94m" in coloured  # raises
     assert "\x1b[91m" in coloured  # lowers

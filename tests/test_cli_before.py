@@ -20,6 +20,7 @@ from captum_llm_ext import (
     TextSegmentInput,
     load_demo,
 )
+from captum_llm_ext.attribution.quotient import most_evaluations
 from captum_llm_ext.cli import main
 from captum_llm_ext.cli.progress import RunProgress
 from captum_llm_ext.cli.wording import in_options
@@ -123,13 +124,16 @@ def test_estimates_of_cheaper_options_are_accurate(capsys, tmp_path, options):
         kind, _, rest = line.partition(": ")
         if kind == "estimate":
             told[""] = int(rest.split()[0])
+            assert f"at most {most_evaluations(told[''])} for the whole answer" in rest
         elif kind == "cheaper":
             way, _, numbers = rest.partition(": ")
             told[way] = int(numbers.split(",")[0])
     path = str(tmp_path / "r.safetensors")
     assert main([*short, "--quiet", *options, "--save", path]) == 0
-    found = GenerationAttributionResult.load(path).n_evaluations
-    assert told[" ".join(options)] == pytest.approx(found, rel=0.2)
+    found = GenerationAttributionResult.load(path)
+    more, own = found.answer.n_evaluations, told[" ".join(options)]
+    assert own == pytest.approx(found.n_evaluations - more, rel=0.2)
+    assert more <= most_evaluations(1.2 * own)
 
 
 def test_value_dependent_cost_is_estimated_as_open(capsys):
@@ -253,9 +257,10 @@ def test_level_option_sums_causes(facts, capsys, tmp_path):
     assert main([*DEMO, *more, "--unit", "word", "--level", "passage", "--save", saved]) == 0
     shown = capsys.readouterr().out
     result = GenerationAttributionResult.load(saved)
-    names, sums = result.at_level("passage")
+    names, _ = result.at_level("passage")
     assert names == ["ann.txt", "bob.txt", "question"]
-    for name, value in zip(names, sums.sum(0).tolist(), strict=True):
+    assert result.answer.level == "passage"
+    for name, value in zip(names, result.answer.attributions.tolist(), strict=True):
         assert any(name in line and f"{value:+.2f}" in line for line in shown.splitlines())
     assert main(["show", saved, "--level", "turn"]) == 0  # there are none: the table is not lost
     told = capsys.readouterr()
@@ -484,7 +489,8 @@ def test_show_reports_missing_counterfactuals(capsys, tmp_path):
 
 @pytest.mark.parametrize(("n_tokens", "is_cut"), [(1, False), (1, True), (2, False)])
 def test_empty_answer_is_reported(capsys, n_tokens, is_cut):
-    quiet = {"is_dry": False, "is_quiet": True, "is_open": False, "uses_proposals": False}
+    quiet = {"is_dry": False, "is_quiet": True, "is_open": False}
+    quiet |= {"uses_proposals": False, "attributes_answer": False}
     RunProgress(None, **quiet, cheaper=lambda _: ()).answered("</s>", n_tokens, is_cut)
     is_empty = n_tokens == 1 and not is_cut
     assert ("the model ended at once" in capsys.readouterr().err) == is_empty

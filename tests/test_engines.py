@@ -59,8 +59,8 @@ def test_prefixes_are_reused_and_uncomputed_log_probabilities_not_read(
         FeatureAblation(METHOD), tokenizer, EngineProvider(run)
     )
     first = attribution.attribute(inp, TARGET)
-    sent = run.continuation_ids.n_prompts * len(inp.ids)
-    assert run.continuation_ids.n_computed < 0.8 * sent
+    sent = run.recorded.n_prompts * len(inp.ids)
+    assert run.recorded.n_computed < 0.8 * sent
     # Now every block of every row is known, so vLLM would have the target's values from memory.
     again = RemoteGenerationAttribution(
         FeatureAblation(METHOD), tokenizer, EngineProvider(run)

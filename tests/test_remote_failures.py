@@ -312,7 +312,8 @@ def test_reordered_choices(model, tokenizer, server):
     provider = provider_of(server, prompts_per_request=4, max_concurrency=2)
     found = remote(provider, tokenizer).attribute(words(tokenizer), TARGET)
     assert_true(found, model, tokenizer)
-    assert not any(isinstance(body["prompt"][0], int) for body in server.bodies)
+    alone = [body for body in server.bodies if isinstance(body["prompt"][0], int)]
+    assert len(alone) <= 2  # what the whole answer takes besides
 
 
 def test_provider_errors_name_the_row(tokenizer):

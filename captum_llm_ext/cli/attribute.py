@@ -9,7 +9,13 @@ from captum_llm_ext.base import files
 from captum_llm_ext.cli.api import add_api, check, is_remote
 from captum_llm_ext.cli.command import UsageError, add_command, note, positive, say
 from captum_llm_ext.cli.job import Job, add_job, baselines_of
-from captum_llm_ext.cli.methods import is_of_answers, is_search, is_white_box, zero_baseline_note
+from captum_llm_ext.cli.methods import (
+    is_of_answers,
+    is_of_parts,
+    is_search,
+    is_white_box,
+    zero_baseline_note,
+)
 from captum_llm_ext.cli.outputs import PICTURES, add_outputs, check_outputs, write_outputs
 from captum_llm_ext.cli.records import add_records, check_records, run_records
 from captum_llm_ext.cli.report import add_level, check_level, report
@@ -128,6 +134,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         is_dry=arguments.dry_run,
         is_quiet=arguments.quiet,
         is_open=is_search(arguments.method) or arguments.tol is not None,
+        attributes_answer=is_of_parts(arguments.method),
         uses_proposals=_uses_proposals(given, arguments),
         cheaper=partial(job.cheaper, attribution.tokenizer),
     )

@@ -145,6 +145,11 @@ def is_search(name: str) -> bool:
     return name == "hierarchical"
 
 
+def is_of_parts(name: str) -> bool:
+    """Whether a method attributes the whole answer to the largest parts of the prompt as well."""
+    return name in _COALITIONS and name not in ("lime", "smile")
+
+
 def is_of_gradients(name: str) -> bool:
     """Whether the method uses gradients."""
     return name in _GRADIENTS

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from captum_llm_ext import _compat
+from captum_llm_ext.attribution.quotient import most_evaluations
 from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.cli.command import say
 from captum_llm_ext.model.scoring.progress import Listener, bar, duration
@@ -41,6 +42,7 @@ class RunProgress:
         is_dry: Whether the run ends with the estimate, by a `DryRunEndError`.
         is_quiet: Whether to show neither a bar nor an unrequested estimate.
         is_open: Whether more work may be announced later, depending on values.
+        attributes_answer: Whether a few evaluations for the whole answer may follow.
         uses_proposals: Whether the model proposes replacements, which takes a while.
         cheaper: Returns other commands for the number of tokens of the answer.
     """
@@ -52,11 +54,13 @@ class RunProgress:
         is_dry: bool,
         is_quiet: bool,
         is_open: bool,
+        attributes_answer: bool,
         uses_proposals: bool,
         cheaper: Callable[[int], Iterable[CheaperRun]],
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
         self._uses_proposals, self._cheaper = uses_proposals, cheaper
+        self._attributes_answer = attributes_answer
         self._shows_estimate = is_dry or not is_quiet
         self._has_bar = not is_quiet
         self._bar: Listener | None = None
@@ -150,6 +154,8 @@ class RunProgress:
         write = print if self._is_dry else say  # in a dry run, this is the output
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
+        if self._attributes_answer:
+            more += f", and at most {most_evaluations(self._total)} for the whole answer"
         # The work of a dry run has to be repeated.
         whole = each * self._total if self._is_dry else left
         rest = (

@@ -220,7 +220,7 @@ def unusable(what: str, found: Any, wanted: str) -> ApiError:
         shown = one_line(repr(found))[:_SHOWN]
     except (RecursionError, ValueError):  # too deep, or an integer of too many digits
         shown = f"a {type(found).__name__}"
-    return UnusableAnswerError(f"the server gave {shown} as {what}: {wanted} is wanted.")
+    return UnusableAnswerError(f"the server gave {shown} as {what}: expected {wanted}.")
 
 
 def _number(reported: Any) -> float:

@@ -465,7 +465,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         # Other rungs pay several requests for a coalition, and know errors of features alone.
         if self._chosen is not None or not self._may_be_forced:
             return None
-        return super()._answer(game, outcome, max_evaluations)
+        found = super()._answer(game, outcome, max_evaluations)
+        # Where log-probabilities are missing, sums over the answer are bounds, not numbers.
+        scorer = game.run.scorer
+        is_known = self._counter is not None or not cast(RemoteScorer, scorer).n_missing
+        return found if is_known else None
 
     def _result(
         self,
