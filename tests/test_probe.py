@@ -818,7 +818,7 @@ def test_discontinuous_models_have_a_noise_floor(name, seed):
 def test_sixteen_bits_have_a_noise_floor_with_equal_batches(make, seed):
     """With eight bits within, few values differ from batch to batch, but far.
 
-    Rows that run one by one show nothing of batches at all: their floor is that of batches.
+    Rows that run one by one show nothing of batches at all.
     """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.15}
     model = make(tiny.llama(seed=seed, **sizes)).bfloat16()
@@ -831,7 +831,6 @@ def test_sixteen_bits_have_a_noise_floor_with_equal_batches(make, seed):
         floors.append(scorer.noise_floor(rows[0], target))
         assert float(apart.max()) > 0
         assert bool((apart <= floors[-1]).all())
-    assert float(floors[1].max()) < 2 * float(floors[0].max())
 
 
 def test_a_share_of_the_numbers_is_rounded_otherwise():

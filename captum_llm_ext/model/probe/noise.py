@@ -51,13 +51,13 @@ _LEAST_DRAWN = 4  # passes over each of them
 # An event in one pass of this many is missed by all of these with probability .05.
 _SELDOM = _DRAWN_PASSES // 3
 _DIGITS = 2.0
-# If fewer values than this differ in any way tried, or rows run alone, which shows nothing of other
-# batches, this many rows are run with some of the internal numbers rounded differently. Values
-# differ by no more than this factor times the likely maximum of these: at most .93 of it in 320
-# small models in bfloat16 and float16, a pass per token compared with any batch, and at most .84 in
-# 56 whose rows had run alone. By batches alone, 13 of 16 with activations also rounded to 8 bits
-# had been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
-# rounded differently, the floor of these would be two to three times as large.
+# If fewer values than this differ in any way tried, this many rows are run with some of the
+# internal numbers rounded differently. Values differ by no more than this factor times the likely
+# maximum of these: at most .93 of it in 320 small models in bfloat16 and float16, a pass per token
+# compared with any batch. By batches alone, 13 of 16 with activations also rounded to 8 bits had
+# been up to 2.6 times beyond their floor, and 3 of 16 others up to 1.7 times. With all numbers
+# rounded differently, the floor of these would be twice as large. For rows that run alone it has to
+# be: with some, batches of SmolLM2 in bfloat16 lay up to 1.17 times beyond it in 2 of 10 prompts.
 _FEW_DIFFER = 0.5
 _ROUNDED_ROWS = 8
 _ROUNDED_SHARE = 1 / 32
@@ -206,7 +206,7 @@ class NoiseFloor:
         Relative to how much a value can change at all, and at least the spacing of the logits.
 
         Args:
-            found, asked, together, cuts: As for `floor`.
+            found, spec, together, cuts: As for `floor`.
         """
         order = self._measurable()
         rows = [self._kept[ids][1] for ids in order]
@@ -225,39 +225,33 @@ class NoiseFloor:
             some = [*short[:1], *rows[1:]]  # so that one has another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
             variants.append(torch.cat([self._together(batch, spec) for batch in batches]))
-        # A jump is large, and so rare that other batches may not show it.
-        if found.jumps and not found.couples_rows:
+        # A jump is large, and so rare that other batches may not show it. And rows that run alone
+        # do not show the effect of batches.
+        if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
             variants.append(self._moved(rows, computed, found, spec))
         digit = _DIGITS * found.last_digit if isinstance(self._attr_target, str) else 0.0
         likely = max(self._likely(torch.stack(variants)), digit)
-        if found.moved is not None and not found.couples_rows:
-            # Rows that run alone do not show other batches.
-            known = torch.stack(variants) if together else None
-            if known is None or self._few_differ(known):
-                likely = max(likely, self._rounded(found, spec, together))
+        if found.moved is not None and together and not found.couples_rows:
+            likely = max(likely, self._rounded(torch.stack(variants), found, spec))
         assert self._scale is not None
         return likely * self._scale
 
-    def _few_differ(self, variants: Tensor) -> bool:
-        """Whether few values differ in the ways tried, which then show little of other batches.
+    def _rounded(self, variants: Tensor, found: Findings, spec: ValueSpec) -> float:
+        """The probable effect of 16-bit rounding, if few values differ in the ways tried; else 0.
 
-        Above all if activations are also rounded to 8 bits: a last digit changes few values there,
-        but strongly.
+        The ways tried then show little of other batches, above all if activations are also rounded
+        to 8 bits: a last digit changes few values there, but strongly.
         """
         ratios, known = self._ratios(variants)
-        if not bool(known.any()):
-            return True
-        return float((ratios[known] > FINE).double().mean()) < _FEW_DIFFER
-
-    def _rounded(self, found: Findings, spec: ValueSpec, together: bool) -> float:
-        """The probable effect of 16-bit rounding in other batches."""
+        if bool(known.any()) and float((ratios[known] > FINE).double().mean()) >= _FEW_DIFFER:
+            return 0.0
         kept = [self._kept[ids] for ids in self._order()[:_ROUNDED_ROWS]]
         rows, own = [row for _, row, _ in kept], torch.stack([own for _, _, own in kept])
         with rounded_otherwise(self._passes.model, share=_ROUNDED_SHARE):
-            if together and not found.step_by_step:
-                moved = self._together(rows, spec)
-            else:
+            if found.step_by_step:
                 moved = torch.stack([self._alone(row, found, spec) for row in rows])
+            else:
+                moved = self._together(rows, spec)
         ratios, known = self._ratios(torch.stack([own, moved]))
         return max(_ROUNDED_BEYOND * self._largest(ratios[known]), float(ratios.max()))
 
