@@ -38,10 +38,9 @@ class Smile(PerturbationAttribution):
 
     Args:
         forward_func: The model, or captum's placeholder for a model behind an API.
-        distance: number``, of which greater is farther. -> ``"tokens"``: the Wasserstein distance
-            between the model's embeddings of the answers' tokens; ``"words"``: the same with the
-            tokens of a word averaged; or any callable ``(answer, other) -> number``, larger for
-            more different answers. -> number``, of which greater is farther.
+        distance: Of two answers: ``"tokens"``, the Wasserstein distance between the model's
+            embeddings of their tokens; ``"words"``, the same with the tokens of a word averaged; or
+            any callable ``(answer, other) -> number``, larger for more different answers.
         sigma: Width of the kernel.
         alpha: Strength of a ridge penalty; 0: none.
 

@@ -369,8 +369,7 @@ class Forced(TopK):
         if not getattr(self._endpoint.provider, "takes_bias", False) or not probes:
             raise HandshakeError(
                 "the provider reports no given ids and takes no `logit_bias`, or no token's id is "
-                "known: "
-                '`rung="top-k"` would work, with bounds.'
+                'known: `rung="top-k"` would work, with bounds.'
             )
         name, value, number = probes[0]
         bias = min(best - value + 1, _MOST_BIAS)
@@ -438,9 +437,8 @@ class Forced(TopK):
                 if not found <= bound[2] and not is_same(found, bound[2], NOISY):
                     raise HandshakeError(
                         f"{token!r} is reported as {found:.3g} with a bias on it, and is not among "
-                        "the "
-                        f"likeliest without, of which the least has {bound[2]:.3g}: answers are "
-                        "mixed up, or the reported tokens are not the likeliest."
+                        f"the likeliest without, of which the least has {bound[2]:.3g}: answers "
+                        "are mixed up, or the reported tokens are not the likeliest."
                     )
                 value = min(found, bound[2])
                 return value, value, value
