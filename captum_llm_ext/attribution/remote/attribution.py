@@ -1,7 +1,6 @@
 """`RemoteGenerationAttribution`: captum's remote attribution, by what the provider reports."""
 
 import copy
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,7 @@ from captum_llm_ext.attribution.remote.rung_choice import (
     RungName,
     RungSettings,
 )
-from captum_llm_ext.attribution.remote.unreported import first_two, note_bounds, within_bounds
+from captum_llm_ext.attribution.remote.unreported import not_told_apart, note_bounds, of_rung
 from captum_llm_ext.attribution.sampling import Outcome
 from captum_llm_ext.attribution.target import Skipped
 from captum_llm_ext.base.digest import stacklevel_of_caller
@@ -38,9 +37,8 @@ from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
-from captum_llm_ext.remote.bounds import weights
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint
-from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, finite, n_new
+from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, n_new
 from captum_llm_ext.remote.ladder import LadderScorer
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import Cache, as_limits
@@ -53,7 +51,6 @@ from captum_llm_ext.remote.providers import (
 )
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.similarities import Similar
-from captum_llm_ext.remote.stepwise import TopK, reports_any_token
 from captum_llm_ext.remote.transport import ApiError
 from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result.answer import AnswerAttribution
@@ -315,22 +312,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             if not rung.is_sampled or not rung.draw_more():
                 break
             chosen.scorer.forget()  # the rung now has more answers for every coalition
-        if rung.is_sampled:
-            first, second = first_two(result)
-            more = apart["times_as_many_answers"]
-            message = (
-                f"not distinguishable: of {rung.n_answers} answers each, {first} is the strongest "
-                f"cause, less than two standard errors apart from {second}."
-            )
-            if more is not None:
-                message += f" About {math.ceil(more * rung.n_answers)} answers each would do."
-        else:
-            message = within_bounds(result)
-            if chosen.scorer.attr_target == "log_prob":
-                message += ' `attr_target="prob"` hardly depends on what is only bounded.'
-            if rung.name == TopK.name and reports_any_token(chosen.scorer.endpoint.provider):
-                message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
-        warnings.warn(message, stacklevel=stacklevel_of_caller())
+        warnings.warn(not_told_apart(result, chosen), stacklevel=stacklevel_of_caller())
         return result
 
     def _cache(self, checkpoint: str | os.PathLike[str] | None) -> Cache:
@@ -488,32 +470,13 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             if self._counter is None:
                 note_bounds(result, scorer.bounds(len(outcome.plan.masks)), outcome, joint)
             return result
-        scorer = self._chosen.scorer
-        scorer.only_first(len(outcome.plan.masks))
+        chosen = self._chosen
+        chosen.scorer.only_first(len(outcome.plan.masks))
         # Drift between the interval's bounds is the provider's noise.
-        doubts = self._warned(scorer.drift(self._chosen.full))
-        known, weight = scorer.known(), weights(outcome.name, outcome.plan)
-        reported: dict[str, Any] = {
-            "value_interval": finite(torch.stack([known["lower"], known["upper"]])),
-            "token_attr_interval": None,
-            "rungs_refused": dict(self._chosen.refused),
-            "first_cause": None,
-            "doubts": doubts,
-        }
-        if weight is not None:
-            whole = outcome.solution.attributions.sum(0) if joint is None else joint
-            whole = whole.double()
-            reported["first_cause"] = scorer.separates_causes(weight, whole)
-            errors, ends = scorer.uncertainty(weight)
-            if errors is not None:
-                # Standard errors of estimates include this noise.
-                own = outcome.solution.standard_errors.nan_to_num()
-                solution = replace(outcome.solution, standard_errors=torch.maximum(own, errors))
-                outcome = replace(outcome, solution=solution)
-            if ends is not None:
-                reported["token_attr_interval"] = finite(torch.stack(ends))
+        doubts = self._warned(chosen.scorer.drift(chosen.full))
+        outcome, reported = of_rung(chosen, outcome, joint)
         result = super()._result(inp, game, outcome, joint, generation, answer)
-        result.provenance.update(reported)
+        result.provenance.update(reported, doubts=doubts)
         return result
 
     @staticmethod

@@ -28,16 +28,13 @@ from captum_llm_ext.model.probe.differences import (
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.jumps import jumps_at
 from captum_llm_ext.model.probe.other_ids import OtherIds
+from captum_llm_ext.model.probe.places import cut_places, n_cuts, n_cuts_of_rounding, spaced
 from captum_llm_ext.model.probe.short_passes import ShortPasses
 
 # Number of ids in the first pass, which shows what a model returns. Chosen, not measured.
 _FIRST = 8
-# Number of further rows, with as many target tokens, that show whether the model sees ahead, up to
-# a quarter of the run; in a large run, one per this many rows. Chosen, not measured.
-_CUTS = 8
-_ROWS_PER_CUT = 32
-# Number of these rows that end there; only these if a pack has shown what follows next. Chosen, not
-# measured.
+# Number of rows that end at a later position; only these if a pack has shown what follows next.
+# Chosen, not measured.
 _ENDED = 3
 # Number of target tokens at which these rows, and a pack, are compared, since each takes a token in
 # a pack. For 16 bits half of them: effects beyond rounding show there as well.
@@ -235,8 +232,8 @@ class Probe:
             any.
         """
         n_later = _LATER // 2 if self._is_half(found) else _LATER
-        ids, cuts = self._row.ids, self._cuts(max(n_later, self._wanted()))
-        at = [0, min(cuts[0] // 2, _WIDE_IDS - 1), *cuts]
+        ids, places = self._row.ids, cut_places(self._row, max(n_later, n_cuts(self._n_rows)))
+        at = [0, min(places[0] // 2, _WIDE_IDS - 1), *places]
         kept = self._passes.kept
         if kept != "positions":
             self._find_kept(ids[:_FIRST], logits)
@@ -302,15 +299,15 @@ class Probe:
 
     def _alone(self, found: Findings) -> Findings:
         """Findings on one row, unchanged and with other ids after some positions."""
-        cuts, is_rough = self._cuts(self._wanted()), self._is_rough(found)
-        row = self._passes.log_probs_at([self._row.ids], [cuts])[0]
-        pairs = self._after(cuts, cuts, row, n_places=1, at_once=1)
+        places = cut_places(self._row, n_cuts(self._n_rows))
+        row = self._passes.log_probs_at([self._row.ids], [places])[0]
+        pairs = self._after(places, places, row, n_places=1, at_once=1)
         limit = max(FINE, rough(row)) if self._is_half(found) else FINE
         return replace(
             found,
             sees_ahead=any(exceeds(*pair, limit) for pair in pairs),
             ahead=max(largest(*pair) for pair in pairs),
-            is_rough=is_rough,
+            is_rough=self._is_rough(found),
         )
 
     def _last(self, found: Findings) -> Findings:
@@ -341,7 +338,7 @@ class Probe:
 
         Args:
             found: Findings so far.
-            at: Positions of the longest row: two of its beginning, then those of `_cuts`.
+            at: Positions of the longest row: two of its beginning, then those of `cut_places`.
             alone: Its output there when alone.
         """
         is_rough, is_half = self._is_rough(found), self._is_half(found)
@@ -462,7 +459,7 @@ class Probe:
         """
         if found.draws is not None:
             return None
-        places = _spaced(at[2:], max(2, min(_CUTS, self._n_rows // _ROWS_PER_CUT)))
+        places = spaced(at[2:], n_cuts_of_rounding(self._n_rows))
         alike = self._after(places, at, alone, n_places=len(at), at_once=1)
         # In a batch, with odd length if the row's is even.
         ids, n = self._row.ids, at[2] + 1
@@ -501,13 +498,13 @@ class Probe:
         The output at the end of a row is independent of what follows, in content and length: it
         shows most, except for rounding, which differs for each length.
         """
-        some, packing = _spaced(places, self._wanted()), found.packing
+        some, packing = spaced(places, n_cuts(self._n_rows)), found.packing
         if is_half:
             return some[-max(2, len(some) // 2) :], ()
         if packing is not None and packing.differs:
             return places, places
         # Adjacent lengths, and a distant one.
-        ended = sorted({places[0], *_spaced(places, _ENDED - 1), *places[-2:-1]})
+        ended = sorted({places[0], *spaced(places, _ENDED - 1), *places[-2:-1]})
         if packing is not None and packing.reason is None:
             return (), ended
         return [place for place in some if place not in ended], ended
@@ -517,16 +514,6 @@ class Probe:
         begin = self._row.ids[: at[-1] + 1]
         mates = [self._other.ids(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
         return self._passes.log_probs_at([begin, *mates], [at] * (1 + len(mates)))[0]
-
-    def _wanted(self) -> int:
-        """Number of later positions after which ids are replaced, by the number of rows."""
-        return max(2, min(_CUTS, self._n_rows // 4), self._n_rows // _ROWS_PER_CUT)
-
-    def _cuts(self, n_later: int) -> list[int]:
-        """Positions of the first target token and of at most `n_later` others before the last."""
-        last = len(self._row.ids) - 1
-        places = sorted({p for p in self._row.positions if p >= 0} or {last})
-        return [places[0], *_spaced([place for place in places[1:] if place < last], n_later)]
 
     def _after(
         self,
@@ -593,9 +580,3 @@ class Probe:
         """Output of the first `n_ids` of the row, and of all of it; as for `_after`."""
         n = bisect_right(at, n_ids - 1)
         return self._passes.log_probs_at([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]
-
-
-def _spaced(places: Sequence[int], n: int) -> list[int]:
-    """At most `n` of some positions, including the last."""
-    n = min(len(places), n)
-    return sorted({places[-1 - i * len(places) // n] for i in range(n)} if n else ())
