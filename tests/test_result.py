@@ -113,7 +113,7 @@ def test_later_formats_are_refused(model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "KIND", replace(module.KIND, format=99))
     _result(model, tokenizer).save(path)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 6"):
+    with pytest.raises(ValueError, match=r"later version \(format 99, this one reads up to 7"):
         GenerationAttributionResult.load(path)
 
 
@@ -141,7 +141,7 @@ def test_written_format_equals_the_documented_one(tmp_path):
     result.save(tmp_path / "again")
     with safe_open(tmp_path / "again", framework="pt") as file:
         rest = json.loads(file.metadata()["captum_llm_ext"])
-    assert rest["format"] == 6
+    assert rest["format"] == 7
     roles = [piece[2] for piece in rest["prompt_pieces"] if len(piece) == 3]
     assert set(roles) == {"template", "user"}
     assert [p.role for p in result.prompt_pieces] == roles

@@ -10,6 +10,7 @@ import torch
 from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
+from captum_llm_ext.attribution.draw_log import DrawLog
 from captum_llm_ext.attribution.target import whole_row
 from captum_llm_ext.coalitions import Plan, Scope
 from captum_llm_ext.coalitions.owen_orders import Tree
@@ -18,7 +19,12 @@ from captum_llm_ext.methods import nesting
 from captum_llm_ext.model import RowScorer, TokenRow
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import LanguageModel
-from captum_llm_ext.text.inputs import Context, GeneratedText, Prompt, render_text
+from captum_llm_ext.text.inputs import (
+    Context,
+    GeneratedText,
+    Prompt,
+    render_text,
+)
 
 Inspect = Callable[[str, str, list[float]], None]
 
@@ -97,6 +103,10 @@ class Game:
         n_prompt = run.prompt.n_features if unions is None else 1 + max(unions)
         n_generated = generated.n_causes
         self.n_features = n_prompt + n_generated
+        self.draw_log = DrawLog(
+            lambda feature: feature if unions is None else unions[feature],
+            lambda feature: n_prompt + feature,
+        )
         self.deterministic = run.prompt.deterministic and generated.deterministic
         n_visible = [n_prompt] if whole else [n + n_prompt for n in generated.n_visible]
         # Features that are not players are always present and need not be required.
@@ -212,6 +222,7 @@ class Game:
             for text in texts
         ]
         longest = max(len(row.ids) for row in rows)
+        self.draw_log.add(texts)
         found: list[Tensor] = []
         for scorer in scorers:
             scorer.check_length(longest, "the longest coalition and the target")

@@ -441,6 +441,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             | self._scoring_provenance(game),
             design=_design(game, outcome),
             answer=answer,
+            drawn_texts=outcome.drawn,
         )
 
     def _game_provenance(

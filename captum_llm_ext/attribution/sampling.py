@@ -1,6 +1,6 @@
 """Samples a game: coalitions are planned, scored and solved, in rounds if a rule stops them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game
-from captum_llm_ext.coalitions import Plan, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import (
+    DrawnTexts,
+    Plan,
+    Solution,
+    join_plans,
+    plan_anchors,
+    without_draw_effects,
+)
 from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.coalitions.two_levels import Correction
 from captum_llm_ext.methods.estimators import Budget, Estimator
@@ -53,7 +60,8 @@ class Outcome:
     ``(n_target,)``, or ``(1,)`` for the whole answer. With a surrogate, `correction` says which
     coalitions correct its values, and `about_surrogate` is for provenance. `whole` are the
     attributions ``(n_features,)`` of the target's summed values, if those of its tokens do not sum
-    to them and the output is held fixed.
+    to them and the output is held fixed. `drawn` are the texts of the coalitions, if their effects
+    were removed from the values.
     """
 
     name: str
@@ -67,6 +75,7 @@ class Outcome:
     correction: Correction | None = None
     about_surrogate: Mapping[str, Any] | None = None
     whole: Tensor | None = None
+    drawn: DrawnTexts | None = None
 
     @property
     def stopping(self) -> dict[str, Any]:
@@ -90,11 +99,13 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         raise ValueError(NO_ERROR)
     first = [method.plan(generator) for _ in range(effort.num_trials)]
     plan = join_plans([anchors_of(game, effort.n_empty), *first])
+    n_calls = game.draw_log.n_calls
     values = game.values(plan)
-    solution = solved(game, method, plan, values)
+    drawn, adjusted = adjusted_values(game, method, plan, values, [n_calls])
+    solution = solved(game, method, plan, adjusted)
     size, idle = len(first[0].masks), 0
     most = effort.max_evaluations or MOST_ROUNDS * size
-    excess = None if rule is None else _excess(rule, game, method, plan, values, solution)
+    excess = None if rule is None else _excess(rule, game, method, plan, adjusted, solution)
     while rule and excess is not None and bool((excess > 1).any()) and method.estimate:
         # Solving after every single round would cost more than the rounds.
         n_rounds = max(1, round(GROWTH * len(plan.masks) / max(size, 1)))
@@ -113,8 +124,10 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         scored_before = scorer.n_evaluations
         values = torch.cat([values, game.values(more)])
         idle = idle + 1 if scorer.n_evaluations == scored_before else 0
-        solution = solved(game, method, plan, values)
-        excess = _excess(rule, game, method, plan, values, solution)
+        calls = range(n_calls, game.draw_log.n_calls)
+        drawn, adjusted = adjusted_values(game, method, plan, values, calls)
+        solution = solved(game, method, plan, adjusted)
+        excess = _excess(rule, game, method, plan, adjusted, solution)
     if rule:
         scorer.forecast(0)
     return Outcome(
@@ -126,8 +139,27 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
         settled=None if excess is None else excess <= 1,
         stop=rule,
         options=method.options,
-        whole=_of_whole(game, method, plan, values),
+        whole=_of_whole(game, method, plan, adjusted),
+        drawn=drawn,
     )
+
+
+def adjusted_values(
+    game: Game, method: Estimator, plan: Plan, values: Tensor, calls: Sequence[int]
+) -> tuple[DrawnTexts | None, Tensor]:
+    """The texts of the coalitions, and the values without their effects.
+
+    None and the values themselves for methods that use each draw as it is, and if texts are
+    unknown.
+
+    Args:
+        game, method, plan, values: As for `solved`.
+        calls: Numbers of the calls that scored the plan's coalitions, in order.
+    """
+    drawn = game.draw_log.texts(calls) if method.samples_draws else None
+    if drawn is None:
+        return None, values
+    return drawn, without_draw_effects(plan, values, game.scope, drawn)
 
 
 def _of_whole(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Tensor | None:

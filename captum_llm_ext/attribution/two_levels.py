@@ -14,12 +14,19 @@ from captum_llm_ext.attribution.sampling import (
     NO_ERROR,
     Effort,
     Outcome,
+    adjusted_values,
     anchors_of,
     known_excess,
     solved,
 )
 from captum_llm_ext.base.digest import stacklevel_of_caller
-from captum_llm_ext.coalitions import Plan, Solution, join_plans, plan_anchors
+from captum_llm_ext.coalitions import (
+    DrawnTexts,
+    Plan,
+    Solution,
+    join_plans,
+    plan_anchors,
+)
 from captum_llm_ext.coalitions.stopping import StoppingRule
 from captum_llm_ext.coalitions.two_levels import Correction, Level, split, summed
 from captum_llm_ext.methods.estimators import Estimator
@@ -48,11 +55,15 @@ class _Sample:
     Attributes:
         plan: All coalitions up to now.
         values: By each of the scorers, after the first `add`.
+        calls: Numbers of the game's calls that these come from.
         foil_values: Of each scorer, numbers of the game's that belong to these.
         solution: What they say, after the first `add`.
+        drawn: The texts of the coalitions, if their effects were removed from the values.
     """
 
     solution: Solution
+    drawn: DrawnTexts | None
+    _explained: Tensor
 
     def __init__(
         self, game: Game, method: Estimator, anchors: Plan, scorers: Sequence[RowScorer]
@@ -61,6 +72,7 @@ class _Sample:
         self.plan = anchors
         self.foil_values: list[list[int]] = [[] for _ in scorers]
         self.values: list[Tensor] = []
+        self.calls: list[int] = []
 
     def add(self, plans: Sequence[Plan]) -> None:
         """Scores further coalitions (the first call with the anchors), and solves all."""
@@ -72,10 +84,18 @@ class _Sample:
             self.values = [torch.cat(both) for both in zip(self.values, found, strict=True)]
         else:
             self.values = self._scored(self.plan)
+        if len(self.values) == 2:
+            # The difference hardly depends on single texts.
+            self.drawn, self._explained = None, self.values[1] - self.values[0]
+        else:
+            self.drawn, self._explained = adjusted_values(
+                self._game, self.method, self.plan, self.values[0], self.calls
+            )
         self.solution = solved(self._game, self.method, self.plan, self._explained)
 
     def _scored(self, plan: Plan) -> list[Tensor]:
         n_before = self._game.n_foil_values
+        self.calls.append(self._game.draw_log.n_calls)
         found = self._game.scored(plan, self._scorers)
         for i in range(n_before, self._game.n_foil_values):
             self.foil_values[i - n_before].append(i)
@@ -85,10 +105,6 @@ class _Sample:
     def n(self) -> int:
         """Number of coalitions besides the anchors."""
         return len(self.plan.masks) - self.plan.n_anchors
-
-    @property
-    def _explained(self) -> Tensor:
-        return self.values[0] if len(self.values) == 1 else self.values[1] - self.values[0]
 
     def whole(self) -> Solution:
         """Attributions of the sum over target tokens, each of which depends on nothing after it."""
@@ -257,4 +273,5 @@ def _outcome_of_both(
             second.method.options,
         ),
         about_surrogate=about,
+        drawn=first.drawn and first.drawn.padded(2 * len(second.plan.masks)),
     )

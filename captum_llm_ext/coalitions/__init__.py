@@ -17,6 +17,7 @@ of the same name turns its values into attributions and standard errors::
 * `search`: leave-one-out that is refined only where it matters, for thousands of features.
 * `plan_lime`, `solve_lime`, `solve_contextcite`: a sparse linear model, if few features matter.
 
+`without_draw_effects` takes the noise of randomly drawn replacement texts out of the values first.
 `stopping` has rules for when enough were scored; `two_levels` corrects a surrogate's values, for
 which `solve_few_pairs` needs a handful of pairs.
 
@@ -26,6 +27,7 @@ about joint effects of features.
 
 from captum_llm_ext.coalitions.additivity import RedundantPair, additive_fit, redundant_pairs
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution
+from captum_llm_ext.coalitions.draw_effects import DrawnTexts, without_draw_effects
 from captum_llm_ext.coalitions.enumeration import (
     solve_exact,
     solve_leave_one_out,
@@ -54,6 +56,7 @@ from captum_llm_ext.coalitions.plans import (
 from captum_llm_ext.coalitions.stopping import Precision, StoppingRule, TopCauses
 
 __all__ = [
+    "DrawnTexts",
     "Plan",
     "Precision",
     "RedundantPair",
@@ -82,4 +85,5 @@ __all__ = [
     "solve_lime",
     "solve_only_one_in",
     "solve_permutations",
+    "without_draw_effects",
 ]

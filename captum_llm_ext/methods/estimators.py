@@ -68,6 +68,8 @@ class Estimator:
         few: Maps a number of coalitions to an estimator of the same estimand with about that many,
             for games of low variance. None if attributions are not linear in the values, or need
             all coalitions.
+        samples_draws: Whether coalitions and draws are one random sample, so that what single texts
+            do to the values can be estimated and removed (`coalitions.draw_effects`).
         is_additive: Whether attributions of a sum of values are the sum of their attributions, up
             to sampling error.
     """
@@ -82,6 +84,7 @@ class Estimator:
     needs: str | None = None
     usual: int = 0
     few: "Callable[[int], Estimator] | None" = None
+    samples_draws: bool = False
     is_additive: bool = True
 
 
@@ -365,6 +368,7 @@ def _pairs(task: _Task) -> Estimator:
         estimate=True,
         usual=task.usual,
         few=partial(_few_pairs, task.n_features),
+        samples_draws=True,
     )
 
 
@@ -388,6 +392,7 @@ def _permutations(task: _Task) -> Estimator:
         needs=None if gives_errors or is_warned else "`n_samples=4`: two orders and their reverses",
         usual=usual,
         few=partial(_few_pairs, task.n_features),
+        samples_draws=True,
     )
 
 
@@ -423,6 +428,7 @@ def _lime(task: _Task) -> Estimator:
         not is_sparse,
         options=options,
         usual=task.usual,
+        samples_draws=True,
         is_additive=not is_sparse,
     )
 

@@ -7,7 +7,7 @@ import torch
 from captum.attr import InterpretableInput
 from torch import Tensor, nn
 
-from captum_llm_ext.coalitions import Solution
+from captum_llm_ext.coalitions import DrawnTexts, Solution
 from captum_llm_ext.contrast import Foils
 from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.design import Design
@@ -33,6 +33,7 @@ def assembled(
     foils: Foils | None = None,
     foil_values: Tensor | None = None,
     answer: AnswerAttribution | None = None,
+    drawn_texts: DrawnTexts | None = None,
 ) -> GenerationAttributionResult:
     """A result with one column per prompt feature; captum's inputs have one per group member.
 
@@ -54,6 +55,7 @@ def assembled(
         foil_values: Log-probability of all foils of each target token together, ``(n_coalitions,
             n_target)``; the first coalition is the full one.
         answer: The whole answer's attributions, from coalitions of their own.
+        drawn_texts: The texts of the coalitions, if their effects were removed before solving.
     """
     n_prompt, n_features = prompt.n_features, prompt.n_features + generated.n_features
     columns = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
@@ -97,6 +99,7 @@ def assembled(
         foil_tokens=None if foils is None else [list(own) for own in foils.names],
         foil_values=None if foil_values is None else foil_values.to(like, copy=True),
         answer=None if answer is None else answer.to(like),
+        drawn_texts=drawn_texts,
         provenance=provenance,
     )
 

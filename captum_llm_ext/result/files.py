@@ -1,6 +1,6 @@
 """Results as files: safetensors, with everything but the tensors as JSON in its metadata.
 
-A file of format 6 holds
+A file of format 7 holds
 
 * tensors, by the names of the result's fields: ``token_attr``, ``masks``, ``values`` …; those that
   are None are left out;
@@ -10,9 +10,12 @@ A file of format 6 holds
   it in a chat or a chat's template did), ``levels``, ``n_evaluations``, ``design``,
   ``foil_tokens``, ``answer`` (what is known of the whole answer's attributions, the tensors
   ``answer_attr`` and ``answer_attr_se``) and ``provenance``;
+* if replacement texts were drawn at random, ``drawn_texts``, ``text_probabilities`` and
+  ``text_columns``: the fields of `DrawnTexts`, with which the values are solved;
 * in the metadata ``sha256``: a digest of both, so that damage is detected.
 
-Any safetensors reader can open it; nothing in it is ever executed. Format 5 had no ``answer``,
+Any safetensors reader can open it; nothing in it is ever executed. Format 6 had no drawn texts,
+whose effects were not removed from the values then. Format 5 had no ``answer``,
 format 4 no foils either. Format 3 equals format 4, whose number is new because the first readers of
 format 3 reject roles. Format 2 had no digest and no roles, format 1 also no ``design``, and at
 first no ``levels``. All are read by their own rules; a higher format raises an error. Without a
@@ -32,6 +35,7 @@ from torch import Tensor
 from captum_llm_ext.base import tensor_file
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.tensor_file import BROKEN, Kind
+from captum_llm_ext.coalitions import DrawnTexts
 from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.design import Design
 from captum_llm_ext.result.redundancy import check_redundancy
@@ -45,7 +49,7 @@ T = TypeVar("T")
 KIND = Kind(
     "saved result",
     "captum_llm_ext",
-    format=6,
+    format=7,
     advice="give a file written by `GenerationAttributionResult.save`.",
     digest_since=3,
     oldest=1,
@@ -67,10 +71,15 @@ _TENSORS = (
     "foils",
     "foil_values",
 )
+_OF_TEXTS = {
+    "drawn_texts": "texts",
+    "text_probabilities": "probabilities",
+    "text_columns": "columns",
+}
 _OF_ANSWER = {"answer_attr": "attributions", "answer_attr_se": "standard_errors"}
 _NAMES = ("input_tokens", "output_tokens", "output_features")
 _INTEGERS = (torch.int64, torch.int32)
-_IDS = ("target", "draws", "foils")
+_IDS = ("target", "draws", "foils", "drawn_texts", "text_columns")
 _MOST = 2**63  # the range of int64
 _ROLES_SINCE = 3  # some files of format 3 have them
 
@@ -105,6 +114,7 @@ def write(path: str | os.PathLike[str], result: "ResultNumbers") -> None:
         ) from error
     tensors = {name: getattr(result, name) for name in _TENSORS}
     tensors |= {name: getattr(result.own_answer, field, None) for name, field in _OF_ANSWER.items()}
+    tensors |= {name: getattr(result.drawn_texts, field, None) for name, field in _OF_TEXTS.items()}
     there = {name: value for name, value in tensors.items() if value is not None}
     tensor_file.write(path, KIND, there, plain)
 
@@ -140,6 +150,8 @@ def read(path: str | os.PathLike[str], make: Callable[..., T], *, unverified: bo
         if rest.get("answer") is not None:
             numbers = (tensors.pop(name) for name in _OF_ANSWER)
             rest["answer"] = AnswerAttribution.from_dict(rest["answer"], *numbers)
+        if _OF_TEXTS.keys() & tensors.keys():
+            rest["drawn_texts"] = DrawnTexts(*(tensors.pop(name) for name in _OF_TEXTS))
         found = make(**tensors, **rest)
     except BROKEN as error:
         raise _broken(path, error) from error
@@ -210,6 +222,11 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
     if rest.get("answer") is not None:
         n_parts = 1 + max(_list_of(int, rest["answer"], "part_of"))
         expected |= dict.fromkeys(_OF_ANSWER, (n_parts,))
+    if _OF_TEXTS.keys() & tensors.keys():
+        n_units, n_texts = tensors["text_probabilities"].shape
+        expected |= {"drawn_texts": (n_coalitions, n_units), "text_columns": (n_units,)}
+        expected |= {"text_probabilities": (n_units, n_texts)}
+        _check_texts(tensors, n_features)
     for name, shape in expected.items():
         found = tensors.get(name)
         if found is None and name != "output_probs":
@@ -230,6 +247,19 @@ def _check_tensors(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> No
         or len(design["columns"]) != n_prompt
     ):
         raise ValueError("`design` describes other coalitions")
+
+
+def _check_texts(tensors: Mapping[str, Tensor], n_features: int) -> None:
+    """Checks that drawn texts exist.
+
+    Raises:
+        ValueError, LookupError: If one does not.
+    """
+    texts, columns = tensors["drawn_texts"], tensors["text_columns"]
+    n_texts = tensors["text_probabilities"].shape[1]
+    is_text = (texts >= -1) & (texts < n_texts)
+    if not bool(is_text.all()) or not bool(((columns >= 0) & (columns < n_features)).all()):
+        raise ValueError("`drawn_texts` names texts or columns that do not exist")
 
 
 def _n_foils(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from captum.attr import InterpretableInput, LLMAttributionResult
 from torch import Tensor
 
 from captum_llm_ext.base.arguments import position_of
+from captum_llm_ext.coalitions import DrawnTexts
 from captum_llm_ext.result.answer import AnswerAttribution, answer_at_hand
 from captum_llm_ext.result.causes import Redundancy, SpanAttribution, UnresolvedGroup
 from captum_llm_ext.result.design import Design
@@ -73,6 +74,7 @@ class ResultNumbers(LLMAttributionResult):
         foil_tokens: list[list[str]] | None = None,
         foil_values: Tensor | None = None,
         answer: AnswerAttribution | None = None,
+        drawn_texts: DrawnTexts | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -104,6 +106,7 @@ class ResultNumbers(LLMAttributionResult):
         self.foils, self.foil_tokens, self.foil_values = foils, foil_tokens, foil_values
         self.provenance = dict(provenance or {})
         self.own_answer = answer
+        self.drawn_texts = drawn_texts
         # Cached, since it can take seconds.
         self._replicates: dict[tuple[int, int], Tensor | None] = {}
         self._moved: dict[tuple[int, int], Tensor | None] = {}
@@ -424,7 +427,8 @@ class ResultNumbers(LLMAttributionResult):
         """Whether the numbers come from gradients rather than coalitions."""
         return bool(self.provenance.get("gradients"))
 
-    def _evidence(self) -> Evidence:
+    def _evidence(self, values: Tensor | None = None) -> Evidence:
+        """The coalitions with these values, by default those of the result."""
         if self._is_of_gradients:
             raise ValueError(
                 "gradients use no coalitions to estimate this from: attribute with "
@@ -435,7 +439,9 @@ class ResultNumbers(LLMAttributionResult):
                 "this result was written by an earlier version, which did not note how its "
                 "coalitions were planned: attribute again."
             )
-        return Evidence(self.design, self.masks, self.draws, self.values, self.design.scope)
+        values = self.values if values is None else values
+        found = Evidence(self.design, self.masks, self.draws, values, self.design.scope)
+        return found.without_draw_effects(self.drawn_texts)
 
 
 def _column_names(names: Sequence[str], pieces: Sequence[Piece], n: int) -> list[str]:

@@ -13,7 +13,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
-from captum_llm_ext.coalitions import Plan, Scope, Solution
+from captum_llm_ext.coalitions import DrawnTexts, Plan, Scope, Solution
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
 from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
 from captum_llm_ext.coalitions.kernel import EFFORT
@@ -53,6 +53,23 @@ class Evidence:
     draws: Tensor
     values: Tensor
     scope: Scope
+
+    def without_draw_effects(self, drawn: DrawnTexts | None) -> "Evidence":
+        """The same with values that do not depend on which replacement texts were drawn.
+
+        Args:
+            drawn: The texts of the coalitions; None: unchanged.
+        """
+        if drawn is None:
+            return self
+        correction = self.design.correction
+        n = len(self.masks) - (2 * correction.n if correction else 0)
+        plan = replace(self.plan, masks=self.plan.masks[:n], draws=self.plan.draws[:n])
+        values = self.values.double().cpu()
+        adjusted = coalitions.without_draw_effects(
+            plan, values[:n], self.scope, drawn.rows(slice(n))
+        )
+        return replace(self, values=torch.cat([adjusted, values[n:]]))
 
     def levels(self) -> list["Evidence"]:
         """Independent parts whose attributions are summed: all, or surrogate and difference."""

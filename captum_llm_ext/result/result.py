@@ -27,7 +27,7 @@ from captum_llm_ext.result.total import Route, Source, TotalAttribution, total
 # Fields that a refit leaves unchanged.
 _SAME = (
     "input_tokens output_tokens output_probs inp output_features n_evaluations masks draws target "
-    "prompt_pieces output_pieces levels foils foil_tokens foil_values"
+    "prompt_pieces output_pieces levels foils foil_tokens foil_values drawn_texts"
 ).split()
 
 
@@ -74,6 +74,9 @@ class GenerationAttributionResult(ExportedResult):
             (0 if it has none): contrast plus this is the token's log-probability.
         answer: Attributions of the whole answer, held as it is, to the largest parts of the prompt:
             see `AnswerAttribution`; None if there are none.
+        drawn_texts: Which replacement texts the coalitions were scored with: their effects are
+            removed from the values before these are solved (see `DrawnTexts`). None if texts do not
+            vary, their probabilities are unknown, or the method uses each draw as it is.
         provenance: Versions, model, method, seed, budget: what is needed to reproduce it.
     """
 
@@ -100,7 +103,7 @@ class GenerationAttributionResult(ExportedResult):
                 output fixed by ``output_unit=None``), or the coalitions or values are unsuitable.
         """
         rows = self._rows(start, len(self.output_tokens) if stop is None else stop)
-        evidence = replace(self._evidence(), values=self._converted("log_prob"))
+        evidence = self._evidence(self._converted("log_prob"))
         found = evidence.contextcite(range(rows.start, rows.stop), alpha)
         values, errors = (
             torch.cat([part[0] for part in self._split(part)])
@@ -129,9 +132,8 @@ class GenerationAttributionResult(ExportedResult):
             ValueError: If the coalitions are insufficient, e.g. for Shapley values from
                 leave-one-out, or logits from probabilities.
         """
-        evidence = self._evidence()
         wanted = attr_target or str(self.provenance["attr_target"])
-        evidence = replace(evidence, values=self._converted(wanted))
+        evidence = self._evidence(self._converted(wanted))
         if method is not None:
             levels = [level.part_of for level in self.levels]
             evidence = evidence.refitted(method, levels)
@@ -207,7 +209,9 @@ class GenerationAttributionResult(ExportedResult):
         full, empty = solution.full_values, solution.empty_values
         joint, is_joint = token_attr.sum(0), attr_target == "prob"
         if is_joint or not evidence.design.is_additive:
-            fixed = evidence.whole(is_joint=is_joint)
+            # The effects of texts on a product are not the product of adjusted values.
+            scored = replace(evidence, values=self._converted(attr_target))
+            fixed = (scored if is_joint else evidence).whole(is_joint=is_joint)
             if fixed is not None:
                 joint = self._split(fixed.solve().attributions)[0][0]
             elif is_joint:

@@ -1,5 +1,6 @@
 """Baselines: what replaces absent features."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from captum_llm_ext.text.baselines.slot import (
     AsksModel,
     Baseline,
     Bonds,
+    KnowsDistribution,
     LanguageModel,
     Listed,
     Proposer,
@@ -33,6 +35,7 @@ __all__ = [
     "Deletion",
     "FixedTexts",
     "Infilling",
+    "KnowsDistribution",
     "LanguageModel",
     "Listed",
     "Proposer",
@@ -116,6 +119,12 @@ class FixedTexts:
         """One of the feature's texts."""
         choices = self.choices[slot.index]
         return choices[int(uniform(generator) * len(choices))]
+
+    def distribution(self, slot: Slot) -> dict[str, float]:
+        """See `KnowsDistribution`."""
+        choices = self.choices[slot.index]
+        counts = Counter(str(text) for text in choices)
+        return {text: count / len(choices) for text, count in counts.items()}
 
     def __repr__(self) -> str:
         return f"FixedTexts({len(self.choices)} features)"

@@ -13,6 +13,10 @@ from captum_llm_ext.text.baselines.draws import uniform
 
 _TOLD = 10  # candidates listed in a match
 
+# A distribution over more texts has hardly any of them twice among the draws of one attribution,
+# and nothing can be learned of a text from one value. Chosen, not measured.
+MOST_TEXTS = 128
+
 Texts = tuple[str, ...]
 """One text per place of a feature; most features have one place."""
 
@@ -148,6 +152,11 @@ class Candidates:
         """The weight of every choice."""
         steps = torch.tensor([0.0, *self.cumulated], dtype=torch.float64, device="cpu").diff()
         return dict(zip(self.choices, steps.tolist(), strict=True))
+
+    def probabilities(self) -> dict[Texts, float]:
+        """The probability of every choice."""
+        total = self.cumulated[-1]
+        return {texts: weight / total for texts, weight in self.weights().items()}
 
     def sample(self, n: int, seed: int) -> "Candidates":
         """At most `n` different choices, drawn by weight, with their weights."""

@@ -205,6 +205,18 @@ class KnowsPhrases(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsDistribution(Protocol):
+    """A baseline that knows with which probability it draws each text."""
+
+    def distribution(self, slot: Slot, /) -> Mapping[str, float]:
+        """Every text that a call may return for the slot, with its probability.
+
+        Empty if unknown, or if there are too many. Probabilities sum to 1.
+        """
+        ...
+
+
 AnswerFit = Callable[[Sequence[Mapping[Slot, str]]], Sequence[float]]
 """Scores texts with replacements by the log-probability that words of the answer's kinds follow.
 

@@ -11,6 +11,7 @@ from captum_llm_ext.text.inputs.chat import ChatInput
 from captum_llm_ext.text.inputs.context import Context
 from captum_llm_ext.text.inputs.generated import GeneratedText
 from captum_llm_ext.text.inputs.prompt import (
+    DrawnUnit,
     Level,
     Piece,
     Place,
@@ -24,6 +25,7 @@ from captum_llm_ext.text.inputs.text import TextSegmentInput
 __all__ = [
     "ChatInput",
     "Context",
+    "DrawnUnit",
     "GeneratedText",
     "Level",
     "Piece",

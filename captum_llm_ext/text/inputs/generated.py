@@ -1,6 +1,6 @@
 """`GeneratedText`: the target as features, and the positions that predict its tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise
@@ -19,6 +19,7 @@ from captum_llm_ext.text.inputs.prompt import (
     RenderedPrompt,
     RenderedText,
     Replacements,
+    RowDraw,
 )
 from captum_llm_ext.text.segment import Span, Unit, unit_name
 
@@ -185,7 +186,7 @@ class GeneratedText:
         self,
         prompt: RenderedPrompt,
         mask: Sequence[bool],
-        absent: Callable[[int], tuple[int, ...]],
+        absent: RowDraw,
     ) -> RenderedText:
         ids = list(prompt.ids or self._beginning())
         positions = [-1] * len(self.ids)
@@ -197,7 +198,7 @@ class GeneratedText:
             else:
                 positions[places[0]] = len(ids) - 1
                 ids += absent(group)
-        return RenderedText(prompt, tuple(ids[: max(positions) + 1]), positions)
+        return RenderedText(prompt, tuple(ids[: max(positions) + 1]), positions, absent.drawn)
 
     def _beginning(self) -> tuple[int, ...]:
         if self._start is None:

@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from captum_llm_ext.text.baselines import (
     AnswerFit,
     Baseline,
     Bonds,
+    KnowsDistribution,
     LanguageModel,
     Slot,
     UsesAnswer,
@@ -36,6 +36,19 @@ _NO_PLACES = (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DrawnUnit:
+    """Slots that are drawn together, from texts of known probabilities.
+
+    Attributes:
+        feature: The last of their features, counted within the prompt or the target.
+        probabilities: Of each of the texts.
+    """
+
+    feature: int
+    probabilities: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
     """The model's input for one coalition of prompt features.
@@ -44,11 +57,13 @@ class RenderedPrompt:
         ids: Token ids.
         extras: Other arguments of the model's forward (pixel values…), batch size 1. None for text.
         key: Distinguishes prompts with equal ids and different extras.
+        drawn: Units that were drawn at random, and the index of the text; if known.
     """
 
     ids: tuple[int, ...]
     extras: Mapping[str, Any] | None = None
     key: object = None
+    drawn: Mapping[DrawnUnit, int] = field(default_factory=dict[DrawnUnit, int], compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +75,13 @@ class RenderedText:
         ids: Token ids of the prompt and of the generated text before the last target token.
         positions: Per target token the index in `ids` whose logits predict it; -1 if the coalition
             defines no value for the token.
+        drawn: As for `RenderedPrompt`, for units of the target.
     """
 
     prompt: RenderedPrompt
     ids: tuple[int, ...]
     positions: Sequence[int]
+    drawn: Mapping[DrawnUnit, int] = field(default_factory=dict[DrawnUnit, int], compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +266,7 @@ class Replacements:
         self._by_phrase = by_phrase
         self._in_place: dict[tuple[str, str], tuple[int, ...]] = {}
         self._bonds: Bonds | None = None
+        self._units: dict[tuple[int, ...], tuple[DrawnUnit, dict[str, int]] | None] = {}
 
     def with_model(self, model: LanguageModel) -> "Replacements":
         """A copy whose baseline can use this model."""
@@ -330,7 +348,7 @@ class Replacements:
 
     def draws(
         self, n_rows: int, generator: torch.Generator, draws: Tensor | None
-    ) -> list[Callable[..., tuple[int, ...]]]:
+    ) -> list["RowDraw"]:
         """Per row a function from indices of slots to replacement ids.
 
         Its arguments are a unit (see `units`), or a single slot.
@@ -343,22 +361,46 @@ class Replacements:
         """
         seed = draw_seed(generator)
         numbers = range(n_rows) if draws is None else draws.tolist()
-        known: dict[tuple[int, ...], tuple[int, ...]] = {}
+        known: dict[tuple[int, ...], _Replacement] = {}
 
-        def ids(draw: int, *unit: int) -> tuple[int, ...]:
+        def drawn(draw: int, unit: tuple[int, ...]) -> _Replacement:
             if (draw, *unit) not in known:
                 self._found_bonds()  # computed for all slots at once
                 slot = joined([self._slots[i] for i in unit])
                 # A generator per feature: a row draws only what it lacks, and the same as every
                 # other row of its draw. Slots of one feature share it: lists of equal length are
                 # drawn at the same index.
-                known[draw, *unit] = self._ids(slot, draw_generator(seed, draw, slot.feature))
+                generator = draw_generator(seed, draw, slot.feature)
+                found = self._baseline(slot, generator)
+                ids = self._ids(slot, found)
+                known[draw, *unit] = _Replacement(ids, *self._numbered(unit, slot, found))
             return known[draw, *unit]
 
-        return [partial(ids, 0 if self.deterministic else number) for number in numbers]
+        return [RowDraw(drawn, 0 if self.deterministic else number) for number in numbers]
 
-    def _ids(self, slot: Slot, generator: torch.Generator) -> tuple[int, ...]:
-        found = self._baseline(slot, generator)
+    def _numbered(
+        self, unit: tuple[int, ...], slot: Slot, found: Any
+    ) -> tuple[DrawnUnit, int] | tuple[None, int]:
+        """The unit as drawn at random and the index of its text; None if that is unknown."""
+        if self.deterministic:
+            return None, 0
+        if unit not in self._units:
+            baseline = self._baseline
+            knows = isinstance(baseline, KnowsDistribution)
+            texts = baseline.distribution(slot) if knows else {}
+            last = max((self._slots[i].feature for i in unit), default=0)
+            self._units[unit] = (
+                (DrawnUnit(last, tuple(texts.values())), {text: i for i, text in enumerate(texts)})
+                if len(texts) > 1
+                else None
+            )
+        known = self._units[unit]
+        # Ids, or a text that was not announced.
+        if known is None or not isinstance(found, str) or found not in known[1]:
+            return None, 0
+        return known[0], known[1][found]
+
+    def _ids(self, slot: Slot, found: Any) -> tuple[int, ...]:
         if not isinstance(found, str):
             try:
                 return tuple(int(token) for token in found)
@@ -384,6 +426,33 @@ class Replacements:
         if (text, left) not in self._in_place:
             self._in_place[text, left] = tokens.encode_in_place(self._tokenizer, text, left)
         return self._in_place[text, left]
+
+
+class _Replacement(NamedTuple):
+    """What was drawn for a unit: its ids, and which of the unit's texts, if known."""
+
+    ids: tuple[int, ...]
+    unit: DrawnUnit | None
+    text: int
+
+
+class RowDraw:
+    """The draw of one row: maps a unit to the ids of its replacement.
+
+    Attributes:
+        drawn: Units that the row has drawn, with the index of the text; if known.
+    """
+
+    def __init__(self, draw: Callable[[int, tuple[int, ...]], _Replacement], number: int) -> None:
+        self._draw, self._number = draw, number
+        self.drawn: dict[DrawnUnit, int] = {}
+
+    def __call__(self, *unit: int) -> tuple[int, ...]:
+        """The replacement of a unit (see `Replacements.units`), or of a single slot."""
+        found = self._draw(self._number, unit)
+        if found.unit is not None:
+            self.drawn[found.unit] = found.text
+        return found.ids
 
 
 def template_pieces(

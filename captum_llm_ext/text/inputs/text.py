@@ -332,7 +332,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
             units = self._replacements.units(
                 {slot.index for slot in self.slots if not mask[slot.feature]}
             )
-            rows.append(RenderedPrompt(self._assembled(units, substitute)))
+            ids = self._assembled(units, substitute)
+            rows.append(RenderedPrompt(ids, drawn=substitute.drawn))
         return rows
 
     def _assembled(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.text.baselines import reweighting as weighing
-from captum_llm_ext.text.baselines.candidates import BLANK, Candidates, Match
+from captum_llm_ext.text.baselines.candidates import BLANK, MOST_TEXTS, Candidates, Match
 from captum_llm_ext.text.baselines.corpus import mismatch as unlike
 from captum_llm_ext.text.baselines.corpus.documents import documents
 from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
@@ -170,6 +170,11 @@ class CorpusBaselines:
             return self._for_template()
         filling = self._filling(slot)
         return slot.text if filling is None else filling.draw(generator)
+
+    def distribution(self, slot: Slot) -> dict[str, float]:
+        """See `KnowsDistribution`."""
+        filling = self._filling(slot)
+        return filling.distribution() if isinstance(filling, _Filling) else {}
 
     @property
     def warns_of_mismatch(self) -> bool:
@@ -436,6 +441,15 @@ class _Filling:
 
     def draw(self, generator: torch.Generator) -> str:
         return self.place.filled(self.candidates.draw(generator)[self.member])
+
+    def distribution(self) -> dict[str, float]:
+        if len(self.candidates.choices) > MOST_TEXTS:
+            return {}
+        found: dict[str, float] = {}
+        for texts, share in self.candidates.probabilities().items():
+            text = self.place.filled(texts[self.member])
+            found[text] = found.get(text, 0.0) + share
+        return found
 
 
 @dataclass(frozen=True, slots=True)

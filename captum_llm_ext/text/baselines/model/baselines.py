@@ -5,13 +5,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, takewhile
+from itertools import pairwise, product, takewhile
 from typing import Any
 
 import torch
 
 from captum_llm_ext.text.baselines import words
-from captum_llm_ext.text.baselines.candidates import BLANK, Candidates, Match
+from captum_llm_ext.text.baselines.candidates import BLANK, MOST_TEXTS, Candidates, Match
 from captum_llm_ext.text.baselines.corpus.baselines import HasSlots
 from captum_llm_ext.text.baselines.draws import part_of
 from captum_llm_ext.text.baselines.model.alternatives import ENOUGH, Alternatives, Span
@@ -176,6 +176,11 @@ class ModelBaselines:
         filling = self._filling(slot)
         return BLANK if filling is None else filling.match
 
+    def distribution(self, slot: Slot) -> dict[str, float]:
+        """See `KnowsDistribution`."""
+        filling = self._filling(slot)
+        return {} if filling is None else filling.distribution()
+
     def matches(self, inp: HasSlots) -> list[Match]:
         """The candidates of each feature of an input, in reading order, or those of its phrase."""
         slots = inp.slots
@@ -324,6 +329,21 @@ class _Filling:
             else:
                 drawn.append(candidates.draw(part_of(generator, number))[0])
         return self.place.filled(self._assembled(drawn))
+
+    def distribution(self) -> dict[str, float]:
+        """All texts with their probabilities; empty if there are too many."""
+        own = [number for number, first in enumerate(self.same_as) if first == number]
+        if math.prod(len(self.parts[number].choices) for number in own) > MOST_TEXTS:
+            return {}
+        found: dict[str, float] = {}
+        every = [self.parts[number].probabilities().items() for number in own]
+        for chosen in product(*every):
+            drawn = dict(zip(own, (text for (text,), _ in chosen), strict=True))
+            text = self._assembled([drawn[first] for first in self.same_as])
+            share = math.prod(share for _, share in chosen)
+            filled = self.place.filled(text)
+            found[filled] = found.get(filled, 0.0) + share
+        return found
 
     @property
     def match(self) -> Match:
