@@ -2,8 +2,9 @@
 
 Each attribution is solved twice: from its values as they are, and without what single replacement
 texts do to them (`coalitions.draw_effects`). Both are held against the mean of long runs. Reported
-are the ratio of mean squared errors (of all cells), and the share of cells that their 95 % intervals
-cover, cells with an error below a thousandth of the largest left out.
+are the ratio of mean squared errors (of all cells), and the share of cells that 95 % intervals
+cover; cells with an error below a thousandth of the largest are left out. Walks, whose steps share
+their texts, are beside it as they are.
 
     python benchmarks/random_texts.py [--model FOLDER] [--prompts 3]
 """

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from captum.attr import KernelShap, ShapleyValueSampling
+from captum.attr import KernelShap, Lime
 from tiny import llama, word_piece
 
 from captum_llm_ext import CorpusBaselines, GenerationAttribution, TextSegmentInput
@@ -15,19 +15,13 @@ from captum_llm_ext.coalitions import (
     join_plans,
     plan_anchors,
     plan_pairs,
-    plan_permutations,
     solve_exact,
     solve_kernel,
-    solve_permutations,
     without_draw_effects,
 )
 from captum_llm_ext.coalitions.plans import plan_exact
 
 N, N_TEXTS, N_TARGET = 8, 3, 2
-PLANNERS = {
-    "pairs": (lambda g: plan_pairs(N, 16 * N, generator=g), solve_kernel),
-    "orders": (lambda g: plan_permutations(N, 16, generator=g), solve_permutations),
-}
 
 
 class RandomTexts:
@@ -79,18 +73,21 @@ class RandomTexts:
 SCOPE = Scope.of_all(N_TARGET, N)
 
 
-@pytest.mark.parametrize("kind", PLANNERS)
-def test_attributions_stay_unbiased_and_their_errors_true_at_half_the_variance(kind: str) -> None:
+def planned(generator: torch.Generator) -> Plan:
+    return plan_pairs(N, 16 * N, generator=generator)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_attributions_stay_unbiased_and_their_errors_true_at_half_the_variance(number) -> None:
     """Random texts without stratification: 60 samples of one game, against all its coalitions."""
-    planner, solve = PLANNERS[kind]
-    game = RandomTexts(0, spread=1.0)
+    game = RandomTexts(number, spread=1.0)
     truth = game.truth()
     plain, found, errors = [], [], []
     for seed in range(60):
-        plan, values, drawn = game.sample(planner, seed)
-        plain.append(solve(plan, values, SCOPE).attributions)
+        plan, values, drawn = game.sample(planned, seed)
+        plain.append(solve_kernel(plan, values, SCOPE).attributions)
         adjusted = without_draw_effects(plan, values, SCOPE, drawn)
-        solution = solve(plan, adjusted, SCOPE)
+        solution = solve_kernel(plan, adjusted, SCOPE)
         found.append(solution.attributions)
         errors.append(solution.standard_errors)
     missed = torch.stack(found) - truth
@@ -129,7 +126,7 @@ def test_every_coalition_keeps_its_mean() -> None:
 
 def test_values_without_effects_of_texts_are_unchanged() -> None:
     game = RandomTexts(2, spread=1.0)
-    plan, _, drawn = game.sample(PLANNERS["pairs"][0], 0)
+    plan, _, drawn = game.sample(planned, 0)
     noise = torch.randn(len(plan.masks), 1, generator=torch.Generator().manual_seed(3)).double()
     values = plan.masks.double() @ torch.arange(N).double()[:, None] + noise
     scope = Scope.of_all(1, N)
@@ -139,7 +136,7 @@ def test_values_without_effects_of_texts_are_unchanged() -> None:
 def test_texts_after_a_target_have_no_effect_on_it() -> None:
     """The second target sees three features: only their texts are removed from its values."""
     game = RandomTexts(3, spread=1.0)
-    plan, values, drawn = game.sample(PLANNERS["pairs"][0], 0)
+    plan, values, drawn = game.sample(planned, 0)
     scope = Scope(torch.tensor([N, 3]), torch.tensor([-1, -1]))
     early = game.values(plan.masks[:, :], drawn.texts)[:, :1] * 0
     early += torch.where(
@@ -202,7 +199,7 @@ def test_announced_probabilities_are_those_of_the_draws() -> None:
                 assert counts[text] / 3000 == pytest.approx(share, abs=4 * 0.5 / 3000**0.5)
 
 
-@pytest.mark.parametrize("method", [KernelShap, ShapleyValueSampling])
+@pytest.mark.parametrize("method", [KernelShap, Lime])
 def test_a_result_is_solved_again_from_what_it_holds(method, tmp_path) -> None:
     tokenizer = word_piece()
     model = llama(len(tokenizer))
@@ -213,7 +210,7 @@ def test_a_result_is_solved_again_from_what_it_holds(method, tmp_path) -> None:
         baselines=CorpusBaselines(TEXTS),
     )
     found = GenerationAttribution(method(model), tokenizer).attribute(
-        inp, " red and", n_samples=64 if method is KernelShap else 8
+        inp, " red and", n_samples=128
     )
     assert found.drawn_texts is not None
     assert found.drawn_texts.texts.shape[0] == len(found.masks)
@@ -222,4 +219,5 @@ def test_a_result_is_solved_again_from_what_it_holds(method, tmp_path) -> None:
     for result in (found, type(found).load(path)):
         again = result.refit()
         assert torch.allclose(again.token_attr, found.token_attr, rtol=0, atol=1e-5)
-        assert torch.allclose(again.token_attr_se, found.token_attr_se, rtol=0, atol=1e-5)
+        errors = (again.token_attr_se, found.token_attr_se)
+        assert torch.allclose(*errors, rtol=0, atol=1e-5, equal_nan=True)

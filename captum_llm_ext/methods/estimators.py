@@ -68,8 +68,9 @@ class Estimator:
         few: Maps a number of coalitions to an estimator of the same estimand with about that many,
             for games of low variance. None if attributions are not linear in the values, or need
             all coalitions.
-        samples_draws: Whether coalitions and draws are one random sample, so that what single texts
-            do to the values can be estimated and removed (`coalitions.draw_effects`).
+        samples_draws: Whether coalitions with different draws are compared, so that what single
+            texts do to the values is noise (`coalitions.draw_effects`). Not in walks: their steps
+            share a draw.
         is_additive: Whether attributions of a sum of values are the sum of their attributions, up
             to sampling error.
     """
@@ -392,7 +393,6 @@ def _permutations(task: _Task) -> Estimator:
         needs=None if gives_errors or is_warned else "`n_samples=4`: two orders and their reverses",
         usual=usual,
         few=partial(_few_pairs, task.n_features),
-        samples_draws=True,
     )
 
 
