@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import test_architectures as tests
-import test_reuse
+import test_prefix_reuse
 import tiny
 from architectures import CONFIGS, build
 from captum.attr import ShapleyValueSampling, TextTokenInput
@@ -31,8 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def reuse(model: torch.nn.Module) -> dict[str, float | None]:
     """Per kind of reuse the largest difference of values from a loop; None if it is not used."""
-    tokens, target = test_reuse.make_rows()
-    truth = test_reuse.loop(model, tokens, target)
+    tokens, target = test_prefix_reuse.make_rows()
+    truth = test_prefix_reuse.loop(model, tokens, target)
     found: dict[str, float | None] = {}
     for way in get_args(Reuse)[2:]:
         scorer = Scorer(model, overhead=3, reuse=way)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reuse import difference, loop, make_rows, n_reused
+from test_prefix_reuse import difference, loop, make_rows, n_reused
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow

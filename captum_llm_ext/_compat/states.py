@@ -22,7 +22,7 @@ def why_not_read_on(model: nn.Module) -> str | None:
     """The reason why several tokens must not continue from a cache, or None.
 
     transformers 5.23 (2026): these assume that one token follows a cache, and give wrong numbers
-    without an error. Drop one when its row in `tests/test_reuse.py` says that it is correct.
+    without an error. Drop one when its row in `tests/test_prefix_reuse.py` says that it is correct.
     """
     kind = getattr(text_config(model), "model_type", None)
     broken = ("mamba", "falcon_mamba", "jamba", "bamba", "recurrent_gemma")

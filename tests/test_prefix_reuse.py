@@ -1,4 +1,4 @@
-"""What rows share is computed once, and the values are those of a plain loop all the same."""
+"""Prefix reuse: shared ids are computed once, and values equal those of a plain loop."""
 
 import logging
 import random
