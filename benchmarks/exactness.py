@@ -37,7 +37,7 @@ def reuse(model: torch.nn.Module) -> dict[str, float | None]:
     for way in get_args(Reuse)[2:]:
         scorer = Scorer(model, overhead=3, reuse=way)
         error = float((scorer.values(tokens, target) - truth).abs().max())
-        taken = {"share": scorer.shares_cache, "pack": scorer.packs}
+        taken = {"share": scorer.shares_cache, "pack": scorer.uses_packing}
         found[way] = error if taken.get(way, scorer.n_positions < scorer.n_row_positions) else None
     return found
 

@@ -12,7 +12,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors
-from captum_llm_ext.coalitions.hierarchical_search import search, solve_search, unopened
+from captum_llm_ext.coalitions.hierarchical_search import search, solve_search, unrefined
 
 TREE = ((0, 1, 2), (3, (4, 5), 6), (7, 8))
 N = 10  # column 9 lies beside the tree
@@ -45,7 +45,7 @@ def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visib
     plan, values = join_plans([ends, plan]), torch.cat([ends.masks.double() @ WEIGHTS.T, values])
     return (
         solve_search(plan, values, scope, tree=TREE),
-        unopened(plan, values, scope, tree=TREE),
+        unrefined(plan, values, scope, tree=TREE),
         torch.cat(rows),
     )
 

@@ -1,4 +1,4 @@
-"""Malformed, oversized, late and hostile responses, URLs and keys are refused with a clear error."""
+"""Malformed, oversized, late, hostile responses, URLs and keys are refused with a clear error."""
 
 import copy
 import json

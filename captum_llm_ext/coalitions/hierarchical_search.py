@@ -74,7 +74,7 @@ def search(
         # word.
         frontier.add(parts, (whole - values).mean(0).nan_to_num().abs())
         left = None if n_evaluations is None else (n_evaluations - n_rows) // n_draws
-        parts = frontier.opened(left)
+        parts = frontier.refined(left)
     masks, draws = (torch.cat([getattr(p, name) for p in plans]) for name in ("masks", "draws"))
     return Plan(masks, draws), torch.cat(found)
 
@@ -102,7 +102,7 @@ class _Frontier:
             elif part not in self._beside:
                 self._alone.append(change)
 
-    def opened(self, most_rows: int | None) -> list[Tree]:
+    def refined(self, most_rows: int | None) -> list[Tree]:
         """The children of the parts refined next, at most `most_rows`; empty if there are none."""
         bar = self._bar()
         worth = [float(own.where(own > bar, -1.0).max()) for _, own in self._waiting]
@@ -154,7 +154,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     return solve_views(plan, values, scope, solve)
 
 
-def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
+def unrefined(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
     """Parts that were not refined, by decreasing effect.
 
     Args:

@@ -1,7 +1,6 @@
 """LIME: a weighted linear fit of every target on the columns it can depend on."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution, View, views
 from captum_llm_ext.coalitions.clustered_errors import sandwich
 from captum_llm_ext.coalitions.plans import Plan
@@ -293,10 +293,9 @@ def _lasso(grams: Tensor, products: Tensor, groups: Tensor, alpha: float) -> Ten
         if moved <= 1e-10 * largest:
             return coefficients
     if moved > 1e-4 * largest:
-        warnings.warn(
+        warn_user(
             f"The lasso still moves by {moved:.1g} after {_MOST_SWEEPS} sweeps: its coefficients "
             "are approximate. More samples, fewer features or a larger `alpha` would help.",
             RuntimeWarning,
-            stacklevel=4,
         )
     return coefficients

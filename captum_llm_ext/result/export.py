@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,6 +10,7 @@ import torch
 from captum_llm_ext.base import files
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.descriptions import (
     answer_told,
@@ -267,11 +267,10 @@ class ExportedResult(DrawnResult):
         full, empty = (v.detach().cpu().double() for v in (self.full_values, self.empty_values))
         missing = (full - empty - attr.sum(0)).abs()
         if bool((missing > _UNEXPLAINED * (full - empty).abs().max()).any()):
-            warnings.warn(
+            warn_user(
                 f"the attributions of {self.provenance.get('method', 'this method')} do not sum "
                 f"to full_values - empty_values (off by up to {float(missing.max()):.3g}), which "
                 "shap's plots assume: what they show as f(x) is base value plus sum.",
-                stacklevel=2,
             )
         n_prompt = len(self.input_tokens)
         texts = self._column_texts()

@@ -1,7 +1,6 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution for prompt and output."""
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -25,6 +24,7 @@ from captum_llm_ext.attribution.target import (
     announce_answer,
 )
 from captum_llm_ext.base.arguments import check_passed_on
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import Contrast, Foils, as_value, scored
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
@@ -141,7 +141,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         self.attr_target: AttrTarget | Contrast = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
         self._access_model()
-        if self._processes.are_many:
+        if self._processes.are_several:
             raise ValueError(
                 f"the model is sharded across {len(self._processes.ranks)} processes, and "
                 "gradients need it whole: load it on one device or with a `device_map`, or take "
@@ -544,17 +544,15 @@ def _linear_provenance(
     if not is_sum:
         return {"reconstruction_error": defect}
     if nonlinear > _MOST_NONLINEAR * float(values.abs().max()):
-        warnings.warn(
+        warn_user(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "
             f"value, from which they are up to {nonlinear:.2g} apart (see `efficiency_gap`): give "
             '`attr_target="logit"` for a sum that is exact.',
-            stacklevel=3,
         )
     if defect > _MOST_ROUNDING:
-        warnings.warn(
+        warn_user(
             f"in this precision the sum of all shares misses the value by up to {defect:.1g} of "
             "it: load the model in float32 for a sum that is exact.",
-            stacklevel=3,
         )
     return {
         "fixed_attr": [part.fixed for part in each],
@@ -568,9 +566,8 @@ def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
     worst, most = float(gap.abs().max()), float(explained.abs().max())
     if worst > _WIDE_GAP * most:
         n = 50 if n_steps is None else n_steps
-        warnings.warn(
+        warn_user(
             f"{n} steps are too few for this path: the attributions miss {worst:.2g} of what they "
             f"explain (up to {most:.2g}; see `efficiency_gap`). Give more `n_steps`, or baselines "
             "that are text of the same kind, from where the path is smoother than from zero.",
-            stacklevel=3,
         )

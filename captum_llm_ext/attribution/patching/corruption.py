@@ -1,6 +1,5 @@
 """Corrupted texts: a feature replaced by another text of as many tokens, or by noise."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import digest, stacklevel_of_caller
+from captum_llm_ext.base.digest import digest
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText, render_text
@@ -194,10 +194,9 @@ def replacement_texts(
         if len(found) == n_draws:
             return found
     if found:
-        warnings.warn(
+        warn_user(
             f"of {n_tries} draws only {len(found)} are other texts of {len(changed)} tokens, and "
             f"`n_draws` asks for {n_draws}: these are taken.",
-            stacklevel=stacklevel_of_caller(),
         )
         return found
     raise ValueError(

@@ -114,7 +114,7 @@ class ActivationPatching:
         self._stream = ResidualStream(self.model, layers)
         self._processes = Processes.of(accelerator, self.model)
         # Without an accelerator, batches may have any size.
-        is_shared = accelerator is not None or self._processes.are_many
+        is_shared = accelerator is not None or self._processes.are_several
         self._shared = self._processes if is_shared else None
 
     @property

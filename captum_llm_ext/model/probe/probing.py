@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.forward.draws import drawing
+from captum_llm_ext.model.forward.draws import random_draws
 from captum_llm_ext.model.forward.inconclusive import is_inconclusive
-from captum_llm_ext.model.forward.rounding import BEYOND, Apart, rounded_otherwise
+from captum_llm_ext.model.forward.rounding import BEYOND, LogProbDifference, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe.differences import (
     FINE,
+    bf16_rounding,
     exceeds,
-    is_as,
+    is_equal,
     largest,
     last_digit,
+    median_difference,
     root_mean_square,
-    rough,
     spread,
-    usual,
 )
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.jumps import jumps_at
@@ -56,8 +56,8 @@ _BATCHED = 1e-3
 # Called with a row, positions in it, how logits can be requested, and the effect of perturbed
 # digits, if known; returns the findings on packs, and the logits of the row alone at these
 # positions.
-ReadPacked = Callable[
-    [Sequence[int], Sequence[int], str | None, Apart | None],
+ComparePacked = Callable[
+    [Sequence[int], Sequence[int], str | None, LogProbDifference | None],
     tuple[Packing | None, Tensor | None],
 ]
 
@@ -69,7 +69,7 @@ class Probe:
         model: The model.
         rows: Rows of the run.
         extras: Further arguments of its forward.
-        read_packed: As for `findings`.
+        compare_packed: As for `findings`.
         earlier: Earlier findings on the model.
     """
 
@@ -78,11 +78,11 @@ class Probe:
         model: nn.Module,
         rows: Sequence[TokenRow],
         extras: dict[str, Any],
-        read_packed: ReadPacked | None,
+        compare_packed: ComparePacked | None,
         earlier: Findings | None,
     ) -> None:
         self._model, self._extras, self._n_rows = model, extras, len(rows)
-        self._read_packed, self._earlier = read_packed, earlier
+        self._read_packed, self._earlier = compare_packed, earlier
         self._passes = ShortPasses(model, extras)
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
@@ -93,7 +93,7 @@ class Probe:
         """The findings."""
         ids = self._row.ids
         shorter = ids if self._extras else ids[:_FIRST]
-        drawn, logits = drawing(self._model, lambda: self._passes.all(shorter))
+        drawn, logits = random_draws(self._model, lambda: self._passes.all(shorter))
         if drawn == "seeded":
             self._passes.seed, logits = 0, self._passes.all(shorter)
         found = self._first(shorter, logits)
@@ -114,10 +114,10 @@ class Probe:
             # before the position had seen of it, they had seen in the cache as well.
             ending = self._ending(at[2], at, alone)
             rounding = largest(*ending)
-            if rounding <= FINE or usual(*ending) <= self._usual_rounding(found):
+            if rounding <= FINE or median_difference(*ending) <= self._usual_rounding(found):
                 found = replace(found, shortest=sys.maxsize, longest=0, packed=len(ids))
                 return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
-        return self._together(found, at, alone)
+        return self._in_batches(found, at, alone)
 
     # Rounding -------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Probe:
                 found, jumps=jumps_at(self._model, lambda: self._passes.all(ids), logits)
             )
         with rounded_otherwise(self._model):
-            moved = Apart.between(self._passes.all(ids), logits)
+            moved = LogProbDifference.between(self._passes.all(ids), logits)
         return replace(found, moved=moved if moved.usual else None)
 
     def _tells_rounding(self, found: Findings) -> bool:
@@ -161,13 +161,13 @@ class Probe:
             limit: Largest difference that is not an effect in any case.
             plain: Ids, positions, and the output there; repeated with perturbed digits if needed.
         """
-        most = max(usual(*pair) for pair in pairs)
+        most = max(median_difference(*pair) for pair in pairs)
         if most <= max(limit, self._usual_rounding(found)):
             return False
         ids, at, log_probs = plain
         with rounded_otherwise(self._model):
             digits = self._passes.log_probs_at([ids], [at])[0]
-        return most > max(limit, BEYOND * usual(digits, log_probs))
+        return most > max(limit, BEYOND * median_difference(digits, log_probs))
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
@@ -245,7 +245,7 @@ class Probe:
                 if is_inconclusive(error):
                     raise
         if kept == "positions" and not (
-            log_probs is not None and self._is_as(found, log_probs, logits, at)
+            log_probs is not None and self._is_equal(found, log_probs, logits, at)
         ):
             self._find_kept(ids[:_FIRST], logits)
             if self._passes.kept != kept:  # the result was not what was requested
@@ -256,11 +256,15 @@ class Probe:
             packing,
         )
 
-    def _is_as(self, found: Findings, log_probs: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
+    def _is_equal(
+        self, found: Findings, log_probs: Tensor, logits: Tensor, at: Sequence[int]
+    ) -> bool:
         """Whether the first outputs are those of the beginning alone."""
-        if is_as(log_probs[:2], logits[0, at[:2]]):
+        if is_equal(log_probs[:2], logits[0, at[:2]]):
             return True
-        return usual(log_probs[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
+        return median_difference(log_probs[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(
+            found
+        )
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model returns the requested logits, if it has that argument."""
@@ -275,7 +279,9 @@ class Probe:
                 raise
             self._passes.kept = None
             return
-        if not (is_as(log_probs[0], logits[0, ends]) and is_as(log_probs[1], logits[0, ends[1:]])):
+        if not (
+            is_equal(log_probs[0], logits[0, ends]) and is_equal(log_probs[1], logits[0, ends[1:]])
+        ):
             self._passes.kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
@@ -286,7 +292,8 @@ class Probe:
         fewer = self._passes.all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
         if fewer.shape[1] != logits.shape[1] - 1 or (
             largest(spread(fewer[:, n:]), spread(logits[:, n:-1])) > FINE
-            and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1])) > rough(logits)
+            and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1]))
+            > bf16_rounding(logits)
         ):
             raise ValueError(
                 f"{type(self._model).__name__} returns {logits.shape[1]} logits for {len(ids)} "
@@ -302,7 +309,7 @@ class Probe:
         places = cut_places(self._row, n_cuts(self._n_rows))
         row = self._passes.log_probs_at([self._row.ids], [places])[0]
         pairs = self._after(places, places, row, n_places=1, at_once=1)
-        limit = max(FINE, rough(row)) if self._is_half(found) else FINE
+        limit = max(FINE, bf16_rounding(row)) if self._is_half(found) else FINE
         return replace(
             found,
             sees_ahead=any(exceeds(*pair, limit) for pair in pairs),
@@ -321,7 +328,7 @@ class Probe:
         is_rough = self._is_rough(found)
         rounding, limit, is_half = largest(copies, alone), FINE, self._is_half(found)
         if is_half:
-            limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
+            limit = max(FINE, BEYOND * root_mean_square(copies, alone), bf16_rounding(alone))
         couples = exceeds(beside, copies, limit) or self._counts_rows(
             found, [(copies, alone)], (ids, at, alone)
         )
@@ -333,7 +340,7 @@ class Probe:
             is_rough=is_rough or couples or rounding > FINE,
         )
 
-    def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
+    def _in_batches(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
         """Findings on the longest and the shortest row, alone and in batches.
 
         Args:
@@ -392,7 +399,7 @@ class Probe:
         limit = FINE
         if is_half or draws:
             moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
-            limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
+            limit = max(FINE, BEYOND * moved, bf16_rounding(alone) if is_half else 0.0)
         couples = any(exceeds(copies, one, limit) for one in beside)
         # A row must also be the same beside itself and beside many others.
         if is_half or draws:
@@ -449,7 +456,7 @@ class Probe:
             found, pairs, plain: As for `_beyond_rounding`.
         """
         if self._is_half(found):
-            return self._beyond_rounding(found, pairs, max(FINE, rough(plain[2])), plain)
+            return self._beyond_rounding(found, pairs, max(FINE, bf16_rounding(plain[2])), plain)
         return max(largest(*pair) for pair in pairs) > _BATCHED
 
     def _rounding_alone(self, found: Findings, at: Sequence[int], alone: Tensor) -> float | None:
@@ -470,8 +477,11 @@ class Probe:
         shapes = [(one, alone[:3]), (self._wide(at[:2], _WIDE), alone[:2])]
         if len(self._short) < n:
             shapes.append(self._of_length(len(self._short), at, alone))
-        limit = max(FINE, rough(alone), self._usual_rounding(found))
-        if max(largest(*pair) for pair in alike) > FINE or max(usual(*p) for p in shapes) > limit:
+        limit = max(FINE, bf16_rounding(alone), self._usual_rounding(found))
+        if (
+            max(largest(*pair) for pair in alike) > FINE
+            or max(median_difference(*p) for p in shapes) > limit
+        ):
             return None
         return max(largest(*pair) for pair in shapes)
 
