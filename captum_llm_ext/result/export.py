@@ -13,7 +13,7 @@ from captum_llm_ext.base.terminal import one_line
 from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.descriptions import (
-    answer_told,
+    answer_as_data,
     descriptions,
     part_sums,
     reading_aids,
@@ -197,11 +197,11 @@ class ExportedResult(DrawnResult):
             hint = _INSTALL.format(method="to_dataframe", package="pandas")
             raise ImportError(hint) from error
         if layout == "answer":
-            told = answer_told(cast(Any, self))
-            parts = [] if told is None else told["parts"]
+            answer = answer_as_data(cast(Any, self))
+            parts = [] if answer is None else answer["parts"]
             names = ["part", "attribution", "standard_error", "marked"]
             frame = pd.DataFrame([[part[name] for name in names] for part in parts], columns=names)
-            frame.insert(0, "level", None if told is None else told["level"])
+            frame.insert(0, "level", None if answer is None else answer["level"])
             return frame
         n_prompt, n_columns = len(self.input_tokens), len(self._column_names)
         attr = self.full_attr.detach().cpu()
