@@ -35,7 +35,6 @@ def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visib
         score,
         TREE,
         N,
-        scope,
         share=share,
         top_k=top_k,
         n_evaluations=n_evaluations,
@@ -117,7 +116,7 @@ def test_top_k_of_additive_games_equals_leave_one_out(seed):
     def score(plan):
         return plan.masks.double() @ weights.T
 
-    plan, values = search(score, tree, n, scope, share=0.0, top_k=3)
+    plan, values = search(score, tree, n, share=0.0, top_k=3)
     ends = plan_anchors(n)
     both = join_plans([ends, plan])
     found = solve_search(both, torch.cat([score(ends), values]), scope, tree=tree)

@@ -741,12 +741,12 @@ def test_rounding_is_not_taken_for_coupling_or_look_ahead():
         assert found.is_rough
 
 
-def rounds_activations(model):
+def rounds_activations(model, by_token=True):
     """What enters each layer is rounded to eight bits, by the largest number of a token."""
 
     def rounded(_, args):
-        scale = args[0].abs().amax(-1, keepdim=True) / 127
-        return ((args[0] / scale).round() * scale,)
+        largest = args[0].abs().amax(-1, keepdim=True) if by_token else args[0].abs().amax()
+        return ((args[0] / (largest / 127)).round() * (largest / 127),)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -756,15 +756,7 @@ def rounds_activations(model):
 
 def rounds_all_alike(model):
     """The same by the largest number of a tensor."""
-
-    def rounded(_, args):
-        scale = args[0].abs().amax() / 127
-        return ((args[0] / scale).round() * scale,)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(rounded)
-    return model
+    return rounds_activations(model, by_token=False)
 
 
 def rounds_what_comes_out(model):

@@ -22,7 +22,6 @@ def search(
     score: Callable[[Plan], Tensor],
     tree: Tree,
     n_features: int,
-    scope: Scope,
     *,
     share: float,
     top_k: int | None = None,
@@ -41,7 +40,6 @@ def search(
             replacements in every call.
         tree: The hierarchy of the first columns. The others are removed one by one.
         n_features: Number of columns.
-        scope: One entry per target; each must depend on all columns of the tree.
         share: Between 0 (everything is refined) and 1.
         top_k: Number of causes wanted per target, if not all.
         n_evaluations: Maximum number of rows. The parts of the coarsest level and the columns
@@ -140,7 +138,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     """
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
-        losses = _Losses.of(plan, view)
+        losses = _Losses.of(view)
         attributions = torch.zeros(
             view.n_visible, len(view.targets), dtype=torch.float64, device="cpu"
         )
@@ -162,7 +160,7 @@ def unrefined(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[U
     """
 
     def of_view(view: View) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        losses = _Losses.of(plan, view)
+        losses = _Losses.of(view)
         for part, is_alone in _known(losses, tree, view.n_visible):
             if not is_alone:
                 yield part, losses.of_part(part)[0]
@@ -195,7 +193,7 @@ class _Losses:
     draws: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, view: View) -> "_Losses":
+    def of(cls, view: View) -> "_Losses":
         rows: dict[tuple[int, ...], list[int]] = {}
         for place, mask in enumerate(view.masks):
             if bool(view.sampled[place]):

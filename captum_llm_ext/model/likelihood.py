@@ -185,7 +185,7 @@ class Likelihood:
             ids: The row.
             at: Positions after the first, in order.
         """
-        for begin, stop, some in self._windows(ids, at):
+        for begin, stop, some in self._windows(at):
             window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
             # A row that is read alone needs no look at batches where the model is given packs.
             read = [TokenRow(tuple(own), range(len(own))) for own in (window[:1], window)]
@@ -202,9 +202,7 @@ class Likelihood:
                 # Counted from the end: a soft prompt adds logits in front.
                 yield place, self._log_softmax(logits[place - stop])
 
-    def _windows(
-        self, ids: Sequence[int], at: Sequence[int]
-    ) -> Iterator[tuple[int, int, list[int]]]:
+    def _windows(self, at: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         """Windows of a row that fit the model's maximum length, as (start, stop).
 
         Every position has at least half of the maximum length before it.
