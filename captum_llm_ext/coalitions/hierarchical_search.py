@@ -82,11 +82,11 @@ class _Frontier:
 
     Args:
         share, top_k: As for `search`.
-        beside: Columns outside the prompt's tree.
+        outside: Columns outside the prompt's tree.
     """
 
     def __init__(self, share: float, top_k: int | None, outside: set[int]) -> None:
-        self._share, self._top_k, self._beside = share, top_k, outside
+        self._share, self._top_k, self._outside = share, top_k, outside
         self._waiting: list[tuple[Tree, Tensor]] = []
         self._alone: list[Tensor] = []
         self._most = 0.0
@@ -97,7 +97,7 @@ class _Frontier:
             self._most = max(self._most, float(change.max()))
             if children_of(part):
                 self._waiting.append((part, change))
-            elif part not in self._beside:
+            elif part not in self._outside:
                 self._alone.append(change)
 
     def refined(self, most_rows: int | None) -> list[Tree]:
