@@ -41,7 +41,10 @@ _MORE_WORDS = 1
 # attributions follow it: 8 take 11 % less computation, and the cause leads by 4.7 instead of 4.9
 # nats; 32 take 25 % more, lead by 5.0, and name one cause more.
 _TRIED = 16
-_AFTER = 2  # words after a place that are scored; chosen, not measured
+# Words after a place that are scored. Nearly all attributions follow it: 1 takes 4 % less
+# computation, names 18 causes, and these lead by 5.2 nats; 4 name 16, and lead by 5.0. On 20
+# prompts that is no significant difference; others were not measured.
+_AFTER = 2
 # Probability of the own word beyond which the following words leave hardly another one. Chosen, not
 # measured.
 _DECIDED = 0.95
