@@ -287,8 +287,8 @@ def measured(model: torch.nn.Module) -> dict[str, Any]:
             name: getattr(found, name) for name in (*FOUND, "ahead", "coupling", "rounding", "kept")
         },
         "noise_floor": None if floor is None else float(floor.max()),
-        "reads_on": scorer.n_positions < scorer.n_row_positions and not scorer.packs,
-        "packs": scorer.packs,
+        "reads_on": scorer.n_positions < scorer.n_row_positions and not scorer.uses_packing,
+        "packs": scorer.uses_packing,
     }
 
 

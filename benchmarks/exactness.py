@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import test_architectures as tests
-import test_reuse
+import test_prefix_reuse
 import tiny
 from architectures import CONFIGS, build
 from captum.attr import ShapleyValueSampling, TextTokenInput
@@ -31,13 +31,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def reuse(model: torch.nn.Module) -> dict[str, float | None]:
     """Per kind of reuse the largest difference of values from a loop; None if it is not used."""
-    tokens, target = test_reuse.make_rows()
-    truth = test_reuse.loop(model, tokens, target)
+    tokens, target = test_prefix_reuse.make_rows()
+    truth = test_prefix_reuse.loop(model, tokens, target)
     found: dict[str, float | None] = {}
     for way in get_args(Reuse)[2:]:
         scorer = Scorer(model, overhead=3, reuse=way)
         error = float((scorer.values(tokens, target) - truth).abs().max())
-        taken = {"share": scorer.shares_cache, "pack": scorer.packs}
+        taken = {"share": scorer.shares_cache, "pack": scorer.uses_packing}
         found[way] = error if taken.get(way, scorer.n_positions < scorer.n_row_positions) else None
     return found
 

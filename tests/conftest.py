@@ -17,7 +17,7 @@ LONGEST = (
     "test_tutorials.py",
     "test_processes.py",
     "test_cli.py",
-    "test_cli_outside.py",
+    "test_cli_environment.py",
     "test_gradient_models.py",
     "test_dataset.py",
 )

@@ -2,10 +2,10 @@
 
 import re
 
-import layouts
+import chat_templates
 import pytest
-import templates
 import tiny
+import tokenizer_layouts
 import torch
 from captum.attr import ShapleyValues, ShapleyValueSampling
 
@@ -203,9 +203,9 @@ EVERYONE = ("user", "system", "assistant", "tool")
 
 
 def _family(name, python=False):
-    tokenizer = layouts.llama3()
-    tokenizer.chat_template = templates.FAMILIES[name]
-    return layouts.NoOffsets(tokenizer) if python else tokenizer
+    tokenizer = tokenizer_layouts.llama3()
+    tokenizer.chat_template = chat_templates.FAMILIES[name]
+    return tokenizer_layouts.NoOffsets(tokenizer) if python else tokenizer
 
 
 def _without(chat, feature):
@@ -215,7 +215,7 @@ def _without(chat, feature):
 
 
 @pytest.mark.parametrize("python", [False, True])
-@pytest.mark.parametrize("name", templates.FAMILIES)
+@pytest.mark.parametrize("name", chat_templates.FAMILIES)
 def test_turn_is_absent_with_special_tokens_in_its_text(name, python):
     tokenizer = _family(name, python)
     chat = ChatInput(INJECTED, tokenizer, roles=("user", "assistant"), baselines="delete")
@@ -233,7 +233,7 @@ def test_turn_is_absent_with_special_tokens_in_its_text(name, python):
 
 
 @pytest.mark.parametrize("unit", ["turn", "word", ("turn", "sentence"), "token"])
-@pytest.mark.parametrize("name", templates.FAMILIES)
+@pytest.mark.parametrize("name", chat_templates.FAMILIES)
 def test_template_special_tokens_can_be_features(name, unit):
     tokenizer = _family(name)
     chat = ChatInput(
@@ -319,7 +319,7 @@ def test_system_message_inside_a_user_turn_is_its_own_turn(name):
 
 
 def test_dropped_message_is_not_matched_to_another_role():
-    tokenizer = layouts.llama3()
+    tokenizer = tokenizer_layouts.llama3()
     tokenizer.chat_template = (
         "{% for m in messages if m.role == 'user' %}[{{ m.content }}]{% endfor %}"
     )
@@ -343,7 +343,7 @@ def test_dropped_message_is_not_matched_to_another_role():
     ],
 )
 def test_trimmed_or_rewritten_message_is_located(written, shown, missing):
-    tokenizer = layouts.llama3()
+    tokenizer = tokenizer_layouts.llama3()
     tokenizer.chat_template = f"{{% for m in messages %}}<s>{{{{ {written} }}}}</s>{{% endfor %}}"
     messages = [{"role": "user", "content": "Tom & 'Ann'\n<b> say \"hi\"."}]
     if missing is None:

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from captum.attr import FeatureAblation, KernelShap, RemoteLLMAttribution
-from engines import GARBAGE, LLM, Engine
+from engine_stubs import GARBAGE, LLM, Engine
 
 from captum_llm_ext import (
     Contrast,

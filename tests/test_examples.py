@@ -7,7 +7,7 @@ import pytest
 
 MODULES = [
     "captum_llm_ext.evaluation.faithfulness.game_metrics",
-    "captum_llm_ext.text.segment.chosen",
+    "captum_llm_ext.text.segment.selected",
     "captum_llm_ext.text.segment.markdown",
     "captum_llm_ext.text.segment.prose",
 ]

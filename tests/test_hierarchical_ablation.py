@@ -12,7 +12,7 @@ from captum_llm_ext import (
     TextSegmentInput,
 )
 from captum_llm_ext.coalitions import Scope, join_plans, plan_anchors
-from captum_llm_ext.coalitions.hierarchical_search import search, solve_search, unopened
+from captum_llm_ext.coalitions.hierarchical_search import search, solve_search, unrefined
 
 TREE = ((0, 1, 2), (3, (4, 5), 6), (7, 8))
 N = 10  # column 9 lies beside the tree
@@ -35,7 +35,6 @@ def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visib
         score,
         TREE,
         N,
-        scope,
         share=share,
         top_k=top_k,
         n_evaluations=n_evaluations,
@@ -45,7 +44,7 @@ def play(share, *, top_k=None, n_evaluations=None, n_draws=1, noise=0.0, n_visib
     plan, values = join_plans([ends, plan]), torch.cat([ends.masks.double() @ WEIGHTS.T, values])
     return (
         solve_search(plan, values, scope, tree=TREE),
-        unopened(plan, values, scope, tree=TREE),
+        unrefined(plan, values, scope, tree=TREE),
         torch.cat(rows),
     )
 
@@ -117,7 +116,7 @@ def test_top_k_of_additive_games_equals_leave_one_out(seed):
     def score(plan):
         return plan.masks.double() @ weights.T
 
-    plan, values = search(score, tree, n, scope, share=0.0, top_k=3)
+    plan, values = search(score, tree, n, share=0.0, top_k=3)
     ends = plan_anchors(n)
     both = join_plans([ends, plan])
     found = solve_search(both, torch.cat([score(ends), values]), scope, tree=tree)

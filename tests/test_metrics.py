@@ -39,7 +39,7 @@ from captum_llm_ext.evaluation.faithfulness import (
     sufficiency,
 )
 from captum_llm_ext.evaluation.faithfulness.estimate import average
-from captum_llm_ext.evaluation.faithfulness.scores import spearman
+from captum_llm_ext.evaluation.rank_correlation import spearman
 
 matplotlib.use("Agg")
 PROMPT = "Dave lives in Austin."

@@ -1,8 +1,8 @@
 """Tokens belong to features by their characters, on tokenizers laid out as well-known ones."""
 
-import layouts
 import pytest
 import tiny
+import tokenizer_layouts
 import torch
 from captum.attr import ShapleyValues
 from tokenizers import AddedToken
@@ -12,10 +12,12 @@ from captum_llm_ext.text import segment, tokens
 from captum_llm_ext.text.inputs import GeneratedText
 
 LAYOUTS = {
-    name: getattr(layouts, name)()
+    name: getattr(tokenizer_layouts, name)()
     for name in ("gpt2", "llama3", "llama2", "gemma", "bert", "unigram")
 }
-WITHOUT_OFFSETS = {f"{name}, Python": layouts.NoOffsets(LAYOUTS[name]) for name in LAYOUTS}
+WITHOUT_OFFSETS = {
+    f"{name}, Python": tokenizer_layouts.NoOffsets(LAYOUTS[name]) for name in LAYOUTS
+}
 ALL = LAYOUTS | WITHOUT_OFFSETS
 BYTES = ["gpt2", "llama3"]
 TEXTS = [
@@ -80,7 +82,7 @@ def test_feature_text_equals_its_tokens(name, unit):
 @pytest.mark.parametrize("name", ["gpt2", "llama3", "llama2", "gemma"])
 def test_decoded_offsets_give_the_same_features(name):
     fast = LAYOUTS[name]
-    slow = layouts.NoOffsets(fast, splits=False)
+    slow = tokenizer_layouts.NoOffsets(fast, splits=False)
     for text in TEXTS:
         for unit in ("word", "sentence"):
             one, other = (TextSegmentInput(text, t, unit, baselines="delete") for t in (fast, slow))
@@ -89,7 +91,7 @@ def test_decoded_offsets_give_the_same_features(name):
 
 
 def test_split_special_tokens_are_ordinary_text():
-    tokenizer = layouts.llama3(split_special_tokens=True)
+    tokenizer = tokenizer_layouts.llama3(split_special_tokens=True)
     inp = TextSegmentInput("Dave</s> lives", tokenizer, baselines="delete")
     assert inp.names == ["Dave</s>", " lives"]
     assert len(inp.slots[0].ids) > 2
@@ -114,7 +116,7 @@ def test_bos_in_text_is_not_duplicated():
 
 
 def test_stripping_special_tokens_own_their_white_space():
-    tokenizer = layouts.llama3()
+    tokenizer = tokenizer_layouts.llama3()
     left, right = AddedToken("<L>", lstrip=True), AddedToken("<R>", rstrip=True)
     tokenizer.add_tokens([left, right], special_tokens=True)
     inp = TextSegmentInput(
@@ -137,10 +139,12 @@ def _with_phrases(make):
 
 
 @pytest.mark.parametrize("python", [False, True])
-@pytest.mark.parametrize("make", [layouts.gpt2, layouts.llama3, layouts.gemma])
+@pytest.mark.parametrize(
+    "make", [tokenizer_layouts.gpt2, tokenizer_layouts.llama3, tokenizer_layouts.gemma]
+)
 def test_words_sharing_a_token_are_merged(make, python):
     fast = _with_phrases(make)
-    tokenizer = layouts.NoOffsets(fast) if python else fast
+    tokenizer = tokenizer_layouts.NoOffsets(fast) if python else fast
     inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, baselines="delete")
     assert inp.names == ["Dave", " in", " Palm Coast,", " FL"]
     phrase = fast.convert_tokens_to_ids("Palm Coast")
@@ -153,7 +157,7 @@ def test_words_sharing_a_token_are_merged(make, python):
 
 
 def test_sentences_sharing_a_token_are_merged_at_every_level():
-    tokenizer = _with_phrases(layouts.llama3)
+    tokenizer = _with_phrases(tokenizer_layouts.llama3)
     inp = TextSegmentInput(
         "He saw it. But why? Go.", tokenizer, ("sentence", "word"), baselines="delete"
     )
@@ -181,7 +185,7 @@ def test_characters_sharing_a_token_are_merged():
 
 
 def test_explicit_spans_are_never_changed_silently():
-    tokenizer = _with_phrases(layouts.llama3)
+    tokenizer = _with_phrases(tokenizer_layouts.llama3)
     text = "Dave in Palm Coast, FL"
     with pytest.raises(ValueError, match=r"owns no whole token"):
         TextSegmentInput(text, tokenizer, [(8, 12), (13, 18)], baselines="delete")
@@ -205,7 +209,7 @@ def test_explicit_spans_are_never_changed_silently():
 
 
 def test_tokens_of_fixed_text_are_fixed():
-    tokenizer = _with_phrases(layouts.llama3)
+    tokenizer = _with_phrases(tokenizer_layouts.llama3)
     inp = TextSegmentInput("Dave in Palm Coast, FL", tokenizer, fixed=["Coast"], baselines="delete")
     assert inp.names == ["Dave", " in", ",", " FL"]
     assert "Palm Coast" in tokenizer.decode(list(_render(inp, [False] * 4)))
@@ -216,7 +220,7 @@ def test_tokens_of_fixed_text_are_fixed():
 
 
 def test_groups_match_merged_words():
-    tokenizer = _with_phrases(layouts.llama3)
+    tokenizer = _with_phrases(tokenizer_layouts.llama3)
     inp = TextSegmentInput(
         "Dave in Palm Coast, FL", tokenizer, groups=[["Palm Coast,", "FL"]], baselines="delete"
     )
@@ -282,7 +286,7 @@ def test_output_spans_count_special_tokens(name):
 
 def test_text_with_partial_characters_is_complete():
     # Tokenizers may show a part of a character as nothing at all.
-    class Hiding(layouts.NoOffsets):
+    class Hiding(tokenizer_layouts.NoOffsets):
         def decode(self, token_ids, **how):
             return super().decode(token_ids, **how).replace("\ufffd", "")
 
@@ -296,7 +300,7 @@ def test_text_with_partial_characters_is_complete():
 
 
 def test_values_equal_the_text_without_the_feature():
-    tokenizer = _with_phrases(layouts.llama3)
+    tokenizer = _with_phrases(tokenizer_layouts.llama3)
     model = tiny.llama(len(tokenizer))
     text = "Go.</s> Palm Coast, FL"
     inp = TextSegmentInput(text, tokenizer, baselines="delete")

@@ -224,3 +224,34 @@ def test_imports_are_acyclic():
     graph = {name: imported(path) for name, path in files.items()}
     assert sum(map(len, graph.values())) > 500
     assert len([*TopologicalSorter(graph).static_order()]) == len(files)  # a CycleError names them
+
+
+def documented(text):
+    """Names in the section of arguments of a docstring."""
+    section = re.search(r"Args:\n((?: {4}.*\n?|\n)*)", text)
+    heads = re.findall(r"^ {4}([*\w][*\w, ]*):", section.group(1) if section else "", re.M)
+    return {name.strip().lstrip("*") for head in heads for name in head.split(",")}
+
+
+def parameters(node):
+    """Parameters of a function, or of a class by its constructor or its fields; None if unknown."""
+    if isinstance(node, ast.ClassDef):
+        own = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        fields = {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+        return parameters(own[0]) if own else fields or None
+    args = node.args
+    given = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+    return {arg.arg for arg in given if arg is not None} - {"self", "cls"}
+
+
+def test_docstrings_document_the_parameters_that_exist():
+    """Of those with a section of arguments: all but private ones, and no others."""
+    kinds, n_checked = (ast.FunctionDef, ast.ClassDef), 0
+    for path in Path(captum_llm_ext.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = documented(ast.get_docstring(node) or "") if isinstance(node, kinds) else set()
+            if names and (known := parameters(node)) is not None:
+                n_checked += 1
+                private = {name for name in known if name.startswith("_")}
+                assert names | private == known, (path.name, node.name)
+    assert n_checked > 500

@@ -10,7 +10,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reuse import difference, loop, make_rows, n_reused
+from test_prefix_reuse import difference, loop, make_rows, n_reused
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
@@ -181,7 +181,7 @@ def test_packs_continue_from_a_cached_prefix(name, head):
     scorer = Scorer(model, overhead=3, reuse="pack", max_rows=9)
     values = [scorer.values(rows[:20], target), scorer.values(rows[20:], target)]
     assert difference(torch.cat(values), loop(model, rows, target)) < 1e-4
-    assert scorer.packs
+    assert scorer.uses_packing
     assert len(scorer._batching._head[0]) >= head // 2 * 2
 
 
@@ -199,7 +199,7 @@ def test_every_kind_of_value(attr_target, kept, monkeypatch):
     alone = Scorer(model, attr_target=chosen, reuse="off", max_rows=1).values(rows, target)
     scorer = Scorer(model, attr_target=chosen, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), alone) < 1e-11
-    assert scorer.packs
+    assert scorer.uses_packing
 
 
 def test_plan_accounts_for_positions_saved_in_outer_layers(monkeypatch):
@@ -211,11 +211,11 @@ def test_plan_accounts_for_positions_saved_in_outer_layers(monkeypatch):
     target = torch.arange(5, 15)
     scorer = Scorer(model, overhead=16)
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-4
-    assert scorer.packs
+    assert scorer.uses_packing
     monkeypatch.setattr(_compat, "outer_layers", lambda model: None)
     scorer = Scorer(model, overhead=16)
     scorer.values(rows, target)
-    assert not scorer.packs
+    assert not scorer.uses_packing
 
 
 @pytest.mark.parametrize("overhead", [0, 5, 1000])
@@ -258,7 +258,7 @@ def test_rows_diverge_inside_the_cached_prefix():
     rows = [TokenRow((*ids[:n], 7, *ids[n + 1 :]), [10, 11]) for n in (9, 8, 6, 3, 1)]
     scorer = Scorer(model, overhead=0, reuse="pack", max_rows=2)
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
-    assert scorer.packs
+    assert scorer.uses_packing
 
 
 @given(
@@ -352,7 +352,7 @@ def test_layers_that_need_all_tokens_get_them(layer, monkeypatch):
     monkeypatch.setattr(chosen, "forward", lambda x: forward(x).view(len(x), lengths[-1], -1))
     scorer = Scorer(model, overhead=0, reuse="pack")
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
-    assert scorer.packs
+    assert scorer.uses_packing
     assert scorer._passes._ends_of_model is None
 
 
@@ -392,7 +392,7 @@ def test_models_that_misread_packs_get_separate_rows(layer, monkeypatch, caplog)
     scorer = Scorer(model, overhead=3, reuse="pack")
     with caplog.at_level(logging.INFO):
         assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-11
-    assert not scorer.packs
+    assert not scorer.uses_packing
     assert "values differ by" in caplog.text
 
 
@@ -440,7 +440,7 @@ def test_out_of_memory_halves_packs(monkeypatch):
     assert difference(scorer.values(rows, target), truth) < 1e-11
     failures = [size for size in sizes if size > 130]
     assert failures == sorted(set(failures), reverse=True)
-    assert scorer.packs
+    assert scorer.uses_packing
     assert scorer.n_evaluations == len({row.ids for row in rows})
 
 
@@ -453,4 +453,4 @@ def test_packs_are_chosen_for_large_layers():
     ):
         scorer = Scorer(model.double())
         assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-9
-        assert scorer.packs == packs
+        assert scorer.uses_packing == packs

@@ -534,7 +534,7 @@ def test_look_ahead_at_few_positions_is_detected(name, reuse):
         assert float((values - truth).abs().max()) < 1e-5
         # What it does in batches alone is nothing to packs, which have one row.
         seen = scorer.findings.sees_ahead or scorer.findings.couples_rows
-        assert seen or (scorer.packs and name.startswith("many"))
+        assert seen or (scorer.uses_packing and name.startswith("many"))
         scorer = Scorer(model, overhead=0, reuse="off")
         assert float((scorer.values(some, target) - truth).abs().max()) < 1e-5
         assert scorer.findings.sees_ahead or scorer.findings.couples_rows
@@ -613,7 +613,7 @@ def test_probe_compares_batches_where_packs_do_not_pay():
     assert not packs.findings.batches_known
     batches = Scorer(model, overhead=10**6)  # a row more in a pack costs too much
     values = batches.values(rows, target)
-    assert not batches.packs
+    assert not batches.uses_packing
     assert batches.findings.couples_rows
     truth = step_by_step(lambda ids: model(input_ids=ids), rows, target)
     assert float((values - truth).abs().max()) < 1e-5
@@ -622,7 +622,7 @@ def test_probe_compares_batches_where_packs_do_not_pay():
 def packs_of(model, rows, target):
     scorer = Scorer(model, overhead=0, reuse="pack")
     scorer.values(rows, target)
-    return scorer.packs
+    return scorer.uses_packing
 
 
 def test_packing_findings_are_kept_with_the_model():
@@ -635,7 +635,7 @@ def test_packing_findings_are_kept_with_the_model():
         before = len(passes)
         scorer = Scorer(model, overhead=0, reuse="pack")
         found.append(scorer.values(rows, target))
-        assert scorer.packs
+        assert scorer.uses_packing
     assert len(passes) - before == 1
     assert torch.equal(*found)
 
@@ -723,7 +723,7 @@ def test_probe_cost_in_sixteen_bits_without_packs(name):
     )
     rows, _ = rows_of(80, 30)
     with exclusive_use(model):
-        found = Scorer(model)._look(rows)
+        found = Scorer(model)._probe(rows)
     assert found.batches_known
     assert found.is_rough
     assert found.batching is None
@@ -741,12 +741,12 @@ def test_rounding_is_not_taken_for_coupling_or_look_ahead():
         assert found.is_rough
 
 
-def rounds_activations(model):
+def rounds_activations(model, by_token=True):
     """What enters each layer is rounded to eight bits, by the largest number of a token."""
 
     def rounded(_, args):
-        scale = args[0].abs().amax(-1, keepdim=True) / 127
-        return ((args[0] / scale).round() * scale,)
+        largest = args[0].abs().amax(-1, keepdim=True) if by_token else args[0].abs().amax()
+        return ((args[0] / (largest / 127)).round() * (largest / 127),)
 
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -756,15 +756,7 @@ def rounds_activations(model):
 
 def rounds_all_alike(model):
     """The same by the largest number of a tensor."""
-
-    def rounded(_, args):
-        scale = args[0].abs().amax() / 127
-        return ((args[0] / scale).round() * scale,)
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(rounded)
-    return model
+    return rounds_activations(model, by_token=False)
 
 
 def rounds_what_comes_out(model):
@@ -905,7 +897,7 @@ def test_probe_passes_in_sixteen_bits_equal_those_in_float32():
         rows, _ = rows_of()
         scorer = Scorer(model, overhead=0, reuse="pack")
         with exclusive_use(model):
-            found = scorer._look(rows)
+            found = scorer._probe(rows)
         assert not found.batches_known
         assert not found.couples_rows
         passes.append(len(seen))

@@ -18,7 +18,7 @@ import ranks
 import tiny
 import torch
 from captum.attr import FeatureAblation
-from test_reuse import make_rows
+from test_prefix_reuse import make_rows
 
 from captum_llm_ext import GenerationAttribution, GenerationAttributionResult, attribute_dataset
 from captum_llm_ext.attribution import sampling

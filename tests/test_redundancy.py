@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-import damage
+import damaged_bytes
 import pytest
 import safetensors.torch
 import torch
@@ -38,10 +38,10 @@ def as_format_2(path):
         pieces = {n: [p[:2] for p in rest[n]] for n in ("prompt_pieces", "output_pieces")}
         return rest | pieces | {"format": 2}
 
-    header, data = damage.split(path.read_bytes())
+    header, data = damaged_bytes.split(path.read_bytes())
     text = json.dumps(change(json.loads(header["__metadata__"]["captum_llm_ext"])))
     header["__metadata__"] = {"captum_llm_ext": text}
-    path.write_bytes(damage.joined(header, data))
+    path.write_bytes(damaged_bytes.joined(header, data))
 
 
 def kinds(model, tokenizer):

@@ -22,9 +22,11 @@ from captum_llm_ext import (
     GenerationAttribution,
     GenerationAttributionResult,
     PartitionShap,
+    Smile,
     TextSegmentInput,
 )
 from captum_llm_ext.coalitions import Plan, Scope, plan_pairs, solve_lime
+from captum_llm_ext.methods.estimators import _ESTIMATORS, Budget, estimator
 from captum_llm_ext.result.refit import SOLVERS, convert
 
 PROMPT = "Dave lives in Austin."
@@ -39,6 +41,17 @@ def attribute(model, tokenizer, method, *, prompt=PROMPT, attr_target="log_prob"
     method = method if isinstance(method, PartitionShap | Lime) else method(model)
     attribution = GenerationAttribution(method, tokenizer, attr_target=attr_target)
     return attribution.attribute(inp, arguments.pop("target", TARGET), **arguments)
+
+
+@pytest.mark.parametrize("kind", _ESTIMATORS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("n_features", [3, 30])
+@pytest.mark.filterwarnings("ignore:exact Shapley values")
+def test_estimators_of_all_methods_can_solve_again(model, tokenizer, kind, n_features):
+    """Otherwise sums over words lose their errors, and files cannot be refitted."""
+    method = kind(model, tokenizer) if kind is Smile else kind(model)
+    tree = ((0, 1), *range(2, n_features))
+    found = estimator(method, n_features, Budget(), deterministic=True, tree=tree)
+    assert found.name in SOLVERS
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import damage
+import damaged_bytes
 import pytest
 import tiny
 import torch
@@ -124,7 +124,7 @@ def _rewritten(path, version, change, to):
         rest = json.loads(file.metadata()["captum_llm_ext"])
     change(rest)
     text = json.dumps(rest | {"format": version})
-    digest = {"sha256": damage.digest(tensors, text)} if version >= 3 else {}
+    digest = {"sha256": damaged_bytes.digest(tensors, text)} if version >= 3 else {}
     save_file(tensors, to, metadata={"captum_llm_ext": text} | digest)
     return to
 

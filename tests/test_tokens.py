@@ -1,6 +1,6 @@
-import layouts
 import pytest
 import tiny
+import tokenizer_layouts
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,7 +116,7 @@ def test_token_names_equal_captum(tokenizer):
         tokens.token_id(tokenizer, "no such token")
 
 
-class Pieces(layouts.NoOffsets):
+class Pieces(tokenizer_layouts.NoOffsets):
     """It decodes to the names of its tokens, as mistral-common does of SentencePiece's."""
 
     def decode(self, token_ids, skip_special_tokens=False, **unknown):
@@ -127,7 +127,7 @@ class Pieces(layouts.NoOffsets):
     "text", ["Dave lives in Palm Coast.", "Grüße 🎉!\n\nNew  line", "▁ <0x41>"]
 )
 def test_tokenizers_that_decode_to_token_names(text):
-    inner = layouts.llama2()
+    inner = tokenizer_layouts.llama2()
     shown = Pieces(inner)
     ids = inner.encode(text, add_special_tokens=False)
     assert tokens.decode(shown, ids).removeprefix(" ") == tokens.decode(inner, ids)

@@ -9,8 +9,8 @@ from shutil import copytree
 import nbformat
 import pytest
 from jupyter_client.provisioning import local_provisioner
-from kernels import Kernels
 from nbclient import NotebookClient
+from notebook_kernels import Kernels
 
 # Jupyter's own warnings are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -74,7 +74,7 @@ from captum_llm_ext._compat.states import (
     keeps_recurrent_states,
     state_argument,
     state_bytes,
-    why_not_read_on,
+    why_no_prefix_reuse,
 )
 
 __all__ = [
@@ -140,6 +140,6 @@ __all__ = [
     "values_mixed_by",
     "versions",
     "vocabulary_size",
+    "why_no_prefix_reuse",
     "why_not_batched",
-    "why_not_read_on",
 ]

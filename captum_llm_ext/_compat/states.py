@@ -18,11 +18,11 @@ def state_argument(model: nn.Module) -> str | None:
     return next((name for name in known if name in names), None)
 
 
-def why_not_read_on(model: nn.Module) -> str | None:
+def why_no_prefix_reuse(model: nn.Module) -> str | None:
     """The reason why several tokens must not continue from a cache, or None.
 
     transformers 5.23 (2026): these assume that one token follows a cache, and give wrong numbers
-    without an error. Drop one when its row in `tests/test_reuse.py` says that it is correct.
+    without an error. Drop one when its row in `tests/test_prefix_reuse.py` says that it is correct.
     """
     kind = getattr(text_config(model), "model_type", None)
     broken = ("mamba", "falcon_mamba", "jamba", "bamba", "recurrent_gemma")

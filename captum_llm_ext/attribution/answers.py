@@ -102,7 +102,7 @@ class AnswerScorer:
     """
 
     attr_target: Any = "similarity"
-    reads_on = False
+    scores_continuations = False
 
     def __init__(
         self,

@@ -355,9 +355,9 @@ class _Search:
             for name, scorer in self._scorers.items()
         }
         for i, features in enumerate(new):
-            self._tried[features] = self._told({name: own[i] for name, own in values.items()})
+            self._tried[features] = self._outcome({name: own[i] for name, own in values.items()})
 
-    def _told(self, values: Mapping[str, Tensor]) -> _Tried:
+    def _outcome(self, values: Mapping[str, Tensor]) -> _Tried:
         if "margin" in values:
             return _Tried(values["margin"] < 0, values["margin"])
         log_probs = values["log_prob"]

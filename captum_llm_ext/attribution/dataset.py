@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from captum_llm_ext.attribution.target import plain_target
 from captum_llm_ext.base import files
 from captum_llm_ext.base.arguments import check_passed_on
 from captum_llm_ext.base.digest import describe, differences, digest
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.methods.estimators import is_known
 from captum_llm_ext.model.processes.group import Accelerator, Processes
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
@@ -166,11 +166,10 @@ def _processes(attribution: Attribution, accelerator: Accelerator | None) -> Pro
     if accelerator is None:
         asked = os.environ.get("WORLD_SIZE", "1")
         if asked.isdigit() and int(asked) > len(known.ranks):
-            warnings.warn(
+            warn_user(
                 f"{asked} processes were started, and {len(known.ranks)} of them each attribute "
                 "all records: make the attribution with `accelerator=Accelerator()` to share them "
                 "out.",
-                stacklevel=3,
             )
         return known
     given = Processes.of(accelerator, attribution.model)
@@ -273,7 +272,7 @@ class _RecordAttributor:
         """Whether processes that hold the model have died, so that no further record can be
         attributed.
         """
-        return self._attribution.processes.have_parted
+        return self._attribution.processes.have_diverged
 
     def _input(self, record: Mapping[str, Any]) -> TextSegmentInput:
         tokenizer = self._attribution.tokenizer

@@ -1,7 +1,6 @@
 """`GenerationAttribution`: captum's LLM attribution for the prompt and the generated text."""
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,7 +26,8 @@ from captum_llm_ext.attribution.target import (
 )
 from captum_llm_ext.attribution.what_if import WhatIf
 from captum_llm_ext.base.arguments import at_least_one, check_counts, check_passed_on
-from captum_llm_ext.base.digest import describe, digest, stacklevel_of_caller
+from captum_llm_ext.base.digest import describe, digest
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions.stopping import StoppingRule, as_rule
 from captum_llm_ext.contrast import Contrast, as_value, scored
 from captum_llm_ext.methods import Smile
@@ -128,13 +128,13 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         self._access_model(accelerator)
         if surrogate is not None:
             self.surrogate = Surrogate(self.model, surrogate)
-        is_shared = accelerator is not None or self._processes.are_many
+        is_shared = accelerator is not None or self._processes.are_several
         self._shared = self._processes if is_shared else None
 
     def on(self, processes: Processes) -> Self:
         """A copy for other processes that work together on one attribution."""
         other = super().on(processes)
-        other._shared = processes if processes.are_many else None
+        other._shared = processes if processes.are_several else None
         return other
 
     def identity(self) -> dict[str, Any]:
@@ -501,10 +501,9 @@ def _warn_of_absence(
         absent.append(prompt.output_baseline if output_baselines is None else output_baselines)
     message = unseen(absent, "attributions are made from", "attributions")
     if message is not None:
-        warnings.warn(
+        warn_user(
             f"{message}, and of a natural prompt they attribute to the words before the answer. "
             f"{instead}",
-            stacklevel=stacklevel_of_caller(),
         )
 
 

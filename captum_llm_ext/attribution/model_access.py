@@ -202,7 +202,7 @@ class ModelAccess:
         """Lets replacements be drawn conditionally on the kinds of words in the answer."""
         # Searching candidates can take as long as leave-one-out, so its progress is shown.
         answer_scorer = (
-            run.scorer.beside(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
+            run.scorer.auxiliary(_TRIED) if isinstance(run.scorer, Scorer) else Scorer(self.model)
         )
         answer_scorer.expect(run.full.ids)
         run.context.condition_on_answer(AnswerKinds(context, answer_scorer), context.target_text)

@@ -107,13 +107,7 @@ def sample(game: Game, method: Estimator, effort: Effort) -> Outcome:
     most = effort.max_evaluations or MOST_ROUNDS * size
     excess = None if rule is None else _excess(rule, game, method, plan, adjusted, solution)
     while rule and excess is not None and bool((excess > 1).any()) and method.estimate:
-        # Solving after every single round would cost more than the rounds.
-        n_rounds = max(1, round(GROWTH * len(plan.masks) / max(size, 1)))
-        n_rounds = min(n_rounds, (most - scorer.n_evaluations) // max(size, 1))
-        if effort.budget.grows and not effort.max_evaluations:
-            # As many coalitions as without a rule; duplicates among them cost nothing.
-            planned = len(plan.masks) - plan.n_anchors
-            n_rounds = min(n_rounds, (method.usual - planned) // max(size, 1))
+        n_rounds = _n_rounds(plan, size, most - scorer.n_evaluations, method, effort)
         if n_rounds < 1 or idle > _MOST_IDLE_ROUNDS:
             break
         more = join_plans([method.plan(generator) for _ in range(n_rounds)])
@@ -160,6 +154,26 @@ def adjusted_values(
     if drawn is None:
         return None, values
     return drawn, without_draw_effects(plan, values, game.scope, drawn)
+
+
+def _n_rounds(plan: Plan, size: int, n_left: int, method: Estimator, effort: Effort) -> int:
+    """Number of rounds to score before the next solution; less than 1 if the budget is spent.
+
+    Args:
+        plan: The coalitions so far.
+        size: Number of coalitions of a round.
+        n_left: Evaluations that may still be spent.
+        method: The estimator.
+        effort: The limits.
+    """
+    # Solving after every single round would cost more than the rounds.
+    n_rounds = max(1, round(GROWTH * len(plan.masks) / max(size, 1)))
+    n_rounds = min(n_rounds, n_left // max(size, 1))
+    if effort.budget.grows and not effort.max_evaluations:
+        # As many coalitions as without a rule; duplicates among them cost nothing.
+        planned = len(plan.masks) - plan.n_anchors
+        n_rounds = min(n_rounds, (method.usual - planned) // max(size, 1))
+    return n_rounds
 
 
 def _of_whole(game: Game, method: Estimator, plan: Plan, values: Tensor) -> Tensor | None:

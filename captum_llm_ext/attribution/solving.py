@@ -81,14 +81,8 @@ def _solve_adaptive(game: Game, method: Estimator, adaptive: Adaptive, effort: E
     return Outcome(method.name, plan, values, solution, method.estimate, options=method.options)
 
 
-def _solve_foreign(
-    game: Game,
-    method: PerturbationAttribution,
-    effort: Effort,
-    arguments: Mapping[str, Any],
-) -> Outcome:
-    """Runs a method that the package does not implement through its own ``attribute``."""
-    name = type(method).__name__
+def _check_foreign(name: str, game: Game, effort: Effort) -> None:
+    """Raises if a method's own ``attribute`` ignores an argument, or cannot explain the game."""
     if effort.stop is not None or effort.budget.n_draws is not None:
         raise ValueError(
             f"`tol`, `stop` and `n_draws` would be ignored: {name} runs through its own "
@@ -99,6 +93,17 @@ def _solve_foreign(
             f"{name} runs through its own `attribute`, which cannot hold a generated word while "
             'its later tokens are explained: use `output_unit="token"` or None.'
         )
+
+
+def _solve_foreign(
+    game: Game,
+    method: PerturbationAttribution,
+    effort: Effort,
+    arguments: Mapping[str, Any],
+) -> Outcome:
+    """Runs a method that the package does not implement through its own ``attribute``."""
+    name = type(method).__name__
+    _check_foreign(name, game, effort)
     if effort.budget.n_samples is not None:
         arguments = {**arguments, "n_samples": effort.budget.n_samples}
     anchors = plan_anchors(game.n_features)

@@ -1,6 +1,5 @@
 """Two-level estimates: many coalitions on a surrogate, few on the model minus the surrogate."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from captum_llm_ext.attribution.sampling import (
     known_excess,
     solved,
 )
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import (
     DrawnTexts,
     Plan,
@@ -193,12 +192,11 @@ def sample_twice(game: Game, method: Estimator, effort: Effort, surrogate: RowSc
     size = float(both.solution.attributions.square().sum())
     found = split(first, second, both.cost - 1, n, size)
     if not found.pays:
-        warnings.warn(
+        warn_user(
             f"the surrogate saves nothing here: the difference to the model varies "
             f"{second.each / first.each:.2g} times as much as its values, and the model "
             f"is {both.cost - 1:.2g} times its work. Leave `surrogate` out, or give one that is "
             "closer or smaller.",
-            stacklevel=stacklevel_of_caller(),
         )
     settled = None
     if rule is None:

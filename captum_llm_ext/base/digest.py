@@ -65,14 +65,6 @@ def digest(thing: Any) -> str:
     return found.hexdigest()
 
 
-def stacklevel_of_caller() -> int:
-    """The stack level of the package's caller, for warnings."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == _PACKAGE:
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's elements, their bits read as integers.
 

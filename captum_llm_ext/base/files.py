@@ -116,10 +116,9 @@ def sweep(folder: Path, name: str) -> None:
     left = re.compile(rf"\.(?:{name})\.[0-9a-z_]+(?:\.tmp)?", re.DOTALL)
     with suppress(OSError), os.scandir(folder) as found:
         for entry in found:
-            if left.fullmatch(entry.name):
-                with suppress(OSError):
-                    if time.time() - entry.stat().st_mtime > _ABANDONED:
-                        os.unlink(entry.path)
+            with suppress(OSError):
+                if left.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _ABANDONED:
+                    os.unlink(entry.path)
 
 
 @contextmanager

@@ -70,8 +70,8 @@ def _by_level(result: "GenerationAttributionResult", level: str, columns: int | 
 
     answer = result.answer if result.answer and result.answer.level == level else None
     of = "whole answer, by" if answer or not result.output_features else "direct effects, by"
-    told = answer.told(unit_of(result)) if answer else ""
-    lines = [f"{of} {level}{f' ({told})' * bool(told)}:"]
+    gain = answer.gain_in_words(unit_of(result)) if answer else ""
+    lines = [f"{of} {level}{f' ({gain})' * bool(gain)}:"]
     for cause in result.causes(level=level).prompt:
         error = plus_minus(cause.standard_error)
         name = " ".join((cause.label or cause.name).split())

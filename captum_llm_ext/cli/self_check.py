@@ -12,7 +12,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model import Scorer, TokenRow
-from captum_llm_ext.model.forward.draws import drawn_again
+from captum_llm_ext.model.forward.draws import repeated_draws
 from captum_llm_ext.model.forward.rounding import rounding
 from captum_llm_ext.model.probe import Findings
 from captum_llm_ext.text import tokens
@@ -168,7 +168,7 @@ def probe(model: Any, tokenizer: Any) -> Probe:
         shared_error=error(shared) if share < 1 else None,
         why_not_shared="; ".join(logged) or None,
         no_copy_error=error(by_sharing) if sharing.shares_cache else None,
-        packed_error=error(by_pack) if packed.packs else None,
+        packed_error=error(by_pack) if packed.uses_packing else None,
         logits=_compat.kept_logits(model),
         captum_error=captum_error,
         captum_failed=captum_failed,
@@ -210,7 +210,7 @@ def _plain_values(
 
     def logits(ids: Sequence[int]) -> Tensor:
         given = torch.tensor([ids], device=_compat.input_device(model), dtype=torch.int64)
-        with drawn_again(seed, given):
+        with repeated_draws(seed, given):
             found = _compat.sequence_logits(_compat.called(model, given, **arguments))[0]
         return found if apart else found[-len(ids) :]  # without the logits of a soft prompt
 

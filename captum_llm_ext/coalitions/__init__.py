@@ -27,6 +27,7 @@ about joint effects of features.
 
 from captum_llm_ext.coalitions.additivity import RedundantPair, additive_fit, redundant_pairs
 from captum_llm_ext.coalitions.causal_scope import Scope, Solution
+from captum_llm_ext.coalitions.contextcite import logit_scaled, solve_contextcite
 from captum_llm_ext.coalitions.draw_effects import DrawnTexts, without_draw_effects
 from captum_llm_ext.coalitions.enumeration import (
     solve_exact,
@@ -35,12 +36,7 @@ from captum_llm_ext.coalitions.enumeration import (
 )
 from captum_llm_ext.coalitions.few_pairs import solve_few_pairs
 from captum_llm_ext.coalitions.kernel import solve_kernel
-from captum_llm_ext.coalitions.lime import (
-    cosine_kernel,
-    logit_scaled,
-    solve_contextcite,
-    solve_lime,
-)
+from captum_llm_ext.coalitions.lime import cosine_kernel, solve_lime
 from captum_llm_ext.coalitions.permutations import part_errors, solve_permutations
 from captum_llm_ext.coalitions.plans import (
     Plan,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from captum_llm_ext.coalitions.causal_scope import Scope, View, views
 from captum_llm_ext.coalitions.enumeration import exact
+from captum_llm_ext.coalitions.gaussian_process import factor, left_out_error
 from captum_llm_ext.coalitions.interactions import relevance_of
 from captum_llm_ext.coalitions.kernel import is_complete, kernel_weights, ridge
-from captum_llm_ext.coalitions.left_out import factor, left_out_error
 from captum_llm_ext.coalitions.plans import Plan
 
 # How fast relevance falls with the order of an interaction, and noise relative to the variance: the

@@ -14,6 +14,9 @@ from captum_llm_ext.coalitions.plans import Plan
 def solve_leave_one_out(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     """The loss of each target when one feature is absent: ``full - without``.
 
+    The cheapest: what is necessary. Of two features that each suffice it finds neither; see
+    `solve_only_one_in` and the solvers of Shapley values.
+
     Args:
         plan: Joined from `plan_anchors` and `plan_leave_one_out`.
         values: Shape ``(n_coalitions, n_target)``.
@@ -41,6 +44,8 @@ def solve_only_one_in(plan: Plan, values: Tensor, scope: Scope) -> Solution:
 
 def solve_exact(plan: Plan, values: Tensor, scope: Scope) -> Solution:
     """Shapley values by their definition (Shapley 1953), from every coalition.
+
+    For up to a dozen features; for more see `solve_kernel`.
 
     Args:
         plan: Joined from `plan_anchors` and `plan_exact`.

@@ -17,9 +17,9 @@ from captum_llm_ext.coalitions.clustered_errors import gap_shares, normal_scale
 from captum_llm_ext.coalitions.kernel import (
     EFFORT,
     Observations,
+    exact_attributions,
     is_complete,
     observe,
-    of_all,
     regress,
 )
 from captum_llm_ext.coalitions.plans import Plan
@@ -65,7 +65,7 @@ def solve_few_pairs(plan: Plan, values: Tensor, scope: Scope) -> Solution:
         if n < 2:
             return gain.expand(n, -1), view.empty_variances.expand(n, -1)
         if is_complete(view):
-            found = of_all(view)
+            found = exact_attributions(view)
             # Every coalition once, with random texts: the solution is complete, but without an
             # error. Pairs give one.
             if not bool(found[1].isnan().any()):

@@ -22,7 +22,6 @@ def search(
     score: Callable[[Plan], Tensor],
     tree: Tree,
     n_features: int,
-    scope: Scope,
     *,
     share: float,
     top_k: int | None = None,
@@ -41,7 +40,6 @@ def search(
             replacements in every call.
         tree: The hierarchy of the first columns. The others are removed one by one.
         n_features: Number of columns.
-        scope: One entry per target; each must depend on all columns of the tree.
         share: Between 0 (everything is refined) and 1.
         top_k: Number of causes wanted per target, if not all.
         n_evaluations: Maximum number of rows. The parts of the coarsest level and the columns
@@ -74,7 +72,7 @@ def search(
         # word.
         frontier.add(parts, (whole - values).mean(0).nan_to_num().abs())
         left = None if n_evaluations is None else (n_evaluations - n_rows) // n_draws
-        parts = frontier.opened(left)
+        parts = frontier.refined(left)
     masks, draws = (torch.cat([getattr(p, name) for p in plans]) for name in ("masks", "draws"))
     return Plan(masks, draws), torch.cat(found)
 
@@ -84,11 +82,11 @@ class _Frontier:
 
     Args:
         share, top_k: As for `search`.
-        beside: Columns outside the prompt's tree.
+        outside: Columns outside the prompt's tree.
     """
 
     def __init__(self, share: float, top_k: int | None, outside: set[int]) -> None:
-        self._share, self._top_k, self._beside = share, top_k, outside
+        self._share, self._top_k, self._outside = share, top_k, outside
         self._waiting: list[tuple[Tree, Tensor]] = []
         self._alone: list[Tensor] = []
         self._most = 0.0
@@ -99,10 +97,10 @@ class _Frontier:
             self._most = max(self._most, float(change.max()))
             if children_of(part):
                 self._waiting.append((part, change))
-            elif part not in self._beside:
+            elif part not in self._outside:
                 self._alone.append(change)
 
-    def opened(self, most_rows: int | None) -> list[Tree]:
+    def refined(self, most_rows: int | None) -> list[Tree]:
         """The children of the parts refined next, at most `most_rows`; empty if there are none."""
         bar = self._bar()
         worth = [float(own.where(own > bar, -1.0).max()) for _, own in self._waiting]
@@ -140,7 +138,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     """
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
-        losses = _Losses.of(plan, view)
+        losses = _Losses.of(view)
         attributions = torch.zeros(
             view.n_visible, len(view.targets), dtype=torch.float64, device="cpu"
         )
@@ -154,7 +152,7 @@ def solve_search(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> Sol
     return solve_views(plan, values, scope, solve)
 
 
-def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
+def unrefined(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Unresolved]:
     """Parts that were not refined, by decreasing effect.
 
     Args:
@@ -162,7 +160,7 @@ def unopened(plan: Plan, values: Tensor, scope: Scope, *, tree: Tree) -> list[Un
     """
 
     def of_view(view: View) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        losses = _Losses.of(plan, view)
+        losses = _Losses.of(view)
         for part, is_alone in _known(losses, tree, view.n_visible):
             if not is_alone:
                 yield part, losses.of_part(part)[0]
@@ -195,7 +193,7 @@ class _Losses:
     draws: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, view: View) -> "_Losses":
+    def of(cls, view: View) -> "_Losses":
         rows: dict[tuple[int, ...], list[int]] = {}
         for place, mask in enumerate(view.masks):
             if bool(view.sampled[place]):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captum_llm_ext.coalitions.left_out import LEAST_NOISE, GridSearch, factor
+from captum_llm_ext.coalitions.gaussian_process import LEAST_NOISE, GridSearch, factor
 
 # Neighbours are up to this many columns apart. With 8, mean errors of ten games
 # (`benchmarks/games.py`) rise by 2 % (64 features) to 18 % (24); groups of three need at least 3.

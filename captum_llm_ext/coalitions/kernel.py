@@ -73,12 +73,12 @@ def solve_kernel(plan: Plan, values: Tensor, scope: Scope, *, effort: float = EF
     effort = scope.share(effort)
 
     def solve(view: View) -> tuple[Tensor, Tensor]:
-        return of_all(view) if is_complete(view) else regress(view, effort)
+        return exact_attributions(view) if is_complete(view) else regress(view, effort)
 
     return solve_changing_views(plan, values, scope, solve)
 
 
-def of_all(view: View) -> tuple[Tensor, Tensor]:
+def exact_attributions(view: View) -> tuple[Tensor, Tensor]:
     """Attributions of a view with every coalition, and their variances."""
     attributions, variances = exact(view)
     unrepeated = variances.isnan() & (view.empty_variances == 0)

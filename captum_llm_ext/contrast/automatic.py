@@ -24,7 +24,7 @@ _AT_ONCE = 32
 Guesses = dict[int, float]  # log-probabilities by token
 
 
-def found(
+def find_foils(
     wanted: Sequence[int], contrast: Contrast, context: FoilContext, model: RowScorer
 ) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
     """Foils of target tokens.
@@ -56,7 +56,7 @@ def found(
     ]
     n_rows = 0
     # Inputs other than text are read again with every row.
-    if weighed and model.reads_on and context.full.extras is None:
+    if weighed and model.scores_continuations and context.full.extras is None:
         written = context.continuation(model, _AHEAD)
         for start in range(0, len(weighed), _AT_ONCE):
             n_rows += _weigh(weighed[start : start + _AT_ONCE], candidates, context, written, model)

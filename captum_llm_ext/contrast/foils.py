@@ -1,7 +1,6 @@
 """`Foils`: the tokens with which every target token is contrasted."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
-from captum_llm_ext.contrast.automatic import found
+from captum_llm_ext.base.warning import warn_user
+from captum_llm_ext.contrast.automatic import find_foils
 from captum_llm_ext.contrast.context import FoilContext
 from captum_llm_ext.contrast.contrast import Contrast, Foil
 from captum_llm_ext.model import RowScorer
@@ -75,16 +74,15 @@ def foils_of(
         if own is not None
     }
     if long:
-        warnings.warn(
+        warn_user(
             "foils of several tokens are represented by their first one: "
             f"{_listed(sorted(long))}. The comparison is with texts that begin with it (see "
             "`foil_tokens`).",
-            stacklevel=stacklevel_of_caller(),
         )
     wanted = [t for t in range(len(target)) if t not in given]
     about: dict[str, Any] = {"foils": "given"}
     if wanted:
-        own, about = found(wanted, contrast, context, model)
+        own, about = find_foils(wanted, contrast, context, model)
         given |= own
     ids = [given[t] for t in range(len(target))]
     names = [

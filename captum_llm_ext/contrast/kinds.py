@@ -77,7 +77,7 @@ class AnswerKinds:
         near = [
             ids for ids in prompts if ids != whole and _n_common(ids, whole) >= len(whole) - _NEAR
         ]
-        if not near or self._first_word is None or not self._model.reads_on:
+        if not near or self._first_word is None or not self._model.scores_continuations:
             return {}
         own, *others = self._following([whole, *near])
         return {ids: min(other - own, 0.0) for ids, other in zip(near, others, strict=True)}

@@ -4,7 +4,6 @@ Captum's classes name the estimand. How to estimate it is decided here: by enume
 are few, otherwise by paired or antithetic sampling.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
 from captum_llm_ext.base.arguments import check_counts
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import Plan, Scope, Solution
 from captum_llm_ext.coalitions.hierarchical_search import solve_search
 from captum_llm_ext.coalitions.owen_orders import Tree
@@ -160,10 +159,9 @@ def estimator(
     task = _Task(method, n_features, budget, deterministic, tree, held, num_trials)
     found = _ESTIMATORS[type(method)](task)
     if found.needs is not None:
-        warnings.warn(
+        warn_user(
             f"{found.name} gives no standard errors with this budget, and without them effects "
             f"cannot be separated from noise: give at least {found.needs}.",
-            stacklevel=stacklevel_of_caller(),
         )
     return found
 
@@ -253,10 +251,9 @@ class _Task:
 
 def _leave_one_out(task: _Task) -> Estimator:
     if task.budget.n_samples is not None:  # accepted by captum, without effect
-        warnings.warn(
+        warn_user(
             "`n_samples` has no meaning for FeatureAblation and is ignored (`n_draws` is what "
             "repeats it).",
-            stacklevel=stacklevel_of_caller(),
         )
     planner, solve = coalitions.plan_leave_one_out, coalitions.solve_leave_one_out
     return _one_at_a_time("leave-one-out", planner, solve, task)
@@ -346,11 +343,10 @@ def _shapley_values(task: _Task) -> Estimator:
     if task.n_features <= task.budget.max_exact_features:
         task.refuse_n_samples("exact ShapleyValues")
         return _exact(task)
-    warnings.warn(
+    warn_user(
         f"exact Shapley values of {task.n_features} features need 2^{task.n_features} evaluations: "
         f"they are estimated from {task.usual}, with standard errors in `token_attr_se`. "
         f"Fewer features (at most {task.budget.max_exact_features}) are solved exactly.",
-        stacklevel=stacklevel_of_caller(),
     )
     return _pairs(task)
 
@@ -540,10 +536,9 @@ def _refuse(given: bool, name: str, method: str, instead: str) -> None:
 def _warn_budget(evaluations: int, n_features: int) -> bool:
     """Warns of too few evaluations; returns whether it did."""
     if evaluations < 2 * n_features:
-        warnings.warn(
+        warn_user(
             f"{evaluations} evaluations for {n_features} features are too few for a reliable "
             f"estimate: give at least {2 * n_features}, or at most {max(1, evaluations // 2)} "
             "features (a coarser unit, `output_unit`, or `feature_mask`).",
-            stacklevel=stacklevel_of_caller(),
         )
     return evaluations < 2 * n_features

@@ -91,4 +91,5 @@ def _search(
     score: Callable[[Plan], Tensor],
     scope: Scope,
 ) -> tuple[Plan, Tensor]:
-    return search(score, tree, n_features, scope, **settings)
+    del scope  # every target depends on all columns of the tree
+    return search(score, tree, n_features, **settings)

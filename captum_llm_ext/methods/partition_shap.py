@@ -1,6 +1,5 @@
 """`PartitionShap`: Owen values, which are Shapley values that respect a hierarchy of features."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext.base.arguments import check_counts
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import Plan, Scope, Solution, join_plans
 from captum_llm_ext.coalitions.owen_orders import (
     Tree,
@@ -309,11 +308,10 @@ def _n_orders(budget: int, n_features: int, with_held: bool) -> int:
     """Number of orders within the budget: even, and at least two."""
     pair = _n_rows(2, n_features, with_held)
     if budget < pair:
-        warnings.warn(
+        warn_user(
             f"{budget} evaluations are less than an order of {n_features} features and its "
             f'reverse, which take {pair} and are run: `scheme="splits"` keeps to less, or give '
             f"at most {max(1, budget // 2 - 1)} features.",
-            stacklevel=stacklevel_of_caller(),
         )
     # Two pairs are the fewest that give errors.
     least = 4 if budget >= evaluations_of_orders(4, n_features, with_held) else 2

@@ -8,7 +8,6 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor, nn
 
 Distance = Callable[[str, str], float]
-Embedded = Callable[[str], Tensor]
 
 _SINKHORN_STEPS = 200  # number of Sinkhorn iterations; chosen, not measured
 _INVERSE_TEMPERATURE = (

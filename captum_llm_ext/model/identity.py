@@ -1,6 +1,5 @@
 """The identity of a model: its structure, weights, buffers and active adapters."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, cast
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.base.digest import checksum, digest, stacklevel_of_caller
+from captum_llm_ext.base.digest import checksum, digest
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.model.exclusive import locked
 
 _ADAPTERS = ("disable_adapters", "merged_adapters", "scaling")
@@ -84,10 +84,9 @@ def check_same(now: Tensor, then: Tensor, tolerance: Tensor, *, whose: str, advi
 
 def _warn_of_unread(names: Sequence[str]) -> None:
     shown = ", ".join(names[:_MOST_NAMES]) + (" …" if len(names) > _MOST_NAMES else "")
-    warnings.warn(
+    warn_user(
         f"{len(names)} tensors of the model cannot be read ({shown}): a model that differs only "
         "in them is detected only by scoring one row again.",
-        stacklevel=stacklevel_of_caller(),
     )
 
 

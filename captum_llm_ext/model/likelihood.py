@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use
-from captum_llm_ext.model.forward.draws import drawn_again
+from captum_llm_ext.model.forward.draws import repeated_draws
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.model.probe import Findings, findings
@@ -64,7 +64,7 @@ class Likelihood:
         sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         if not any(len(row) > 1 for row in rows):
             return sums
-        found = self._look([row for row in rows if len(row) > 1])
+        found = self._probe([row for row in rows if len(row) > 1])
         at_once = 1 if found.apart or found.even else _ROWS_AT_ONCE
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
@@ -87,7 +87,7 @@ class Likelihood:
     ) -> list[str]:
         """See `LanguageModel.continuations`."""
         start = self._ids(text)
-        at_once = 1 if self._look([[*start, start[-1]]]).apart else _ROWS_AT_ONCE
+        at_once = 1 if self._probe([[*start, start[-1]]]).apart else _ROWS_AT_ONCE
         written: list[str] = []
         for first in range(0, n, at_once):
             rows = torch.tensor([start] * min(at_once, n - first), dtype=torch.int64, device="cpu")
@@ -185,11 +185,11 @@ class Likelihood:
             ids: The row.
             at: Positions after the first, in order.
         """
-        for begin, stop, some in self._windows(ids, at):
+        for begin, stop, some in self._windows(at):
             window = [*ids[:1], *ids[begin + 1 : stop]] if begin else [*ids[:stop]]
             # A row that is read alone needs no look at batches where the model is given packs.
             read = [TokenRow(tuple(own), range(len(own))) for own in (window[:1], window)]
-            found = self._scorer.look(read)
+            found = self._scorer.probe(read)
             self._seed = 0 if found.seeds else None
             if found.step_by_step:
                 for place in some:
@@ -202,9 +202,7 @@ class Likelihood:
                 # Counted from the end: a soft prompt adds logits in front.
                 yield place, self._log_softmax(logits[place - stop])
 
-    def _windows(
-        self, ids: Sequence[int], at: Sequence[int]
-    ) -> Iterator[tuple[int, int, list[int]]]:
+    def _windows(self, at: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:
         """Windows of a row that fit the model's maximum length, as (start, stop).
 
         Every position has at least half of the maximum length before it.
@@ -337,7 +335,7 @@ class Likelihood:
             total += float(logits.log_softmax(0)[row[n]])
         return torch.tensor([total], dtype=torch.float64, device="cpu")
 
-    def _look(self, rows: Sequence[Sequence[int]]) -> Findings:
+    def _probe(self, rows: Sequence[Sequence[int]]) -> Findings:
         """Findings of the probe for such rows, also shorter and somewhat longer ones.
 
         Words are tried after every prefix of a text, and the attributed text is somewhat longer:
@@ -356,7 +354,7 @@ class Likelihood:
         arguments = {}
         if "use_cache" in _compat.forward_arguments(self._model):
             arguments["use_cache"] = False
-        with exclusive_use(self._model), drawn_again(self._seed, ids):
+        with exclusive_use(self._model), repeated_draws(self._seed, ids):
             output = _compat.called(self._model, ids.to(self._device), **arguments)
         return _compat.sequence_logits(output)
 

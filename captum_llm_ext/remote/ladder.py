@@ -66,7 +66,7 @@ class LadderScorer:
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
 
     @property
-    def reads_on(self) -> bool:
+    def scores_continuations(self) -> bool:
         """False: every row would be a request."""
         return False
 

@@ -5,7 +5,7 @@ import math
 import os
 import sqlite3
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -347,8 +347,3 @@ def as_limits(
         )
     pair = None if prices is None else (float(prices[0]), float(prices[1]))
     return Limits(max_requests, max_usd, pair)
-
-
-def described(limits: Limits) -> Mapping[str, Any]:
-    """Limits as JSON values."""
-    return {"max_requests": limits.max_requests, "max_usd": limits.max_usd}

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
 from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.remote.transport import ApiError, TooSlowError, UnusableAnswerError, shown_url
 from captum_llm_ext.text import tokens
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.remote.chat_endpoint import ChatRequest, Message
 from captum_llm_ext.remote.draw_checks import Draws, check_draws
 from captum_llm_ext.remote.handshake import HandshakeError

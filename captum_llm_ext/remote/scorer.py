@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
@@ -100,7 +100,7 @@ class RemoteScorer:
         return self._source.takes_ids
 
     @property
-    def reads_on(self) -> bool:
+    def scores_continuations(self) -> bool:
         """False: scoring the text after foils would take a request for each."""
         return False
 

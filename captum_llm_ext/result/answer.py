@@ -64,7 +64,7 @@ class AnswerAttribution:
         """`SHAPLEY`, whose attributions sum to `gain`, `LEFT_OUT` or `ALONE`."""
         return kind_of(self.estimator)
 
-    def told(self, unit: str | None) -> str:
+    def gain_in_words(self, unit: str | None) -> str:
         """``of the 41.2 nats that the prompt gives the answer``; empty if that is unknown.
 
         Args:

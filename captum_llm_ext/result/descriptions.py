@@ -38,7 +38,7 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         answer its ``name``, the tokens from ``start`` up to ``stop``, and its strongest causes in
         the ``prompt`` and in the ``answer`` before it. ``summary``: the same for the whole answer,
         by the largest parts of the prompt, and their ``level``; None if values do not add up.
-        ``narrative``: sentences. ``answer``: see `answer_told`.
+        ``narrative``: sentences. ``answer``: see `answer_as_data`.
     """
     read, n_target = Reading(result, finest_level(result)), len(result.output_tokens)
     rows = [
@@ -55,18 +55,18 @@ def descriptions(result: "ResultNumbers") -> dict[str, Any]:
         "causes": rows,
         "summary": None if whole is None else {"level": coarse.prompt.level} | _blocks(whole),
         "narrative": sentences(result, 0, n_target, reading=coarse),
-        "answer": answer_told(result),
+        "answer": answer_as_data(result),
     }
 
 
-def answer_told(result: "ResultNumbers") -> dict[str, Any] | None:
+def answer_as_data(result: "ResultNumbers") -> dict[str, Any] | None:
     """Attributions of the whole answer (`AnswerAttribution`) as plain data; None without them.
 
     Returns:
         ``level``, ``full_value``, ``empty_value``, ``empty_error``, ``estimator``,
         ``n_evaluations``; ``parts``, in the order of the text: ``part``, ``attribution``,
-        ``standard_error``, whether it is ``marked``, and its ``columns``; and ``told``, what they
-        are parts of in words.
+        ``standard_error``, whether it is ``marked``, and its ``columns``; and ``gain_in_words``:
+        what they are parts of.
     """
     found = result.answer
     if found is None:
@@ -91,7 +91,7 @@ def answer_told(result: "ResultNumbers") -> dict[str, Any] | None:
         )
     about = found.to_dict()
     del about["part_of"]
-    return about | {"parts": parts, "told": found.told(unit_of(result))}
+    return about | {"parts": parts, "gain_in_words": found.gain_in_words(unit_of(result))}
 
 
 def reading_aids(result: "ResultNumbers") -> dict[str, Any]:

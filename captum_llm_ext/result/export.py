@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -11,9 +10,10 @@ import torch
 from captum_llm_ext.base import files
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.terminal import one_line
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.result.causes import joined_name
 from captum_llm_ext.result.descriptions import (
-    answer_told,
+    answer_as_data,
     descriptions,
     part_sums,
     reading_aids,
@@ -197,11 +197,11 @@ class ExportedResult(DrawnResult):
             hint = _INSTALL.format(method="to_dataframe", package="pandas")
             raise ImportError(hint) from error
         if layout == "answer":
-            told = answer_told(cast(Any, self))
-            parts = [] if told is None else told["parts"]
+            answer = answer_as_data(cast(Any, self))
+            parts = [] if answer is None else answer["parts"]
             names = ["part", "attribution", "standard_error", "marked"]
             frame = pd.DataFrame([[part[name] for name in names] for part in parts], columns=names)
-            frame.insert(0, "level", None if told is None else told["level"])
+            frame.insert(0, "level", None if answer is None else answer["level"])
             return frame
         n_prompt, n_columns = len(self.input_tokens), len(self._column_names)
         attr = self.full_attr.detach().cpu()
@@ -267,11 +267,10 @@ class ExportedResult(DrawnResult):
         full, empty = (v.detach().cpu().double() for v in (self.full_values, self.empty_values))
         missing = (full - empty - attr.sum(0)).abs()
         if bool((missing > _UNEXPLAINED * (full - empty).abs().max()).any()):
-            warnings.warn(
+            warn_user(
                 f"the attributions of {self.provenance.get('method', 'this method')} do not sum "
                 f"to full_values - empty_values (off by up to {float(missing.max()):.3g}), which "
                 "shap's plots assume: what they show as f(x) is base value plus sum.",
-                stacklevel=2,
             )
         n_prompt = len(self.input_tokens)
         texts = self._column_texts()

@@ -25,7 +25,6 @@ read on request; redundant numbers are then compared, and a warning is raised.
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -35,6 +34,7 @@ from torch import Tensor
 from captum_llm_ext.base import tensor_file
 from captum_llm_ext.base.finite import finite
 from captum_llm_ext.base.tensor_file import BROKEN, Kind
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import DrawnTexts
 from captum_llm_ext.result.answer import AnswerAttribution
 from captum_llm_ext.result.design import Design
@@ -187,11 +187,10 @@ def _broken(path: str | os.PathLike[str], error: Exception) -> ValueError:
 
 def _warn_of_no_digest(path: str | os.PathLike[str], version: int, can_be_solved: bool) -> None:
     anew = " (`refit()` solves its coalitions anew)" if can_be_solved else ""
-    warnings.warn(
+    warn_user(
         f"{os.fspath(path)!r} is of format {version}, which has no digest: damage that leaves its "
         f"numbers and names plausible cannot be detected. If they are those you know{anew}, `save` "
         "the result: the new file has one.",
-        stacklevel=4,
     )
 
 

@@ -29,16 +29,16 @@ def check_redundancy(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> 
     _check_counts(tensors, rest)
     attr, full = tensors["token_attr"], tensors["full_values"]
     if rest["provenance"].get("attr_target") != "prob":
-        _alike("`seq_attr` is not the sum of `token_attr`", tensors["seq_attr"], attr.unbind(0))
+        _check_sum("`seq_attr` is not the sum of `token_attr`", tensors["seq_attr"], attr.unbind(0))
     every = _of_features(tensors, rest)
     if every is not None:
         parts = [full, -tensors["empty_values"], *(-every).unbind(1)]
         gap = tensors["efficiency_gap"]
-        _alike("`efficiency_gap` is not what the attributions leave", gap, parts)
+        _check_sum("`efficiency_gap` is not what the attributions leave", gap, parts)
     if rest["provenance"].get("dtype") in _EXACT:
         # One row, computed once.
         for row in tensors["values"][tensors["masks"].all(1)]:
-            _alike("`full_values` are not those of the full coalition", row, [full])
+            _check_sum("`full_values` are not those of the full coalition", row, [full])
     if "output_probs" in tensors:
         _check_probabilities(tensors["output_probs"], full, rest["provenance"].get("attr_target"))
 
@@ -104,7 +104,7 @@ def _of_features(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Tens
     return own if output is None else torch.cat([own, output], dim=1)
 
 
-def _alike(otherwise: str, found: Tensor, parts: Sequence[Tensor]) -> None:
+def _check_sum(otherwise: str, found: Tensor, parts: Sequence[Tensor]) -> None:
     """Raises a ValueError if something is not the sum of its parts."""
     total = torch.stack([part.double() for part in parts]).sum(0)
     if _any_apart(found, total, _within(found, parts)):

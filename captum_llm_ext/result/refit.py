@@ -1,6 +1,5 @@
 """Solves the coalitions of an attribution by other methods, without calling the model."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,9 +12,10 @@ from captum.attr._utils.attribution import PerturbationAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat, coalitions
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import DrawnTexts, Plan, Scope, Solution
 from captum_llm_ext.coalitions.clustered_errors import normal_scale
-from captum_llm_ext.coalitions.hierarchical_search import solve_search, unopened
+from captum_llm_ext.coalitions.hierarchical_search import solve_search, unrefined
 from captum_llm_ext.coalitions.kernel import EFFORT
 from captum_llm_ext.coalitions.owen_orders import binary, solve_nested_orders
 from captum_llm_ext.coalitions.owen_splits import Unresolved, solve_splits, unresolved
@@ -299,7 +299,7 @@ class Evidence:
 
     def unresolved(self) -> list[Unresolved]:
         """Groups of features that were never split, see `owen_splits.unresolved`."""
-        find = {solve_splits: unresolved, solve_search: unopened}.get(
+        find = {solve_splits: unresolved, solve_search: unrefined}.get(
             SOLVERS.get(self.design.solved, solve_splits)
         )
         if find is None or self.design.solved not in SOLVERS:
@@ -487,10 +487,9 @@ def _reweighted(kernel: Callable[[Tensor], Tensor], warns: bool, masks: Tensor) 
     weights = (log_weight - log_weight.max()).exp()
     effective = float(weights.sum().square() / weights.square().sum())
     if warns and effective < 2 * masks.shape[1]:
-        warnings.warn(
+        warn_user(
             f"{len(masks)} coalitions of all sizes are worth about {effective:.0f} of Lime's, for "
             f"{masks.shape[1]} features: attribute with Lime itself for a reliable fit.",
-            stacklevel=2,
         )
     return kernel(masks) * weights.clamp_min(torch.finfo(weights.dtype).tiny)
 

@@ -81,8 +81,8 @@ def summary_line(result: "ResultNumbers", k: int = 3, show: "Paint | None" = Non
     causes = _ARROW + _of_answer(result, k, show or _plain)
     if result.answer is None:
         return (_DIRECT if result.output_features else _WHOLE) + causes
-    told = result.answer.told(unit_of(result))
-    return _WHOLE + causes + (f"  ({told})" if told else "")
+    gain = result.answer.gain_in_words(unit_of(result))
+    return _WHOLE + causes + (f"  ({gain})" if gain else "")
 
 
 def _of_answer(result: "ResultNumbers", k: int, show: "Paint") -> str:

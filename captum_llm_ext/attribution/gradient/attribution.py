@@ -1,7 +1,6 @@
 """`GenerationGradientAttribution`: captum's LLM gradient attribution for prompt and output."""
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -11,36 +10,24 @@ from captum.attr._utils.attribution import GradientAttribution
 from torch import Tensor
 
 from captum_llm_ext import _compat
-from captum_llm_ext.attribution.gradient.arguments import (
-    check_common,
-    check_own,
-    check_used,
-    present_features,
-)
+from captum_llm_ext.attribution.gradient.arguments import GradientArguments, present_features
 from captum_llm_ext.attribution.gradient.path_groups import Absent
 from captum_llm_ext.attribution.gradient.paths import Paths, Unattributed
 from captum_llm_ext.attribution.model_access import ModelAccess
-from captum_llm_ext.attribution.target import (
-    Skipped,
-    announce_answer,
-)
+from captum_llm_ext.attribution.target import Skipped, announce_answer
 from captum_llm_ext.base.arguments import check_passed_on
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.coalitions import Solution
 from captum_llm_ext.contrast import Contrast, Foils, as_value, scored
 from captum_llm_ext.methods import EquivalentLinearSystem, LayerSaliency
-from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method, points_of
-from captum_llm_ext.model import (
-    AttrTarget,
-)
+from captum_llm_ext.methods.path_methods import SUPPORTED, Points, check_method
+from captum_llm_ext.model import AttrTarget
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.result import GenerationAttributionResult, SpanAttribution
 from captum_llm_ext.result.assembled import assembled_without_coalitions
 from captum_llm_ext.text.inputs import GeneratedText, Prompt, as_prompt
 from captum_llm_ext.text.segment import Unit
 
-# Draws of random baselines whose mean embedding replaces an absent feature: 8 same-slot texts named
-# .99 of the known causes, one of them .93 (benchmarks/results/gradients.json).
-_N_DRAWS = 8
 # Share of the largest explained value that attributions may miss without a warning. Chosen, not
 # measured: a gap this large can hide a feature; 50 points miss about .01 nats from same-slot texts,
 # 30 from zero vectors.
@@ -141,7 +128,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         self.attr_target: AttrTarget | Contrast = as_value(attr_target)
         super().__init__(attr_method, tokenizer)
         self._access_model()
-        if self._processes.are_many:
+        if self._processes.are_several:
             raise ValueError(
                 f"the model is sharded across {len(self._processes.ranks)} processes, and "
                 "gradients need it whole: load it on one device or with a `device_map`, or take "
@@ -248,18 +235,12 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
                 precision.
         """
         check_passed_on(kwargs, self.attr_method, GenerationGradientAttribution.attribute)
-        found = self._explain(
-            inp,
-            target,
-            gen_args,
-            None,
+        arguments = GradientArguments(
             output_unit=output_unit,
             output_baselines=output_baselines,
             seed=seed,
             n_draws=n_draws,
             absent=absent,
-            feature_mask=feature_mask,
-            show_progress=show_progress,
             baselines=baselines,
             n_steps=n_steps,
             method=method,
@@ -269,6 +250,15 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             attribute_to_layer_input=attribute_to_layer_input,
             grad_kwargs=grad_kwargs,
             return_convergence_delta=return_convergence_delta,
+        )
+        found = self._explain(
+            inp,
+            target,
+            gen_args,
+            None,
+            arguments,
+            feature_mask=feature_mask,
+            show_progress=show_progress,
             skip_tokens=skip_tokens,
         )
         return assembled_without_coalitions(
@@ -331,7 +321,12 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         check_passed_on(
             given.pop("kwargs"), self.attr_method, GenerationGradientAttribution.attribute
         )
-        found = self._explain(spans=[(0, None)] if spans is None else spans, **given)
+        others = ("inp", "target", "gen_args", "feature_mask", "show_progress", "skip_tokens")
+        found = self._explain(
+            **{name: given.pop(name) for name in others},
+            spans=[(0, None)] if spans is None else spans,
+            arguments=GradientArguments(**given),
+        )
         prompt, generated, solution = found.prompt, found.generated, found.solution
         own = torch.tensor(prompt.columns, dtype=torch.int64, device="cpu")
         later = torch.arange(prompt.n_features, solution.attributions.shape[1], device="cpu")
@@ -357,72 +352,28 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
         target: str | Tensor | Sequence[int] | None,
         gen_args: Mapping[str, Any] | None,
         spans: Sequence[tuple[int, int | None]] | None,
+        arguments: GradientArguments,
         *,
-        output_unit: Unit | None,
-        output_baselines: Any,
-        seed: int,
-        n_draws: int | None,
-        absent: Absent,
         feature_mask: Tensor | None,
         show_progress: Shown,
-        baselines: Any,
-        n_steps: int | None,
-        method: str | None,
-        internal_batch_size: int | None,
-        n_samples: int | None,
-        stdevs: float | tuple[float, ...] | None,
-        attribute_to_layer_input: bool,
-        grad_kwargs: Mapping[str, Any] | None,
-        return_convergence_delta: bool,
         skip_tokens: Skipped | None,
     ) -> "_Found":
         """Gradient attributions of each target token or of the sums over spans."""
-        method_arguments = {
-            "n_steps": n_steps,
-            "method": method,
-            "internal_batch_size": internal_batch_size,
-        }
-        method_arguments |= {"n_samples": n_samples, "stdevs": stdevs, "baselines": baselines}
-        check_own(self.attr_method, method_arguments | {"grad_kwargs": grad_kwargs})
-        check_common(
-            absent=absent,
-            n_draws=n_draws,
-            internal_batch_size=internal_batch_size,
-            return_convergence_delta=return_convergence_delta,
-        )
-        points = points_of(
-            self.attr_method,
-            n_steps=n_steps,
-            rule=method,
-            n_samples=n_samples,
-            stdevs=stdevs,
-            seed=seed,
-        )
-        is_zero = points.from_zero or absent == "zero"
-        check_used(
-            points,
-            is_zero=is_zero,
-            n_draws=n_draws,
-            output_baselines=output_baselines,
-            is_held=output_unit is None,
-        )
+        points = arguments.points(self.attr_method)
         generation = None if target is not None else self.generation(gen_args)
         prompt = as_prompt(inp, self.tokenizer, feature_mask)
         prompt.places()  # raises if the input knows none, before the costly part
-        present = present_features(baselines, prompt.n_features, is_drawn=points.is_sampled)
-        run = self._run(prompt, self._scorer(None), seed)
+        present = present_features(
+            arguments.baselines, prompt.n_features, is_drawn=points.is_sampled
+        )
+        run = self._run(prompt, self._scorer(None), arguments.seed)
         context = run.context
         ids = self._target_ids(run, target, gen_args, generation, skip_tokens)
         if generation is not None:
             announce_answer(show_progress, self, context.full, ids, generation)
-        generated = self._generated(run, ids, output_unit, output_baselines)
+        generated = self._generated(run, ids, arguments.output_unit, arguments.output_baselines)
         ranges = None if spans is None else _ranges(spans, len(ids))
         deterministic = context.prompt.deterministic and generated.deterministic
-        if deterministic and n_draws is not None:
-            raise ValueError(
-                "`n_draws` would be ignored: every draw of these baselines is the same. Random "
-                "ones are lists of several texts, or `CorpusBaselines(texts)`."
-            )
         paths = Paths(
             self.model,
             self._layer(),
@@ -430,12 +381,12 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             context,
             present,
             scored(self.attr_target),
-            of_input=attribute_to_layer_input,
-            n_draws=1 if deterministic or is_zero else n_draws or _N_DRAWS,
-            absent=absent,
-            seed=seed,
-            most_rows=internal_batch_size,
-            grad_kwargs=grad_kwargs,
+            of_input=arguments.attribute_to_layer_input,
+            n_draws=arguments.n_draws_of(points, deterministic=deterministic),
+            absent=arguments.absent,
+            seed=arguments.seed,
+            most_rows=arguments.internal_batch_size,
+            grad_kwargs=arguments.grad_kwargs,
         )
         foils = self._foils(run)
         joint = None
@@ -446,24 +397,23 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             if self.attr_target == "prob":
                 fixed = context.generated(ids, None, None)
                 joint = paths.attribute(fixed, is_joint=True).attributions[0]
+        if paths.is_complete:
+            _warn_of_gap(solution, arguments.n_steps)
+        is_zero = arguments.is_zero(points)
         provenance: dict[str, Any] = {
             **self._provenance(run, generated, generation),
             **_path_provenance(paths),
             "columns": list(context.prompt.columns),
             "contrast": foils and foils.about,
-            "absent": _absence(points, absent),
+            "absent": _absence(points, arguments.absent),
             "deterministic_baselines": deterministic,
             "n_draws": paths.n_draws,
             "baselines": None if is_zero else repr(context.prompt.own_baseline),
             "matches": context.matches(generated),
+            **_linear_provenance(
+                paths.unattributed, solution.full_values, is_sum=points.measure == "product"
+            ),
         }
-        if paths.is_complete:
-            _warn_of_gap(
-                solution.efficiency_gap, solution.full_values - solution.empty_values, n_steps
-            )
-        rests = _linear_provenance(
-            paths.unattributed, solution.full_values, is_sum=points.measure == "product"
-        )
         return _Found(
             context.prompt,
             generated,
@@ -472,7 +422,7 @@ class GenerationGradientAttribution(ModelAccess, LLMGradientAttribution):
             joint,
             paths.n_rows,
             foils,
-            provenance | rests,
+            provenance,
         )
 
     def _layer(self) -> torch.nn.Module | None:
@@ -544,17 +494,15 @@ def _linear_provenance(
     if not is_sum:
         return {"reconstruction_error": defect}
     if nonlinear > _MOST_NONLINEAR * float(values.abs().max()):
-        warnings.warn(
+        warn_user(
             f"attributions of a linear system sum to a logit or a difference of some, not to this "
             f"value, from which they are up to {nonlinear:.2g} apart (see `efficiency_gap`): give "
             '`attr_target="logit"` for a sum that is exact.',
-            stacklevel=3,
         )
     if defect > _MOST_ROUNDING:
-        warnings.warn(
+        warn_user(
             f"in this precision the sum of all shares misses the value by up to {defect:.1g} of "
             "it: load the model in float32 for a sum that is exact.",
-            stacklevel=3,
         )
     return {
         "fixed_attr": [part.fixed for part in each],
@@ -564,13 +512,13 @@ def _linear_provenance(
     }
 
 
-def _warn_of_gap(gap: Tensor, explained: Tensor, n_steps: int | None) -> None:
-    worst, most = float(gap.abs().max()), float(explained.abs().max())
+def _warn_of_gap(solution: Solution, n_steps: int | None) -> None:
+    explained = solution.full_values - solution.empty_values
+    worst, most = float(solution.efficiency_gap.abs().max()), float(explained.abs().max())
     if worst > _WIDE_GAP * most:
         n = 50 if n_steps is None else n_steps
-        warnings.warn(
+        warn_user(
             f"{n} steps are too few for this path: the attributions miss {worst:.2g} of what they "
             f"explain (up to {most:.2g}; see `efficiency_gap`). Give more `n_steps`, or baselines "
             "that are text of the same kind, from where the path is smoother than from zero.",
-            stacklevel=3,
         )

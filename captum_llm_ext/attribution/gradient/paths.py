@@ -197,9 +197,7 @@ class Paths:
             )
         if spans is None:
             spans = [range(n_target)] if is_joint else [range(t, t + 1) for t in range(n_target)]
-        attributions = torch.zeros(len(spans), own.n_features, dtype=torch.float64, device="cpu")
-        errors, full = torch.zeros_like(attributions), attributions.new_zeros(len(spans))
-        empty = torch.zeros_like(full)
+        summed = Solution.blank(len(spans), own.n_features)
 
         def spans_of(targets: Sequence[int]) -> list[int]:
             return [i for i, span in enumerate(spans) if any(t in span for t in targets)]
@@ -225,10 +223,10 @@ class Paths:
                 sums = [[i for i, t in enumerate(group.targets) if t in spans[s]] for s in rows]
             explain = self._local_attributions if self.points.is_local else self._path_attributions
             solution = explain(group, row, own, sums)
-            attributions[rows] += solution.attributions
-            errors[rows] += solution.standard_errors
-            full[rows] += solution.full_values
-            empty[rows] += solution.empty_values
+            summed.attributions[rows] += solution.attributions
+            summed.standard_errors[rows] += solution.standard_errors
+            summed.full_values[rows] += solution.full_values
+            summed.empty_values[rows] += solution.empty_values
         # A token is not caused by itself or later ones: what models give these is rounding.
         n_before = torch.tensor(
             [0 if is_joint else max(generated.n_visible[t] for t in span) for span in spans],
@@ -236,9 +234,9 @@ class Paths:
             device="cpu",
         )
         later = torch.arange(own.n_features, device="cpu") >= n_before[:, None] + own.n_prompt
-        return Solution(
-            attributions.masked_fill(later, 0.0), errors.masked_fill(later, 0.0), full, empty
-        )
+        summed.attributions[later] = 0.0
+        summed.standard_errors[later] = 0.0
+        return summed
 
     def _n_backward(self, own: Features, n_values: int) -> float:
         """Estimated number of passes beside the forward pass for this many values."""

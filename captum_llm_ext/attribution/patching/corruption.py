@@ -1,6 +1,5 @@
 """Corrupted texts: a feature replaced by another text of as many tokens, or by noise."""
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import digest, stacklevel_of_caller
+from captum_llm_ext.base.digest import digest
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.baselines import draw_generator
 from captum_llm_ext.text.inputs import Context, GeneratedText, render_text
@@ -161,13 +161,7 @@ def replacement_texts(
         UserWarning: If they give fewer than `n_draws` texts.
     """
     prompt, n_prompt = context.prompt, context.prompt.n_features
-    is_same = not which.prompt or prompt.deterministic
-    is_same &= not which.output or generated.deterministic
-    if is_same and n_draws > 1:
-        raise ValueError(
-            f"`n_draws` is {n_draws}, and every draw of these baselines is the same: leave it out."
-        )
-    n_tries = 1 if is_same else max(_TRIES, _TRIES_EACH * n_draws)
+    n_tries = _n_tries(which, context, generated, n_draws)
     masks = torch.ones(n_tries, n_prompt + generated.n_causes, dtype=torch.bool, device="cpu")
     masks[:, sorted(which.prompt)] = False
     masks[:, [n_prompt + g for g in sorted(which.output)]] = False
@@ -185,19 +179,17 @@ def replacement_texts(
         is_as_long = len(replaced.prompt.ids) == len(context.full.ids) and len(ids) == len(full)
         if not is_as_long or ids == full:
             continue
-        if any(
-            a != b for i, (a, b) in enumerate(zip(ids, full, strict=True)) if i not in may_change
-        ):
+        differs = {i for i, (a, b) in enumerate(zip(ids, full, strict=True)) if a != b}
+        if differs - may_change:
             continue  # equal total length, but not place by place
         text = tokens.decode(tokenizer, [ids[i] for i in changed])
         found.append(Corruption(ids, tuple(replaced.positions), changed, text, key=digest(ids)))
         if len(found) == n_draws:
             return found
     if found:
-        warnings.warn(
+        warn_user(
             f"of {n_tries} draws only {len(found)} are other texts of {len(changed)} tokens, and "
             f"`n_draws` asks for {n_draws}: these are taken.",
-            stacklevel=stacklevel_of_caller(),
         )
         return found
     raise ValueError(
@@ -205,6 +197,17 @@ def replacement_texts(
             which, tokens.decode(tokenizer, [full[i] for i in changed]), lengths, len(changed)
         )
     )
+
+
+def _n_tries(which: Selection, context: Context, generated: GeneratedText, n_draws: int) -> int:
+    """Maximum number of draws until `n_draws` texts have the right length; 1 if all are equal."""
+    is_same = not which.prompt or context.prompt.deterministic
+    is_same &= not which.output or generated.deterministic
+    if is_same and n_draws > 1:
+        raise ValueError(
+            f"`n_draws` is {n_draws}, and every draw of these baselines is the same: leave it out."
+        )
+    return 1 if is_same else max(_TRIES, _TRIES_EACH * n_draws)
 
 
 def _none_found(which: Selection, text: str, lengths: Counter[int], wanted: int) -> str:

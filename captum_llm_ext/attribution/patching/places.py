@@ -34,6 +34,7 @@ def grouped(
             together, as well as contiguous fixed text. Or lists of positions.
         context: The prompt.
         generated: The target; its last token is not read.
+        tokenizer: The model's tokenizer, for the text at each group.
 
     Raises:
         ValueError: If a position is outside the text, or occurs twice.

@@ -41,7 +41,7 @@ def first_order(
         foils: Foils of a contrast.
 
     Returns:
-        Shape ``(n_said, n_layers + 1, length)``, float64 on the CPU; `n_said` is the number of
+        Shape ``(n_kept, n_layers + 1, length)``, float64 on the CPU; `n_kept` is the number of
         target tokens that both texts predict.
 
     Raises:
@@ -85,7 +85,7 @@ def ranked(estimates: Tensor, groups: Sequence[Sequence[int]], candidates: Tenso
     """Ranks of cells, in the order in which to patch them.
 
     Args:
-        estimates: Shape ``(n_said, n_layers + 1, length)``.
+        estimates: Shape ``(n_kept, n_layers + 1, length)``.
         groups: Positions that are patched together.
         candidates: Bool ``(n_layers + 1, n_groups)``: cells that may have an effect.
 

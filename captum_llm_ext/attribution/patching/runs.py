@@ -113,7 +113,7 @@ class PatchedRuns:
 
     @contextmanager
     def graph(self, text: Corruption) -> Generator[tuple[Tensor, list[Tensor]]]:
-        """A pass with gradients: logits ``(1, n_said, vocabulary)``, and the streams of its graph.
+        """A pass with gradients: logits ``(1, n_kept, vocabulary)``, and the streams of its graph.
 
         The logits are those of the positions that predict a target token, in order.
         """

@@ -114,7 +114,7 @@ class ActivationPatching:
         self._stream = ResidualStream(self.model, layers)
         self._processes = Processes.of(accelerator, self.model)
         # Without an accelerator, batches may have any size.
-        is_shared = accelerator is not None or self._processes.are_many
+        is_shared = accelerator is not None or self._processes.are_several
         self._shared = self._processes if is_shared else None
 
     @property
@@ -216,6 +216,7 @@ class ActivationPatching:
             wanted = dict(generation.settings) if generation else digest(given)
             about = {"prompt": digest(context.full.ids), "target": wanted, "seed": seed}
             open_journal = partial(Journal, checkpoint, self.identity() | about)
+        scale = noise_scale if is_noise else None
         with (
             self._processes.session("`trace`"),
             runs.scorer.keeping(open_journal),
@@ -229,22 +230,11 @@ class ActivationPatching:
             generated = context.generated(ids, output_unit, output_baselines)
             which = select_features(feature, context, generated)
             groups = grouped(places, context, generated, tokenizer)
-            if is_noise:
-                draw = partial(
-                    self._noisy_texts, which, context, generated, n_draws, noise_scale, seed
-                )
-            else:
-                draw = partial(
-                    replacement_texts,
-                    which,
-                    context,
-                    generated,
-                    tokenizer,
-                    n_draws=n_draws,
-                    seed=seed,
-                )
+            corrupt = partial(
+                self._corrupted, which, context, generated, tokenizer, n_draws, scale, seed
+            )
             # What the model draws depends on rounding; all processes must use the same texts.
-            texts = self._processes.decide(draw)
+            texts = self._processes.decide(corrupt)
             foils = self._foils(context, generated, tokenizer, seed)
             traced = _Trace(
                 runs, original_text(context, generated), texts, ids, foils, groups, direction
@@ -257,7 +247,7 @@ class ActivationPatching:
             "kind": kind,
             "direction": direction,
             "baselines": None if is_noise else repr(context.prompt.own_baseline),
-            "noise_scale": noise_scale if is_noise else None,
+            "noise_scale": scale,
             "first": first,
             "n_draws": len(texts),
             "seed": seed,
@@ -286,15 +276,21 @@ class ActivationPatching:
             )
         return found
 
-    def _noisy_texts(
+    def _corrupted(
         self,
         which: Selection,
         context: Context,
         generated: GeneratedText,
+        tokenizer: Any,
         n_draws: int,
-        scale: float,
+        scale: float | None,
         seed: int,
     ) -> list[Corruption]:
+        """Texts with the features replaced or, with a scale, with noise on their embeddings."""
+        if scale is None:
+            return replacement_texts(
+                which, context, generated, tokenizer, n_draws=n_draws, seed=seed
+            )
         device = _compat.input_device(self.model)
         ids = torch.tensor(
             [original_text(context, generated).ids], dtype=torch.int64, device=device

@@ -32,7 +32,7 @@ from captum_llm_ext.attribution.remote.rung_choice import (
 from captum_llm_ext.attribution.remote.unreported import not_told_apart, note_bounds, of_rung
 from captum_llm_ext.attribution.sampling import Outcome
 from captum_llm_ext.attribution.target import Skipped
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.contrast import Contrast, FoilContext, scored
 from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow

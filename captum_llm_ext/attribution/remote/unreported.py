@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.remote.rung_choice import ChosenRung
 from captum_llm_ext.attribution.sampling import Outcome
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.remote.bounds import Bounds, weights
 from captum_llm_ext.remote.estimate import finite
 from captum_llm_ext.remote.stepwise import TopK, reports_any_token

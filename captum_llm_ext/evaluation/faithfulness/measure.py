@@ -1,6 +1,5 @@
 """`measure_faithfulness`: results of one target, measured on one input."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.evaluation.faithfulness.compatibility import (
     attributions_of,
     by_name,
@@ -168,17 +168,14 @@ def _warn_of_absence(baselines: Iterable[object]) -> None:
     """Warns if absence makes texts unlike any that the model was trained on."""
     message = unseen(baselines, _MADE, _WHAT)
     if message is not None:
-        warnings.warn(
-            f"{message}{_BEST} Give the input `baselines=CorpusBaselines(texts)`.", stacklevel=3
-        )
+        warn_user(f"{message}{_BEST} Give the input `baselines=CorpusBaselines(texts)`.")
 
 
 def _warn_of_unlike() -> None:
-    warnings.warn(
+    warn_user(
         "Absent features are replaced by arbitrary text of an unrelated corpus, which has no "
         f"similar context for most of them: {_MADE} {UNSEEN.format(what=_WHAT)}{_BEST} Give "
         "`CorpusBaselines` texts of the same kind as the prompt.",
-        stacklevel=3,
     )
 
 
@@ -191,10 +188,9 @@ def _warn_of_another_model(
         is_probability = result.provenance.get("attr_target") == "prob"
         known = float(values.prod() if is_probability else values.sum())
         if abs(known - full) > _SAME_MODEL * max(abs(known), abs(full), 1e-3):
-            warnings.warn(
+            warn_user(
                 f"The model gives the target {full:.4g}, {name!r} explains {known:.4g}: it comes "
                 "from another model, or from other settings of it.",
-                stacklevel=3,
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_llm_ext.evaluation.faithfulness.estimate import Estimate, average
+from captum_llm_ext.evaluation.rank_correlation import spearman
 
 Kind = Literal["removal", "insertion"]
 # Full minus empty, relative to the larger of them, below which it is float32 rounding.
@@ -196,7 +197,7 @@ class PerturbationPaths:
         """The curves of every attribution.
 
         Args:
-            answers: To `masks`.
+            coalition_values: Values of `masks`.
             unit: Unit of the values.
             first: Which features are removed, or added, first.
         """
@@ -292,7 +293,7 @@ class RandomCoalitions:
         """The score of every attribution.
 
         Args:
-            answers: To `masks`.
+            coalition_values: Values of `masks`.
             attributions: By name, float64 ``(n,)``.
         """
         n = self.masks.shape[1]
@@ -317,29 +318,6 @@ class RandomCoalitions:
             reference.value, {**reference.left_out, "orders": average(each.value)[1]}
         )
         return Metric("lds", value, reference, None, True)
-
-
-def spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's rank correlation along the last dimension; ties share their mean rank.
-
-    Args:
-        x, y: Of broadcastable shapes, ``(*shape, n)``.
-
-    Returns:
-        Shape ``(*shape)``; NaN if all values of one side are tied.
-    """
-    x, y = _ranks(x), _ranks(y)
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    return (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    # Sums of the same numbers in another order differ in their last digits.
-    step = 1e-9 * values.abs().amax(-1, keepdim=True)
-    values = torch.where(step > 0, (values / step).round(), values).contiguous()
-    ordered = values.sort(-1).values
-    below = torch.searchsorted(ordered, values)
-    return (below + torch.searchsorted(ordered, values, right=True)).double() / 2
 
 
 def _left_out_correlations(x: Tensor, y: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from captum_llm_ext.evaluation.rank_correlation import spearman
+
 Verdict = Literal["robust", "depends", "open", "none"]
 
 
@@ -108,9 +110,7 @@ class View:
 
     def rank_correlation(self, a: int, b: int) -> float:
         """Spearman's correlation of the magnitudes of `clear`; NaN if one side has only ties."""
-        x, y = (_mean_ranks(self.clear[row].abs()) for row in (a, b))
-        x, y = x - x.mean(), y - y.mean()
-        return float((x @ y) / (x.norm() * y.norm()))
+        return float(spearman(self.clear[a].abs(), self.clear[b].abs()))
 
     def overlap(self, a: int, b: int, k: int) -> float:
         """Share of the `k` strongest features that two baselines have in common.
@@ -144,9 +144,3 @@ class View:
         """``[i, j]``: by how much the first is stronger, relative to the scale."""
         size = self._size[row, columns] / self._scale[row]
         return size[:, None] - size
-
-
-def _mean_ranks(values: Tensor) -> Tensor:
-    """Ranks from the smallest on; ties share their mean rank."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1).double() / 2)[place]

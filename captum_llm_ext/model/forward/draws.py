@@ -81,7 +81,7 @@ class Draws(TorchDispatchMode):
         return self._generators[device]
 
 
-def drawn_again(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
+def repeated_draws(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
     """Passes over the same ids draw the same within, passes over others something else.
 
     Args:
@@ -93,7 +93,7 @@ def drawn_again(seed: int | None, ids: Tensor) -> AbstractContextManager[Any]:
     return Draws(crc32(repr(ids.tolist()).encode(), seed))
 
 
-def drawing(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
+def random_draws(model: nn.Module, run: Callable[[], T]) -> tuple[Drawing | None, T]:
     """Whether a model draws at random in a pass, and whether that can be seeded.
 
     A model that seeds its own generators in each pass does not.

@@ -121,7 +121,7 @@ class LMHead:
 
     @contextmanager
     def watched(self) -> Generator[None]:
-        """The single pass within may skip logits: `said` has their content.
+        """The single pass within may skip logits: `output_of` has their content.
 
         Passes of other threads compute theirs.
         """
@@ -153,7 +153,7 @@ class LMHead:
         finally:
             del layer.forward
 
-    def said(self, logits: Tensor) -> HeadOutput:
+    def output_of(self, logits: Tensor) -> HeadOutput:
         """The output of a pass within `watched`.
 
         Args:

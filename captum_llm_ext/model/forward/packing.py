@@ -174,7 +174,7 @@ def ends(pack: Pack, needed: Tensor) -> tuple[Segment, ...]:
     return tuple(found)
 
 
-def packs(
+def split_into_packs(
     rows: Sequence[Sequence[int]],
     order: Sequence[int],
     shared: Sequence[int],

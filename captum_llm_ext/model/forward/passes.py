@@ -15,13 +15,17 @@ from torch.nn.utils.rnn import pad_sequence
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward import attention
 from captum_llm_ext.model.forward import token_wise_layers as edges
-from captum_llm_ext.model.forward.draws import drawn_again
+from captum_llm_ext.model.forward.draws import repeated_draws
 from captum_llm_ext.model.forward.inconclusive import is_inconclusive
 from captum_llm_ext.model.forward.lm_head import HeadOutput, LMHead
 from captum_llm_ext.model.forward.logits import AttrTarget, called_values
 from captum_llm_ext.model.forward.packing import LAST, Pack, pack, pack_again
 from captum_llm_ext.model.forward.prefix_cache import cache_part, copied_cache, shared_cache
-from captum_llm_ext.model.forward.rounding import Apart, reason_against, rounded_otherwise
+from captum_llm_ext.model.forward.rounding import (
+    LogProbDifference,
+    reason_against,
+    rounded_otherwise,
+)
 from captum_llm_ext.model.forward.rows import TokenRow, padded
 from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.forward.value_spec import ValueSpec
@@ -105,7 +109,7 @@ class Passes:
         self._head = LMHead(model)
         self._ends_of_model = _compat.outer_layers(model)
         self.n_positions = self.n_rows = 0
-        self.moved: Apart | None = None
+        self.moved: LogProbDifference | None = None
         self.seed: int | None = None
         self.state_bytes: int | None = None
         self._arguments = _compat.forward_arguments(model)
@@ -190,7 +194,7 @@ class Passes:
         last = torch.tensor([[len(ids) - 1]], dtype=torch.int64, device="cpu")
         return self._pass(row, last, keeps_state=True)[1]
 
-    def together(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
+    def in_one_batch(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         """Values ``(n_rows, per_token * n_target)`` of whole rows in one batch."""
         every = tuple(range(len(rows)))
         [(_, values)] = self.run(Branch(0, 0, every, (every,)), rows, spec)
@@ -262,12 +266,16 @@ class Passes:
         output = None
         if self.shares_cache and state is not None and start * len(rows) >= self._least:
             try:
-                output = self._read_on(ids, places, state, shares_cache=True, extras=arguments)
+                output = self._continue_from(
+                    ids, places, state, shares_cache=True, extras=arguments
+                )
             except NotImplementedError as failure:  # a case that the comparison did not include
                 self._stop_sharing(failure)
         if output is None:
             with nullcontext() if self._around is None else self._around(rows):
-                output = self._read_on(ids, places, state, shares_cache=False, extras=arguments)
+                output = self._continue_from(
+                    ids, places, state, shares_cache=False, extras=arguments
+                )
         if call is not None:
             values = called_values(output.logits(), spec.target, call)[:, None]
         else:
@@ -348,7 +356,7 @@ class Passes:
             raise NotImplementedError(f"{packing.n_attended} layers attend")
         return answer, state
 
-    def _read_on(
+    def _continue_from(
         self,
         ids: Tensor,
         at: Tensor,
@@ -392,10 +400,10 @@ class Passes:
         arguments |= _compat.keeping_logits(self.kept, at, given)
         # A user's callable may keep its arguments.
         head = self._head.watched() if isinstance(self.attr_target, str) else nullcontext()
-        with head, drawn_again(self.seed, ids):
+        with head, repeated_draws(self.seed, ids):
             output = _compat.called(self.model, given, **arguments)
         self.n_positions += ids.numel()
-        head_output = self._head.said(_compat.sequence_logits(output))
+        head_output = self._head.output_of(_compat.sequence_logits(output))
         if self.kept != "positions":
             head_output = head_output.at(at - (ids.shape[1] - head_output.vectors.shape[1]))
         return head_output, getattr(output, self._state, None) if self._state else None
@@ -423,7 +431,7 @@ class Passes:
             arguments[name] = value
         return arguments
 
-    def reads_packed(
+    def packing_error(
         self, row: Sequence[int], places: Sequence[int] = ()
     ) -> tuple[Callable[[], float], Tensor]:
         """How much distributions of next tokens change when a row is read in a pack.
@@ -438,9 +446,9 @@ class Passes:
             places: Positions in the row, sorted.
 
         Returns:
-            A function that runs the pack and returns its error, as `reads_on`; it raises a
-            NotImplementedError if the model's attention is not supported. And the logits of the row
-            alone at these positions, ``(1, n, vocabulary)``.
+            A function that runs the pack and returns its error, as `prefix_cache_error`; it raises
+            a NotImplementedError if the attention is not supported. And the logits of the row alone
+            at these positions, ``(1, n, vocabulary)``.
         """
         first = max(1, len(row) - LAST)
         other = [_unlike(row, row[first]), *row[first + 1 : first + LAST // 2]]
@@ -480,7 +488,7 @@ class Passes:
         here = torch.tensor([every.index(p) for p in places], dtype=torch.int64, device="cpu")
         return error, alone[:, here.to(alone.device)]
 
-    def reads_on(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
+    def prefix_cache_error(self, row: Sequence[int], other: Sequence[int], shared: int) -> float:
         """How much distributions of next tokens change when rows continue from a prefix cache.
 
         The shared prefix is read in two parts, then both rows from copies of the cache, the other
@@ -514,7 +522,7 @@ class Passes:
         alone = self._alone((row, other), at + shared)
 
         def error(*, shares_cache: bool) -> float:
-            found = self._read_on(padded(ends), at, state, shares_cache=shares_cache)
+            found = self._continue_from(padded(ends), at, state, shares_cache=shares_cache)
             return self._error(found.logits().clone(), alone, (row, other), at + shared)
 
         copied = error(shares_cache=False)
@@ -536,16 +544,16 @@ class Passes:
         self, found: Tensor, alone: Tensor, rows: Sequence[Sequence[int]], at: Tensor
     ) -> float:
         """Difference of logits from those of rows alone, relative to rounding."""
-        apart = Apart.between(found, alone)
-        error = apart.over(found.dtype)
+        difference = LogProbDifference.between(found, alone)
+        error = difference.over(found.dtype)
         is_fine = alone.dtype.itemsize > 2 and not _compat.half_precision(self.model)
         if error <= 1 or is_fine:
             return error
-        if self.moved is not None and apart.beyond(self.moved) <= 1:
-            return apart.beyond(self.moved)
+        if self.moved is not None and difference.beyond(self.moved) <= 1:
+            return difference.beyond(self.moved)
         with rounded_otherwise(self.model):
             otherwise = self._alone(rows, at)
-        return min(error, apart.beyond(Apart.between(otherwise, alone)))
+        return min(error, difference.beyond(LogProbDifference.between(otherwise, alone)))
 
     def _can_share(self, error: Callable[..., float]) -> bool:
         """Whether rows give correct values from a cache without copies."""

@@ -45,7 +45,7 @@ def reason_against(error_of: Callable[[], float]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Apart:
+class LogProbDifference:
     """Difference of the log-probabilities of all tokens between two computations.
 
     Attributes:
@@ -57,7 +57,7 @@ class Apart:
     most: float
 
     @classmethod
-    def between(cls, found: Tensor, plain: Tensor) -> "Apart":
+    def between(cls, found: Tensor, plain: Tensor) -> "LogProbDifference":
         """Of logits ``(…, vocabulary)``; a token excluded in only one differs infinitely."""
         expected, actual = log_probs_of(plain), log_probs_of(found)
         # Excluded tokens have minus infinity in both.
@@ -70,7 +70,7 @@ class Apart:
         """The maximum, relative to the rounding of logits of this dtype."""
         return self.most / _ROUNDING.get(dtype, 1e-9)
 
-    def beyond(self, moved: "Apart") -> float:
+    def beyond(self, moved: "LogProbDifference") -> float:
         """The differences relative to those by perturbed last digits; at most 1 is rounding."""
         usual = self.usual / max(BEYOND * moved.usual, 1e-9)
         return max(usual, self.most / max(moved.explained, 1e-9))

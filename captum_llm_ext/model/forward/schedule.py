@@ -8,7 +8,7 @@ a fixed cost in addition.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from captum_llm_ext.model.forward.packing import packs
+from captum_llm_ext.model.forward.packing import split_into_packs
 from captum_llm_ext.model.forward.prefixes import heavy_paths_first, sort_by_prefix
 
 MostRows = Callable[[int, int], int]
@@ -165,12 +165,14 @@ def plan_packed(
     stop = _whole_steps(
         min([*(len(row) - _SHORTEST for row in rows), *shared[1:], most_head]), head
     )
-    batches, own = packs(rows, order, shared, max(stop, head), most_ids, most_rows, most_shared)
+    batches, own = split_into_packs(
+        rows, order, shared, max(stop, head), most_ids, most_rows, most_shared
+    )
     # A head that is read separately saves all packs but one from reading it; in a chain, it saves
     # those of the next rows.
     if stop > head and (len(batches) - 1) * (stop - head) <= overhead:
         stop = head
-        batches, own = packs(rows, order, shared, stop, most_ids, most_rows, most_shared)
+        batches, own = split_into_packs(rows, order, shared, stop, most_ids, most_rows, most_shared)
     return Branch(head, stop, tuple(order), tuple(batches), own=own, chained=chained)
 
 
@@ -191,7 +193,7 @@ def plan_forked(
         most_ids, most_rows: As for `plan_packed`.
     """
     order, shared = heavy_paths_first(*sort_by_prefix(rows, [len(row) for row in rows]))
-    batches, own = packs(rows, order, shared, 0, most_ids, most_rows, n_reused=n_reused)
+    batches, own = split_into_packs(rows, order, shared, 0, most_ids, most_rows, n_reused=n_reused)
     return Branch(n_read, n_read, tuple(order), tuple(batches), own=own, n_reused=tuple(n_reused))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.forward.draws import drawn_again
+from captum_llm_ext.model.forward.draws import repeated_draws
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ForwardPass:
     def run(self, ids: Tensor, at: Tensor) -> Any:
         """The model's output when these logits are requested, whatever it returns."""
         kept = _compat.keeping_logits(self.kept, at.expand(len(ids), -1), ids)
-        with drawn_again(self.seed, ids):
+        with repeated_draws(self.seed, ids):
             return _compat.called(self.model, ids, **self._uncached, **kept)
 
     def keep_all(self) -> None:

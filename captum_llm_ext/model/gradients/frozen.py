@@ -137,7 +137,7 @@ class _Freezing(TorchFunctionMode):
             args, kwargs = _with_stopped(args, kwargs, ("query", "key"))
             return func(*args, **kwargs)
         if name == "layer_norm":
-            return _layer_norm(func, args, kwargs, self._scaled)
+            return _layer_norm(args, kwargs, self._scaled)
         if name == "rms_norm":
             return _rescaled(func, args, kwargs)
         if name in ("div", "true_divide", "divide", "rdiv", "rtruediv"):
@@ -377,7 +377,6 @@ def _multiplies(module: nn.Module, given: Tensor) -> bool:
 
 
 def _layer_norm(
-    func: Callable[..., Any],
     args: Sequence[Any],
     kwargs: dict[str, Any],
     scaled: Callable[[Any], Any],

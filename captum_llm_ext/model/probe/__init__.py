@@ -6,9 +6,9 @@ inferred from a model's name. `findings` runs the probe once for a model in one 
 and again for longer rows; its findings decide how the model is run.
 """
 
+from captum_llm_ext.model.probe.cache import findings, record_findings
 from captum_llm_ext.model.probe.differences import FINE
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.known import findings, learnt
-from captum_llm_ext.model.probe.probing import ReadPacked
+from captum_llm_ext.model.probe.probing import ComparePacked
 
-__all__ = ["FINE", "Findings", "Packing", "ReadPacked", "findings", "learnt"]
+__all__ = ["FINE", "ComparePacked", "Findings", "Packing", "findings", "record_findings"]

@@ -33,16 +33,16 @@ def root_mean_square(one: Tensor, other: Tensor) -> float:
     return float(differences(one, other).clamp(max=1e3).square().mean().sqrt())
 
 
-def usual(one: Tensor, other: Tensor) -> float:
+def median_difference(one: Tensor, other: Tensor) -> float:
     """The median of the differences at several positions."""
     differences = sorted(root_mean_square(*place) for place in zip(one, other, strict=True))
     return differences[len(differences) // 2]
 
 
-def is_as(output: Tensor, logits: Tensor) -> bool:
+def is_equal(output: Tensor, logits: Tensor) -> bool:
     """Whether output equals that of other logits, up to rounding."""
     right = spread(logits)
-    limit = max(FINE, rough(right)) if logits.dtype.itemsize < 4 else FINE
+    limit = max(FINE, bf16_rounding(right)) if logits.dtype.itemsize < 4 else FINE
     return output.shape == right.shape and not exceeds(output, right, limit)
 
 
@@ -64,7 +64,7 @@ def last_digit(logits: Tensor, model: nn.Module) -> float:
     return eps * 2.0 ** math.floor(math.log2(size)) if size else 0.0
 
 
-def rough(log_probs: Tensor) -> float:
+def bf16_rounding(log_probs: Tensor) -> float:
     """Differences of log-probabilities that rounding to 8 bits can cause, as root mean square."""
     finite = log_probs.double()[log_probs.isfinite()]
     return float(finite.std()) * 2.0**-8 if finite.numel() > 1 else 0.0

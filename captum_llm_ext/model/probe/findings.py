@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from captum_llm_ext.model.forward.draws import Drawing
-from captum_llm_ext.model.forward.rounding import Apart
+from captum_llm_ext.model.forward.rounding import LogProbDifference
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Findings:
     rounding: float = 0.0
     draws: Drawing | None = None
     repeats: bool = False
-    moved: Apart | None = None
+    moved: LogProbDifference | None = None
     jumps: float = 0.0
     is_rough: bool = False
     packing: Packing | None = None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from captum_llm_ext.model.forward.rounding import Apart, rounded_otherwise
+from captum_llm_ext.model.forward.rounding import LogProbDifference, rounded_otherwise
 from captum_llm_ext.model.probe.differences import FINE
 
 # Relative perturbations. In float32, the larger one changed log-probabilities 9.95 to 10.33 times
@@ -37,9 +37,9 @@ def jumps_at(model: nn.Module, run: Callable[[], Tensor], plain: Tensor) -> floa
         continuous.
     """
 
-    def moved(much: float) -> Apart:
+    def moved(much: float) -> LogProbDifference:
         with rounded_otherwise(model, singles=much):
-            return Apart.between(run(), plain)
+            return LogProbDifference.between(run(), plain)
 
     small, large = (moved(much).usual for much in _MOVES)
     if not large or _LINEAR[0] <= large / max(small, 1e-30) <= _LINEAR[1]:

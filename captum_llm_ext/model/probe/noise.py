@@ -1,7 +1,6 @@
 """The noise floor: how far values change with nothing but the batch."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from zlib import crc32
@@ -9,6 +8,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.rounding import rounded_otherwise, rounding
@@ -133,7 +133,7 @@ class NoiseFloor:
                     found = replace(found, draws="unseen", is_rough=True)
                     floor = floor.maximum(self._of_draws(found, spec))
         if float(floor.max()) > _WORTH_TELLING * explained:
-            warnings.warn(self._warning(found, float(floor.max())), stacklevel=5)
+            warn_user(self._warning(found, float(floor.max())))
         return floor, found
 
     def _warning(self, found: Findings, much: float) -> str:
@@ -177,7 +177,7 @@ class NoiseFloor:
             spent += len(ids) + each
             if i and spent > _CHECKED_SHARE * self._passes.n_positions:
                 break
-            values = self._together([self._cut(ids, i, found)], spec)[0]
+            values = self._in_one_batch([self._cut(ids, i, found)], spec)[0]
             apart = (values - self._kept[ids][2]).abs().nan_to_num(nan=0.0)
             checked = max(checked, float(apart.max()))
         return checked
@@ -197,7 +197,7 @@ class NoiseFloor:
     def _differs_again(self, found: Findings, spec: ValueSpec) -> bool:
         """Whether equal passes have different values."""
         _, row, _ = self._kept[min(self._kept, key=len)]
-        values = torch.stack([self._together([row], spec)[0] for _ in range(_AGAIN)])
+        values = torch.stack([self._in_one_batch([row], spec)[0] for _ in range(_AGAIN)])
         return float(_ranges(values).max()) > self._explained(found)
 
     def _measured(self, found: Findings, spec: ValueSpec, together: bool, cuts: bool) -> Tensor:
@@ -224,7 +224,7 @@ class NoiseFloor:
         if together:
             some = [*short[:1], *rows[1:]]  # so that one has another length than in any batch
             batches = [some[i : i + _BATCH] for i in range(0, len(rows), _BATCH)]
-            variants.append(torch.cat([self._together(batch, spec) for batch in batches]))
+            variants.append(torch.cat([self._in_one_batch(batch, spec) for batch in batches]))
         # A jump is large, and so rare that other batches may not show it. And rows that run alone
         # do not show the effect of batches.
         if (found.jumps or (found.moved is not None and not together)) and not found.couples_rows:
@@ -251,7 +251,7 @@ class NoiseFloor:
             if found.step_by_step:
                 moved = torch.stack([self._alone(row, found, spec) for row in rows])
             else:
-                moved = self._together(rows, spec)
+                moved = self._in_one_batch(rows, spec)
         ratios, known = self._ratios(torch.stack([own, moved]))
         return max(_ROUNDED_BEYOND * self._largest(ratios[known]), float(ratios.max()))
 
@@ -318,16 +318,16 @@ class NoiseFloor:
     def _alone(self, row: TokenRow, found: Findings, spec: ValueSpec) -> Tensor:
         """Values ``(n_target,)`` of a row alone, if need be of each token with nothing after it."""
         if not found.step_by_step:
-            return self._together([row], spec)[0]
+            return self._in_one_batch([row], spec)[0]
         values = torch.full((len(spec),), torch.nan, dtype=torch.float64, device="cpu")
         for t in range(len(spec)):
             if (end := row.up_to(t)) is not None:
-                values[t] = self._together([end], spec.only([t]))[0, 0]
+                values[t] = self._in_one_batch([end], spec.only([t]))[0, 0]
         return values
 
-    def _together(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
+    def _in_one_batch(self, rows: Sequence[TokenRow], spec: ValueSpec) -> Tensor:
         """Explained values of rows computed in one batch, ``(n_rows, n_target)``."""
-        return explained(self._passes.together(rows, spec), spec, self._attr_target)
+        return explained(self._passes.in_one_batch(rows, spec), spec, self._attr_target)
 
     def _scales(self, values: Tensor) -> Tensor:
         """How much values change with logits: those of certain tokens hardly do."""

@@ -1,7 +1,6 @@
 """The forward passes of the probe."""
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,20 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from captum_llm_ext import _compat
-from captum_llm_ext.model.forward.draws import drawing
+from captum_llm_ext.model.forward.draws import random_draws
 from captum_llm_ext.model.forward.inconclusive import is_inconclusive
-from captum_llm_ext.model.forward.rounding import BEYOND, Apart, rounded_otherwise
+from captum_llm_ext.model.forward.rounding import BEYOND, LogProbDifference, rounded_otherwise
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.probe.changed_rows import AllChanges, ChangedRows, SeenAhead
 from captum_llm_ext.model.probe.differences import (
     FINE,
+    bf16_rounding,
     exceeds,
-    is_as,
+    is_equal,
     largest,
     last_digit,
+    median_difference,
     root_mean_square,
-    rough,
     spread,
-    usual,
 )
 from captum_llm_ext.model.probe.findings import Findings, Packing
 from captum_llm_ext.model.probe.jumps import jumps_at
@@ -39,12 +39,8 @@ _ENDED = 3
 # Number of target tokens at which these rows, and a pack, are compared, since each takes a token in
 # a pack. For 16 bits half of them: effects beyond rounding show there as well.
 _LATER = 32
-# Number of ids before the target in rows of the target alone. Chosen, not measured.
-_CLOSE = 16
 # Number of positions at which the shortest row is compared. Chosen, not measured.
 _PLACES = 5
-# Number of such rows per pass. Chosen, not measured.
-_AT_ONCE = 8
 # Number of rows, and of ids in each, that show whether only larger batches are coupled. Chosen, not
 # measured.
 _WIDE = 16
@@ -56,8 +52,8 @@ _BATCHED = 1e-3
 # Called with a row, positions in it, how logits can be requested, and the effect of perturbed
 # digits, if known; returns the findings on packs, and the logits of the row alone at these
 # positions.
-ReadPacked = Callable[
-    [Sequence[int], Sequence[int], str | None, Apart | None],
+ComparePacked = Callable[
+    [Sequence[int], Sequence[int], str | None, LogProbDifference | None],
     tuple[Packing | None, Tensor | None],
 ]
 
@@ -69,7 +65,7 @@ class Probe:
         model: The model.
         rows: Rows of the run.
         extras: Further arguments of its forward.
-        read_packed: As for `findings`.
+        compare_packed: As for `findings`.
         earlier: Earlier findings on the model.
     """
 
@@ -78,22 +74,23 @@ class Probe:
         model: nn.Module,
         rows: Sequence[TokenRow],
         extras: dict[str, Any],
-        read_packed: ReadPacked | None,
+        compare_packed: ComparePacked | None,
         earlier: Findings | None,
     ) -> None:
         self._model, self._extras, self._n_rows = model, extras, len(rows)
-        self._read_packed, self._earlier = read_packed, earlier
+        self._read_packed, self._earlier = compare_packed, earlier
         self._passes = ShortPasses(model, extras)
         self._row = max(rows, key=lambda row: len(row.ids))
         self._short = min(rows, key=lambda row: len(row.ids)).ids
         self._other = OtherIds(self._row, of_target=bool(extras))
+        self._changed = ChangedRows(self._passes, self._row, self._other, len(rows))
         self._n_before, self._last_only = 0, False
 
     def findings(self) -> Findings:
         """The findings."""
         ids = self._row.ids
         shorter = ids if self._extras else ids[:_FIRST]
-        drawn, logits = drawing(self._model, lambda: self._passes.all(shorter))
+        drawn, logits = random_draws(self._model, lambda: self._passes.all(shorter))
         if drawn == "seeded":
             self._passes.seed, logits = 0, self._passes.all(shorter)
         found = self._first(shorter, logits)
@@ -112,12 +109,12 @@ class Probe:
         if packing is not None and packing.reason is None and self._tells_rounding(found):
             # Rows in packs meet no other row, and packs have shown what follows. But what tokens
             # before the position had seen of it, they had seen in the cache as well.
-            ending = self._ending(at[2], at, alone)
+            ending = self._changed.truncated_after(at[2], at, alone)
             rounding = largest(*ending)
-            if rounding <= FINE or usual(*ending) <= self._usual_rounding(found):
+            if rounding <= FINE or median_difference(*ending) <= self._usual_rounding(found):
                 found = replace(found, shortest=sys.maxsize, longest=0, packed=len(ids))
                 return replace(found, ahead=0.0, rounding=rounding, is_rough=self._is_rough(found))
-        return self._together(found, at, alone)
+        return self._in_batches(found, at, alone)
 
     # Rounding -------------------------------------------------------------------------------------
 
@@ -132,7 +129,7 @@ class Probe:
                 found, jumps=jumps_at(self._model, lambda: self._passes.all(ids), logits)
             )
         with rounded_otherwise(self._model):
-            moved = Apart.between(self._passes.all(ids), logits)
+            moved = LogProbDifference.between(self._passes.all(ids), logits)
         return replace(found, moved=moved if moved.usual else None)
 
     def _tells_rounding(self, found: Findings) -> bool:
@@ -161,13 +158,13 @@ class Probe:
             limit: Largest difference that is not an effect in any case.
             plain: Ids, positions, and the output there; repeated with perturbed digits if needed.
         """
-        most = max(usual(*pair) for pair in pairs)
+        most = max(median_difference(*pair) for pair in pairs)
         if most <= max(limit, self._usual_rounding(found)):
             return False
         ids, at, log_probs = plain
         with rounded_otherwise(self._model):
             digits = self._passes.log_probs_at([ids], [at])[0]
-        return most > max(limit, BEYOND * usual(digits, log_probs))
+        return most > max(limit, BEYOND * median_difference(digits, log_probs))
 
     def _is_rough(self, found: Findings) -> bool:
         """Whether rounding is worth measuring."""
@@ -245,7 +242,7 @@ class Probe:
                 if is_inconclusive(error):
                     raise
         if kept == "positions" and not (
-            log_probs is not None and self._is_as(found, log_probs, logits, at)
+            log_probs is not None and self._is_equal(found, log_probs, logits, at)
         ):
             self._find_kept(ids[:_FIRST], logits)
             if self._passes.kept != kept:  # the result was not what was requested
@@ -256,11 +253,15 @@ class Probe:
             packing,
         )
 
-    def _is_as(self, found: Findings, log_probs: Tensor, logits: Tensor, at: Sequence[int]) -> bool:
+    def _is_equal(
+        self, found: Findings, log_probs: Tensor, logits: Tensor, at: Sequence[int]
+    ) -> bool:
         """Whether the first outputs are those of the beginning alone."""
-        if is_as(log_probs[:2], logits[0, at[:2]]):
+        if is_equal(log_probs[:2], logits[0, at[:2]]):
             return True
-        return usual(log_probs[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(found)
+        return median_difference(log_probs[:2], spread(logits[0, at[:2]])) <= self._usual_rounding(
+            found
+        )
 
     def _find_kept(self, ids: Sequence[int], logits: Tensor) -> None:
         """Whether the model returns the requested logits, if it has that argument."""
@@ -275,7 +276,9 @@ class Probe:
                 raise
             self._passes.kept = None
             return
-        if not (is_as(log_probs[0], logits[0, ends]) and is_as(log_probs[1], logits[0, ends[1:]])):
+        if not (
+            is_equal(log_probs[0], logits[0, ends]) and is_equal(log_probs[1], logits[0, ends[1:]])
+        ):
             self._passes.kept = None
 
     def _in_front(self, ids: Sequence[int], logits: Tensor) -> int:
@@ -286,7 +289,8 @@ class Probe:
         fewer = self._passes.all(ids[:-1]) if len(ids) > 1 else logits[:, :-1]
         if fewer.shape[1] != logits.shape[1] - 1 or (
             largest(spread(fewer[:, n:]), spread(logits[:, n:-1])) > FINE
-            and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1])) > rough(logits)
+            and root_mean_square(spread(fewer[:, n:]), spread(logits[:, n:-1]))
+            > bf16_rounding(logits)
         ):
             raise ValueError(
                 f"{type(self._model).__name__} returns {logits.shape[1]} logits for {len(ids)} "
@@ -301,8 +305,8 @@ class Probe:
         """Findings on one row, unchanged and with other ids after some positions."""
         places = cut_places(self._row, n_cuts(self._n_rows))
         row = self._passes.log_probs_at([self._row.ids], [places])[0]
-        pairs = self._after(places, places, row, n_places=1, at_once=1)
-        limit = max(FINE, rough(row)) if self._is_half(found) else FINE
+        pairs = self._changed.continued_otherwise(places, places, row, n_places=1, at_once=1)
+        limit = max(FINE, bf16_rounding(row)) if self._is_half(found) else FINE
         return replace(
             found,
             sees_ahead=any(exceeds(*pair, limit) for pair in pairs),
@@ -321,7 +325,7 @@ class Probe:
         is_rough = self._is_rough(found)
         rounding, limit, is_half = largest(copies, alone), FINE, self._is_half(found)
         if is_half:
-            limit = max(FINE, BEYOND * root_mean_square(copies, alone), rough(alone))
+            limit = max(FINE, BEYOND * root_mean_square(copies, alone), bf16_rounding(alone))
         couples = exceeds(beside, copies, limit) or self._counts_rows(
             found, [(copies, alone)], (ids, at, alone)
         )
@@ -333,7 +337,7 @@ class Probe:
             is_rough=is_rough or couples or rounding > FINE,
         )
 
-    def _together(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
+    def _in_batches(self, found: Findings, at: list[int], alone: Tensor) -> Findings:
         """Findings on the longest and the shortest row, alone and in batches.
 
         Args:
@@ -344,98 +348,150 @@ class Probe:
         is_rough, is_half = self._is_rough(found), self._is_half(found)
         if is_half and (rounding := self._rounding_alone(found, at, alone)) is not None:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=True)
-        ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
-        mate = self._other.ids(ids)
-        short = self._short if len(self._short) < length else mate
-        ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
-        padded = [*short, *self._other.ids(ids[len(short) :])]
-        whole, alone_short = (ids, at, alone), self._passes.log_probs_at([short], [ends])[0]
-        # Everything at once: other rows, other ids after these, and padding. With 16 bits, that
-        # always shows some difference.
-        both = [padded, self._other.after(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
-        log_probs = None if is_half else self._passes.log_probs_at(*both)
-        after, ended = self._later(found, at[2:], is_half=is_half)
-        # At few positions, rounding is distinguished from an effect more reliably than at many.
-        n_places = 1 if is_half else len(at)
-        later = self._after(after, at, alone, n_places=n_places)
-        shows_all = is_half or (found.packing is not None and found.packing.reason is None)
-        if not shows_all:
-            later += self._close(at[2:])
-        endings = [self._ending(place, at, alone) for place in ended]
-        wide = self._wide(at[:2], _WIDE)
-        pairs = [(wide, alone[:2]), *later, *endings]
-        if log_probs is not None:
-            pairs += [(log_probs[0], alone_short), (log_probs[1, :3], alone[:3])]
-        rounding = max(largest(*pair) for pair in pairs)
-        if rounding <= FINE:
+        seen = self._all_changes_at_once(found, at, alone)
+        if (rounding := seen.largest_difference) <= FINE:
             return replace(found, ahead=0.0, coupling=0.0, rounding=rounding, is_rough=is_rough)
         # The same passes once more: differences are random draws.
-        shorter = self._wide(at[:2], 1)
-        if log_probs is None:
-            equal = [(self._wide(at[:2], 1), shorter)]
-        else:
-            equal = [
-                (self._passes.log_probs_at([ids], [at])[0], alone),
-                (self._passes.log_probs_at(*both), log_probs),
-            ]
-            equal.append((self._wide(at[:2], _WIDE), wide))
+        shorter = self._changed.among_others(at[:2], 1)
+        equal = self._equal_passes(seen, shorter)
         if (most := max(largest(*pair) for pair in equal)) > FINE and found.draws is None:
             differ = f"equal passes differ by {most:.2g} nats"
             found = replace(found, draws="unseen", reasons=(*found.reasons, differ))
         draws = found.draws is not None
         # One change after another, in passes of one shape.
-        copies = self._passes.log_probs_at([ids, ids], [at[:3]] * 2)[0]
-        mates = [mate] if is_half else [mate, padded]
-        beside = [self._passes.log_probs_at([one, ids], [at[:3]] * 2)[1] for one in mates]
-        cut = self._passes.log_probs_at([self._other.after(cut_at)], [at[:3]])[0]
-        longer = self._passes.log_probs_at([padded], [ends])[0]
+        copies = self._passes.log_probs_at([self._row.ids] * 2, [at[:3]] * 2)[0]
         limit = FINE
         if is_half or draws:
             moved = max(root_mean_square(*pair) for pair in [(copies, alone[:3]), *equal])
-            limit = max(FINE, BEYOND * moved, rough(alone) if is_half else 0.0)
+            limit = max(FINE, BEYOND * moved, bf16_rounding(alone) if is_half else 0.0)
+        mates = [seen.mate] if is_half else [seen.mate, seen.padded]
+        beside = [self._passes.log_probs_at([one, self._row.ids], [at[:3]] * 2)[1] for one in mates]
         couples = any(exceeds(copies, one, limit) for one in beside)
-        # A row must also be the same beside itself and beside many others.
-        if is_half or draws:
-            couples |= exceeds(wide, self._wide(at[:2], _WIDE, start=1), limit)
-        if is_half or not draws:
-            couples |= self._counts_rows(found, [(copies, alone[:3]), (wide, shorter)], whole)
-        if couples:
-            later = self._after(after, at, alone, n_places=n_places, at_once=1)
-            if not shows_all:
-                later += self._close(at[2:], at_once=1)
-        followed = [(cut, alone[:3]), *later]
-        if not is_half:
-            again = [*short, *self._other.ids(padded[len(short) :])]
-            followed.append((longer, self._passes.log_probs_at([again], [ends])[0]))
-        sees = any(exceeds(*pair, limit) for pair in followed)
-        # The length of what follows may matter as well as its content.
-        endings += [
-            (self._passes.log_probs_at([ids[: cut_at + n]], [at[:3]])[0], alone[:3]) for n in (1, 2)
-        ]
-        if is_half:
-            part = short, ends, alone_short
-            mixes = self._beyond_rounding(found, [(longer, alone_short)], limit, part)
-            sees |= self._beyond_rounding(found, endings, limit, whole)
-        else:
-            mixes = exceeds(longer, alone_short, limit)
-            sees |= any(exceeds(*pair, limit) for pair in endings)
-        mixes &= not sees
-        if sees or couples or mixes:
+        couples |= self._couples_many(found, seen, copies, shorter, limit)
+        ahead = self._ahead(found, seen, limit, are_coupled=couples)
+        if ahead.sees or couples or ahead.mixes_lengths:
             rounding = largest(copies, alone[:3])
         return replace(
             found,
-            sees_ahead=sees,
+            sees_ahead=ahead.sees,
             couples_rows=couples or found.couples_rows,
-            mixes_lengths=mixes,
-            ahead=max(largest(*pair) for pair in [*followed, *endings]),
+            mixes_lengths=ahead.mixes_lengths,
+            ahead=ahead.largest_difference,
             coupling=max(
                 *(largest(copies, one) for one in beside),
                 largest(alone[:3], beside[0]),
-                largest(wide, shorter),
+                largest(seen.wide, shorter),
             ),
             rounding=rounding,
             is_rough=is_rough or couples or draws or rounding > FINE,
         )
+
+    def _all_changes_at_once(self, found: Findings, at: list[int], alone: Tensor) -> AllChanges:
+        """Output with other rows beside, other ids after, and padding; for `_in_batches`."""
+        is_half = self._is_half(found)
+        ids, length, cut_at = self._row.ids, len(self._row.ids), at[2]
+        mate = self._other.ids(ids)
+        short = self._short if len(self._short) < length else mate
+        ends = [i * (len(short) - 1) // (_PLACES - 1) for i in range(_PLACES)]
+        padded = [*short, *self._other.ids(ids[len(short) :])]
+        alone_short = self._passes.log_probs_at([short], [ends])[0]
+        # With 16 bits, everything at once always shows some difference.
+        both = [padded, self._other.after(cut_at)], [ends, [*at[:3], *at[2:3] * 2]]
+        log_probs = None if is_half else self._passes.log_probs_at(*both)
+        after, ended = self._later(found, at[2:], is_half=is_half)
+        # At few positions, rounding is distinguished from an effect more reliably than at many.
+        n_places = 1 if is_half else len(at)
+        later = self._changed.continued_otherwise(after, at, alone, n_places=n_places)
+        shows_all = is_half or (found.packing is not None and found.packing.reason is None)
+        if not shows_all:
+            later += self._changed.target_continued_otherwise(at[2:])
+        endings = [self._changed.truncated_after(place, at, alone) for place in ended]
+        wide = self._changed.among_others(at[:2], _WIDE)
+        return AllChanges(
+            at=at,
+            alone=alone,
+            mate=mate,
+            padded=padded,
+            ends=ends,
+            short=(short, alone_short),
+            in_one_batch=(both, log_probs),
+            after=(after, n_places),
+            later=later,
+            endings=endings,
+            wide=wide,
+            shows_all=shows_all,
+        )
+
+    def _equal_passes(self, seen: AllChanges, shorter: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Outputs of passes over the same rows, twice each."""
+        at, (both, log_probs) = seen.at, seen.in_one_batch
+        if log_probs is None:
+            return [(self._changed.among_others(at[:2], 1), shorter)]
+        return [
+            (self._passes.log_probs_at([self._row.ids], [at])[0], seen.alone),
+            (self._passes.log_probs_at(*both), log_probs),
+            (self._changed.among_others(at[:2], _WIDE), seen.wide),
+        ]
+
+    def _couples_many(
+        self, found: Findings, seen: AllChanges, copies: Tensor, shorter: Tensor, limit: float
+    ) -> bool:
+        """Whether the row differs beside itself, or beside many others."""
+        is_half, draws = self._is_half(found), found.draws is not None
+        at, alone = seen.at, seen.alone
+        differs = False
+        if is_half or draws:
+            differs = exceeds(seen.wide, self._changed.among_others(at[:2], _WIDE, start=1), limit)
+        if is_half or not draws:
+            pairs = [(copies, alone[:3]), (seen.wide, shorter)]
+            differs |= self._counts_rows(found, pairs, (self._row.ids, at, alone))
+        return differs
+
+    def _ahead(
+        self, found: Findings, seen: AllChanges, limit: float, *, are_coupled: bool
+    ) -> SeenAhead:
+        """Whether output depends on what follows: on its content, or only on its length.
+
+        Args:
+            found: Findings so far.
+            seen: Output with all changes at once.
+            limit: The largest difference that is rounding.
+            are_coupled: Whether rows of a batch influence one another: each then has its own pass.
+        """
+        ids, at, alone = self._row.ids, seen.at, seen.alone
+        cut_at, (short, alone_short) = at[2], seen.short
+        cut = self._passes.log_probs_at([self._other.after(cut_at)], [at[:3]])[0]
+        longer = self._passes.log_probs_at([seen.padded], [seen.ends])[0]
+        later, is_half = seen.later, self._is_half(found)
+        if are_coupled:
+            after, n_places = seen.after
+            later = self._changed.continued_otherwise(
+                after, at, alone, n_places=n_places, at_once=1
+            )
+            if not seen.shows_all:
+                later += self._changed.target_continued_otherwise(at[2:], at_once=1)
+        followed = [(cut, alone[:3]), *later]
+        if not is_half:
+            again = [*short, *self._other.ids(seen.padded[len(short) :])]
+            followed.append((longer, self._passes.log_probs_at([again], [seen.ends])[0]))
+        sees = any(exceeds(*pair, limit) for pair in followed)
+        # The length of what follows may matter as well as its content.
+        endings = [
+            *seen.endings,
+            *(
+                (self._passes.log_probs_at([ids[: cut_at + n]], [at[:3]])[0], alone[:3])
+                for n in (1, 2)
+            ),
+        ]
+        if is_half:
+            part = short, seen.ends, alone_short
+            mixes = self._beyond_rounding(found, [(longer, alone_short)], limit, part)
+            sees |= self._beyond_rounding(found, endings, limit, (ids, at, alone))
+        else:
+            mixes = exceeds(longer, alone_short, limit)
+            sees |= any(exceeds(*pair, limit) for pair in endings)
+        most = max(largest(*pair) for pair in [*followed, *endings])
+        return SeenAhead(sees, mixes and not sees, most)
 
     def _counts_rows(
         self,
@@ -449,7 +505,7 @@ class Probe:
             found, pairs, plain: As for `_beyond_rounding`.
         """
         if self._is_half(found):
-            return self._beyond_rounding(found, pairs, max(FINE, rough(plain[2])), plain)
+            return self._beyond_rounding(found, pairs, max(FINE, bf16_rounding(plain[2])), plain)
         return max(largest(*pair) for pair in pairs) > _BATCHED
 
     def _rounding_alone(self, found: Findings, at: Sequence[int], alone: Tensor) -> float | None:
@@ -460,18 +516,21 @@ class Probe:
         if found.draws is not None:
             return None
         places = spaced(at[2:], n_cuts_of_rounding(self._n_rows))
-        alike = self._after(places, at, alone, n_places=len(at), at_once=1)
+        alike = self._changed.continued_otherwise(places, at, alone, n_places=len(at), at_once=1)
         # In a batch, with odd length if the row's is even.
         ids, n = self._row.ids, at[2] + 1
         shorter = ids[: n + (n + len(ids) + 1) % 2]
         mates = [self._other.ids(shorter, start) for start in (0, 1)]
         one, other = (self._passes.log_probs_at([shorter, mate], [at[:3]] * 2)[0] for mate in mates)
         alike.append((one, other))
-        shapes = [(one, alone[:3]), (self._wide(at[:2], _WIDE), alone[:2])]
+        shapes = [(one, alone[:3]), (self._changed.among_others(at[:2], _WIDE), alone[:2])]
         if len(self._short) < n:
-            shapes.append(self._of_length(len(self._short), at, alone))
-        limit = max(FINE, rough(alone), self._usual_rounding(found))
-        if max(largest(*pair) for pair in alike) > FINE or max(usual(*p) for p in shapes) > limit:
+            shapes.append(self._changed.truncated(len(self._short), at, alone))
+        limit = max(FINE, bf16_rounding(alone), self._usual_rounding(found))
+        if (
+            max(largest(*pair) for pair in alike) > FINE
+            or max(median_difference(*p) for p in shapes) > limit
+        ):
             return None
         return max(largest(*pair) for pair in shapes)
 
@@ -508,75 +567,3 @@ class Probe:
         if packing is not None and packing.reason is None:
             return (), ended
         return [place for place in some if place not in ended], ended
-
-    def _wide(self, at: Sequence[int], most: int, *, start: int = 0) -> Tensor:
-        """Output at early positions of the row's beginning in a batch of at most `most`."""
-        begin = self._row.ids[: at[-1] + 1]
-        mates = [self._other.ids(begin, start + n) for n in range(min(self._n_rows, most) - 1)]
-        return self._passes.log_probs_at([begin, *mates], [at] * (1 + len(mates)))[0]
-
-    def _after(
-        self,
-        cuts: Sequence[int],
-        at: Sequence[int],
-        alone: Tensor,
-        *,
-        n_places: int,
-        at_once: int = _AT_ONCE,
-        start: int = 0,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Output with other ids following, and that of the original row.
-
-        Args:
-            cuts: After each of these positions other ids follow, in a separate row.
-            at: Sorted positions of the row, including the cuts.
-            alone: Output of the row alone there.
-            n_places: Maximum number of these positions, up to the cut, that are compared.
-            at_once: Number of rows per pass.
-            start: Position from which rows are read.
-        """
-        found: list[tuple[Tensor, Tensor]] = []
-        for i in range(0, len(cuts), at_once):
-            some = cuts[i : i + at_once]
-            stops = [bisect_right(at, cut) for cut in some]
-            firsts = [max(0, stop - n_places) for stop in stops]
-            most = max(stop - first for first, stop in zip(firsts, stops, strict=True))
-            if at_once == 1:  # as many positions of a row as of the row alone: equal shapes
-                most = max(most, n_places)
-            own = [
-                [*at[first:stop], *[cut] * (most - (stop - first))]
-                for cut, first, stop in zip(some, firsts, stops, strict=True)
-            ]
-            log_probs = self._passes.log_probs_at(
-                [self._other.after(cut)[start:] for cut in some],
-                [[place - start for place in places] for places in own],
-            )
-            found += [
-                (one[: stop - first], alone[first:stop])
-                for one, first, stop in zip(log_probs, firsts, stops, strict=True)
-            ]
-        return found
-
-    def _close(
-        self, places: Sequence[int], *, at_once: int = _AT_ONCE
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Like `_after`, for the target and a few ids before it: short rows, so at each position.
-
-        The effect of one token on another that comes next shows only after that one.
-        """
-        start = max(0, places[0] - _CLOSE)
-        alone = self._passes.log_probs_at(
-            [self._row.ids[start:]], [[place - start for place in places]]
-        )[0]
-        return self._after(
-            places, places, alone, n_places=len(places), at_once=at_once, start=start
-        )
-
-    def _ending(self, place: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the row truncated at a position, and of all of it; as for `_after`."""
-        return self._of_length(place + 1, at, alone)
-
-    def _of_length(self, n_ids: int, at: Sequence[int], alone: Tensor) -> tuple[Tensor, Tensor]:
-        """Output of the first `n_ids` of the row, and of all of it; as for `_after`."""
-        n = bisect_right(at, n_ids - 1)
-        return self._passes.log_probs_at([self._row.ids[:n_ids]], [at[:n]])[0], alone[:n]

@@ -12,7 +12,7 @@ from captum_llm_ext.model.forward.schedule import Branch
 from captum_llm_ext.model.probe.findings import Packing
 
 
-def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> str | None:
+def why_no_prefix_reuse(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> str | None:
     """Why values from a prefix cache differ from those of whole rows; None if they do not.
 
     Args:
@@ -20,7 +20,7 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
         rows: Rows of the run.
         root: Their plan; the longest row with a shared prefix is used.
     """
-    reason = _compat.why_not_read_on(passes.model)
+    reason = _compat.why_no_prefix_reuse(passes.model)
     if reason is not None:
         return reason
     lengths = [len(row.ids) for row in rows]
@@ -30,7 +30,7 @@ def why_not_read_on(passes: Passes, rows: Sequence[TokenRow], root: Branch) -> s
     )
     row, other = rows[batch[0]].ids, rows[batch[-1]].ids
     other = other[: depth + (len(other) - depth + 1) // 2]  # so that there is padding
-    return reason_against(lambda: passes.reads_on(row, other, depth))
+    return reason_against(lambda: passes.prefix_cache_error(row, other, depth))
 
 
 def packing_of(
@@ -51,7 +51,7 @@ def packing_of(
     alone: list[Tensor] = []
 
     def error() -> float:
-        compare, log_probs = passes.reads_packed(row, places)
+        compare, log_probs = passes.packing_error(row, places)
         alone.append(log_probs)
         errors.append(compare())
         return errors[0]

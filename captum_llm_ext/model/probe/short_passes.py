@@ -40,7 +40,7 @@ class ShortPasses:
         """
         given = torch.tensor([[*ids]], dtype=torch.int64, device=self._device)
         try:
-            with self._drawn_again():
+            with self._repeated_draws():
                 output = _compat.called(self._model, given, **self._uncached, **self._extras)
         except (TypeError, ValueError, AttributeError) as error:
             part = _compat.language_part(self._model)
@@ -69,7 +69,7 @@ class ShortPasses:
         places = torch.tensor([[*own] for own in at], dtype=torch.int64, device="cpu")
         arguments = {**self._uncached, **self._extras}
         arguments |= _compat.keeping_logits(self.kept, places, ids)
-        with self._drawn_again():
+        with self._repeated_draws():
             logits = _compat.sequence_logits(_compat.called(self._model, ids, **arguments))
         if self.kept != "positions":
             where = (places - (ids.shape[1] - logits.shape[1])).to(logits.device)
@@ -78,6 +78,6 @@ class ShortPasses:
             raise ValueError("logits of other positions than those requested")
         return spread(logits)
 
-    def _drawn_again(self) -> AbstractContextManager[Any]:
+    def _repeated_draws(self) -> AbstractContextManager[Any]:
         """Every pass of one shape draws the same."""
         return nullcontext() if self.seed is None else Draws(self.seed)

@@ -15,6 +15,7 @@ State = Mapping[tuple[Any, ...], object]
 _SIMPLE = (int, float, str, bool, bytes, type(None), torch.dtype, torch.device)
 # Set and restored by every attribution.
 _PASSING = frozenset({"training"})
+_APART = ("_parameters", "_buffers", "_modules")  # listed by themselves
 
 
 def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
@@ -28,13 +29,13 @@ def state_of(model: nn.Module) -> dict[tuple[Any, ...], object]:
     seen: set[int] = set()
     for name, module in model.named_modules():
         found[name, "module"] = (id(module), type(module))
-        for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                for own, tensor in value.items():
-                    if tensor is not None:
-                        found[name, own] = _place_of(tensor)
-            elif key not in _PASSING and key != "_modules":
-                found[name, key] = _content(value, seen)
+        held = {**module._parameters, **module._buffers}  # pyright: ignore[reportPrivateUsage]
+        found |= {(name, key): _place_of(t) for key, t in held.items() if t is not None}
+        found |= {
+            (name, key): _content(value, seen)
+            for key, value in vars(module).items()
+            if key not in _APART and key not in _PASSING
+        }
     return found
 
 

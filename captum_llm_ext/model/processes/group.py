@@ -7,7 +7,6 @@ long run, and the backend does not matter.
 
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any, Protocol, TypeVar, cast
 from torch import nn
 
 from captum_llm_ext import _compat
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.model.processes.agreement import parting_checks
 from captum_llm_ext.model.processes.store import Backoff, Store
 
@@ -68,7 +68,7 @@ class Processes:
     ) -> None:
         self.ranks = tuple(ranks)
         self._replicas = [tuple(r) for r in replicas or [[rank] for rank in ranks]]
-        self.rank = _compat.process_rank() if self.are_many else ranks[0]
+        self.rank = _compat.process_rank() if self.are_several else ranks[0]
         self._own = next(i for i, ranks in enumerate(self._replicas) if self.rank in ranks)
         self._store: Store | None = None
         self._n = self._n_failed = 0
@@ -123,7 +123,7 @@ class Processes:
         return self._own
 
     @property
-    def are_many(self) -> bool:
+    def are_several(self) -> bool:
         """Whether there is another process than this one."""
         return len(self.ranks) > 1
 
@@ -138,7 +138,7 @@ class Processes:
         return self.rank == self._replicas[self._own][0]
 
     @property
-    def have_parted(self) -> bool:
+    def have_diverged(self) -> bool:
         """Whether the processes of this replica are permanently no longer in the same pass."""
         return self._replicas[self._own] in _parted
 
@@ -159,7 +159,7 @@ class Processes:
         Raises:
             RuntimeError: If a process has died, or does not arrive.
         """
-        if not self.are_many or self._store is not None:  # alone, or within a session
+        if not self.are_several or self._store is not None:  # alone, or within a session
             yield
             return
         own = self._replicas[self._own]
@@ -221,7 +221,7 @@ class Processes:
             store.set(key, found)
         return cast(T, store.wait_for(key, self.ranks[0]))
 
-    def least(self, number: int) -> int:
+    def minimum(self, number: int) -> int:
         """The minimum of a number over the processes."""
         store = self._store
         if store is None:
@@ -403,16 +403,14 @@ def _warn_alone() -> None:
     """Warns if more than one process was requested, but there is one."""
     asked = os.environ.get("WORLD_SIZE", "1")
     if asked.isdigit() and int(asked) > 1:
-        warnings.warn(
+        warn_user(
             f"the accelerator reports one process, the environment requests {asked}: each of them "
             "does all of the work. Without a GPU, say `Accelerator(cpu=True)`.",
-            stacklevel=4,
         )
     elif "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # accelerate 1.15 (2026) sets the address where --num_processes is above 1, and starts one.
-        warnings.warn(
+        warn_user(
             "the accelerator reports one process, although `accelerate launch` requested more: "
             "with --cpu it starts only one. Start the script with `torchrun --standalone "
             "--nproc_per_node 2` and say `Accelerator(cpu=True)`.",
-            stacklevel=4,
         )

@@ -85,7 +85,7 @@ class AnswerWriter:
             for number in work.take(len(parts)):
                 part = parts[number]
                 own = [(rows[i], seeds[i]) for i in part]
-                work.send((part, self._together(own, generation, ends or frozenset())))
+                work.send((part, self._generate_batch(own, generation, ends or frozenset())))
                 take_in(work.received())
         except (RuntimeError, ValueError, TypeError) as error:
             failure = error.with_traceback(None)
@@ -95,7 +95,7 @@ class AnswerWriter:
             raise work.failures[0]
         return [found[i] for i in range(len(rows))]
 
-    def _together(
+    def _generate_batch(
         self, part: Sequence[tuple[TokenRow, int]], generation: Generation, ends: frozenset[int]
     ) -> list[Tensor]:
         if len(part) == 1:
@@ -112,7 +112,7 @@ class AnswerWriter:
         return [
             answer
             for own in (part[:half], part[half:])
-            for answer in self._together(own, generation, ends)
+            for answer in self._generate_batch(own, generation, ends)
         ]
 
 

@@ -17,12 +17,12 @@ from captum_llm_ext.model.forward import memory
 from captum_llm_ext.model.forward.memory import Memory
 from captum_llm_ext.model.forward.passes import Passes
 from captum_llm_ext.model.forward.prefixes import common_length
-from captum_llm_ext.model.forward.rounding import Apart
+from captum_llm_ext.model.forward.rounding import LogProbDifference
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.schedule import Branch, plan, plan_forked, plan_packed
 from captum_llm_ext.model.forward.value_spec import ValueSpec
-from captum_llm_ext.model.probe import Findings, Packing, ReadPacked
-from captum_llm_ext.model.probe.reuse import packing_of, why_not_read_on
+from captum_llm_ext.model.probe import ComparePacked, Findings, Packing
+from captum_llm_ext.model.probe.reuse import packing_of, why_no_prefix_reuse
 
 Reuse = Literal["auto", "off", "copy", "share", "pack"]
 
@@ -82,7 +82,7 @@ class Batching:
         self._even = False
 
     @property
-    def packs(self) -> bool:
+    def uses_packing(self) -> bool:
         """Whether rows have been packed in one sequence."""
         return self._has_packed
 
@@ -114,7 +114,7 @@ class Batching:
         _logger.info("%s gets separate rows (%s).", name, packing.reason)
 
     @property
-    def read_packed(self) -> ReadPacked | None:
+    def compare_packed(self) -> ComparePacked | None:
         """Compares a row in a pack with the row alone; None without packing."""
         return self._compare_packed if self._packs and self._reuse else None
 
@@ -140,7 +140,7 @@ class Batching:
                 if not memory.is_out_of_memory(error) or not self.back_off(self._passes.n_rows):
                     raise
 
-    def read_head(
+    def read_common_prefix(
         self, root: Branch, rows: Sequence[TokenRow], spec: ValueSpec
     ) -> tuple[Branch, Any]:
         """Reads the common prefix of all rows of a plan, once on every process.
@@ -211,7 +211,7 @@ class Batching:
             return None
         lengths = [len(row.ids) for row in rows]
         first = min(row.first for row in rows)
-        head = len(self._head[0]) if self._begins_with_head(rows, first) else 0
+        head = len(self._head[0]) if self._begin_with_cached_prefix(rows, first) else 0
         # In a pack, logits are only at requested positions; for a callable, at every token.
         n_queried = [sum(place >= 0 for place in row.positions) for row in rows]
         is_called = spec.callable_of(self._passes.attr_target) is not None
@@ -268,7 +268,9 @@ class Batching:
         # A callable takes the logits of all target tokens at once.
         whole = spec.callable_of(self._passes.attr_target) is not None
         shareable = [min(len(row.ids) - 2, row.first if whole else sys.maxsize) for row in rows]
-        usable = shares and not even and self._begins_with_head(rows, min(first, *shareable))
+        usable = (
+            shares and not even and self._begin_with_cached_prefix(rows, min(first, *shareable))
+        )
         return plan(
             [row.ids for row in rows],
             shareable if shares and not even else [0] * len(rows),
@@ -300,13 +302,17 @@ class Batching:
         worth = _WORTH_A_PASS * self.overhead // longest
         return min(self.max_rows, max(-(-n_rows // _BATCHES), worth, 1))
 
-    def _begins_with_head(self, rows: Sequence[TokenRow], most: int) -> bool:
+    def _begin_with_cached_prefix(self, rows: Sequence[TokenRow], most: int) -> bool:
         """Whether all rows begin with the cached text, within what may be shared."""
         head = self._head[0]
         return len(head) <= most and all(row.ids[: len(head)] == head for row in rows)
 
     def _compare_packed(
-        self, row: Sequence[int], places: Sequence[int], kept: str | None, moved: Apart | None
+        self,
+        row: Sequence[int],
+        places: Sequence[int],
+        kept: str | None,
+        moved: LogProbDifference | None,
     ) -> tuple[Packing | None, Tensor | None]:
         self._passes.kept, self._passes.moved = kept, moved
         n_before = self._passes.n_positions
@@ -323,7 +329,7 @@ class Batching:
 
     def _compare(self, rows: Sequence[TokenRow], root: Branch) -> bool:
         """Whether values from a prefix cache equal those of whole rows."""
-        reason = why_not_read_on(self._passes, rows, root)
+        reason = why_no_prefix_reuse(self._passes, rows, root)
         if reason is not None:
             _logger.warning(
                 "%s computes every row on its own, beginnings are not reused (%s).",

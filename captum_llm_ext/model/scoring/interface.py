@@ -26,8 +26,8 @@ class RowScorer(Protocol):
     n_scored: list[int]
 
     @property
-    def reads_on(self) -> bool:
-        """See `Scorer.reads_on`."""
+    def scores_continuations(self) -> bool:
+        """See `Scorer.scores_continuations`."""
         ...
 
     @property

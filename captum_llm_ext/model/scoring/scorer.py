@@ -22,7 +22,7 @@ from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.forward.value_spec import ValueSpec, explained
 from captum_llm_ext.model.generation import Generation
 from captum_llm_ext.model.identity import check_same
-from captum_llm_ext.model.probe import FINE, Findings, findings, learnt
+from captum_llm_ext.model.probe import FINE, Findings, findings, record_findings
 from captum_llm_ext.model.probe.noise import NoiseFloor
 from captum_llm_ext.model.processes.group import Processes
 from captum_llm_ext.model.scoring.answers import AnswerWriter
@@ -115,7 +115,7 @@ class Scorer:
         self._shown: Findings | None = None  # and the findings from its values
         self._noise = NoiseFloor(self._passes)
 
-    def beside(self, counted: str) -> "Scorer":
+    def auxiliary(self, counted: str) -> "Scorer":
         """Another scorer of the same model in this process, for rows other than coalitions.
 
         Args:
@@ -124,7 +124,7 @@ class Scorer:
         return Scorer(self.model, show_progress=self._is_shown, counted=counted)
 
     @property
-    def reads_on(self) -> bool:
+    def scores_continuations(self) -> bool:
         """Whether foils may be weighted by the likelihood of the text after them."""
         return True
 
@@ -147,9 +147,9 @@ class Scorer:
         return bool(self._passes.shares_cache)
 
     @property
-    def packs(self) -> bool:
+    def uses_packing(self) -> bool:
         """Whether rows are packed in one sequence; known after the first comparison."""
-        return self._batching.packs
+        return self._batching.uses_packing
 
     def generate(self, row: TokenRow, gen_args: Mapping[str, Any], seed: int) -> Tensor:
         """The token ids that the model generates after a row; equal on all processes.
@@ -200,7 +200,7 @@ class Scorer:
         if generation.ends is not None and len(rows) > 1:
             with exclusive_use(self.model):
                 ends = [TokenRow(r.ids, (len(r.ids) - 1,), r.extras) for r in rows]
-                found = self._look(ends, batches=True)
+                found = self._probe(ends, batches=True)
             is_sampled = generation.settings.get("do_sample") == "True"
             together = not found.apart and (is_sampled or not found.is_rough)
         return self._answers.each(rows, generation, seeds, together=together, tell=tell)
@@ -253,14 +253,14 @@ class Scorer:
         """
         spec = ValueSpec(target, foils)
         with exclusive_use(self.model):
-            values = self._found(self._look(rows), rows, spec)
+            values = self._found(self._probe(rows), rows, spec)
         self._noise.note(rows, explained(values, spec, self.attr_target))
         return values
 
-    def look(self, rows: Sequence[TokenRow]) -> Findings:
+    def probe(self, rows: Sequence[TokenRow]) -> Findings:
         """What the model does with such rows; looked at where these are news."""
         with exclusive_use(self.model):
-            return self._look(rows)
+            return self._probe(rows)
 
     def likeliest(self, rows: Sequence[TokenRow], n: int) -> tuple[Tensor, Tensor]:
         """The likeliest tokens at the positions that predict the target tokens, likeliest first.
@@ -276,7 +276,7 @@ class Scorer:
         """
         spec = ValueSpec.likeliest(len(rows[0].positions), n)
         with exclusive_use(self.model):
-            found = self._found(self._look(rows), rows, spec)
+            found = self._found(self._probe(rows), rows, spec)
         found = found.view(len(rows), 2, n, len(spec)).transpose(2, 3)
         return found[:, 0], found[:, 1].nan_to_num(nan=-1.0).long()
 
@@ -303,7 +303,7 @@ class Scorer:
         """
         spec = ValueSpec(target, foils)
         with exclusive_use(self.model):
-            found = self._look([row])
+            found = self._probe([row])
             values = self._found(found, [row], spec)
             self._noise.note([row], explained(values, spec, self.attr_target))
 
@@ -312,7 +312,7 @@ class Scorer:
             cuts = found.step_by_step or not mixes
             floor, self._shown = self._noise.floor(found, spec, together=not apart, cuts=cuts)
             if self._shown != found:
-                learnt(self.model, self._shown)
+                record_findings(self.model, self._shown)
             return floor
 
     @property
@@ -331,7 +331,7 @@ class Scorer:
             "batching": found.batching,
         }
 
-    def _look(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
+    def _probe(self, rows: Sequence[TokenRow], *, batches: bool = False) -> Findings:
         """Probes the model for such rows, unless already known.
 
         Args:
@@ -339,8 +339,8 @@ class Scorer:
             batches: Whether they may be run in batches, even if packs work.
         """
         lengths = [len(row.ids) for row in rows]
-        found, read_packed = self._findings, None if batches else self._batching.read_packed
-        if found is not None and found.covers(min(lengths), max(lengths), packs=read_packed):
+        found, compare_packed = self._findings, None if batches else self._batching.compare_packed
+        if found is not None and found.covers(min(lengths), max(lengths), packs=compare_packed):
             return found
         self._passes.check_ids(
             torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64, device="cpu")
@@ -348,7 +348,7 @@ class Scorer:
         extras = self._passes.extras(rows[0], 0) if rows[0].extras is not None else None
         looked_at = rows[:1] if extras else rows
         found = self._processes.decide(
-            lambda: findings(self.model, looked_at, extras, None if extras else read_packed)
+            lambda: findings(self.model, looked_at, extras, None if extras else compare_packed)
         )
         if extras:  # rows are run one by one, whatever their lengths
             found = replace(found, shortest=0, longest=sys.maxsize)
@@ -363,7 +363,7 @@ class Scorer:
             try:
                 values = self._values(rows, spec)
             except _BatchesUnknownError:
-                found = self._look(rows, batches=True)
+                found = self._probe(rows, batches=True)
             else:
                 found = self._confirm(found, rows, spec, values)
         return self._stepping(rows, spec) if found.step_by_step else self._values(rows, spec)
@@ -381,7 +381,7 @@ class Scorer:
         if (ahead := _apart_where_alike(rows, values)) <= FINE:
             return found
         found = replace(found, sees_ahead=True, mixes_lengths=False, ahead=ahead)
-        learnt(self.model, found)
+        record_findings(self.model, found)
         self._batching.apply_findings(found)
         self._findings = found
         return found
@@ -440,7 +440,7 @@ class Scorer:
         if root.own is None and not is_known:
             raise _BatchesUnknownError
         self._check_stored(stored, rows, spec)
-        root, state = self._batching.read_head(root, rows, spec)
+        root, state = self._batching.read_common_prefix(root, rows, spec)
         if stored:
             for i, values in stored.items():
                 self._keep([(keys[i], rows[i], values)])
@@ -475,7 +475,7 @@ class Scorer:
 
     def _agreed_budget(self) -> int:
         """Bytes a batch may take: equal on all processes, and as when the journal was begun."""
-        here = self._processes.least(memory.batch_budget(self.device))
+        here = self._processes.minimum(memory.batch_budget(self.device))
         journal = self._journal
         return self._processes.decide(lambda: here if journal is None else journal.budget(here))
 
@@ -500,7 +500,7 @@ class Scorer:
         i = max(stored, key=lambda i: len(rows[i].ids), default=None)
         if i is None or len(rows[i].ids) <= self._trusted:
             return
-        [values] = self._passes.together([rows[i]], spec)
+        [values] = self._passes.in_one_batch([rows[i]], spec)
         check_same(
             values,
             stored[i],

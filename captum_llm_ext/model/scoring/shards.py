@@ -47,11 +47,6 @@ def without(root: Branch, rows: set[int]) -> Branch:
     return _kept(root, lambda batch: tuple(row for row in batch if row not in rows))
 
 
-def n_batches(root: Branch) -> int:
-    """Number of passes that end rows."""
-    return sum(1 for _ in _batches(root))
-
-
 def _batches(branch: Branch) -> Iterator[tuple[Branch, Batch]]:
     """Batches with their branches, in running order."""
     todo = [branch]

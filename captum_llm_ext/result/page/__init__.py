@@ -177,8 +177,8 @@ def _summary(data: Mapping[str, Any]) -> str:
     answer, name = data.get("answer"), _WHOLE
     if not answer and data["output_features"]:
         name += ", direct effects"
-    told = answer["told"] if answer else ""
-    of = f' <span class="of">({_escaped(told)})</span>' if told else ""
+    gain = answer["gain_in_words"] if answer else ""
+    of = f' <span class="of">({_escaped(gain)})</span>' if gain else ""
     return f'<p id="summary"><b>{name}</b> ← {listed}{of}</p>'
 
 

@@ -197,7 +197,7 @@ class _Flow:
         for link in self.links:
             _draw(ax, link, words, tokens, self.owned, self.is_unsigned)
         if self.towards is not None:
-            _frame(ax, tokens, self.towards)
+            _frame(tokens, self.towards)
         text = ax.text(0, 0, key, transform=ax.transAxes, va="bottom", color=MUTED)
         text.set(size=LABEL_POINTS)
         text.set_in_layout(False)
@@ -407,7 +407,7 @@ def _bulge(ax: Axes, tokens: _Column, start: float, rows: float) -> float:
     return 0.2 + 1.2 * room * share**0.8
 
 
-def _frame(ax: Axes, tokens: _Column, token: int) -> None:
+def _frame(tokens: _Column, token: int) -> None:
     text = tokens.texts.get(token)
     if text is not None:
         text.set_bbox({"facecolor": "none", "edgecolor": DARK, "pad": 2.0})

@@ -1,11 +1,10 @@
 """`ChatInput`: the turns of a chat, located in the output of the tokenizer's template."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.inputs.messages import (
     Found,
@@ -154,11 +153,10 @@ def _warn_of_missing(messages: Sequence[Message], found: Mapping[int, Found]) ->
         describe(i, messages[i], message.missing) for i, message in found.items() if message.missing
     ]
     if problems:
-        warnings.warn(
+        warn_user(
             "what the chat template leaves out, changes or repeats is no part of a feature: "
             f"{'; '.join(problems)}.",
             UserWarning,
-            stacklevel=stacklevel_of_caller(),
         )
 
 

@@ -1,6 +1,5 @@
 """`Context`: the whole prompt as token ids, and the generated text as features after it."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text.baselines import LanguageModel
 from captum_llm_ext.text.baselines.candidates import Match
 from captum_llm_ext.text.baselines.corpus.mismatch import warn_of_mismatch
@@ -86,10 +85,9 @@ def _warn_of_nothing(matches: Sequence[Match]) -> None:
     """Warns if every feature remains unchanged, since the model proposes no other text."""
     known = [match for match in matches if match.level != "blank"]
     if known and all(match.level == "model" and not match.n_candidates for match in known):
-        warnings.warn(
+        warn_user(
             f"the model proposes no alternative for any of the {len(known)} features of the "
             "prompt: none is ever absent, and all attributions are 0. Give alternative texts "
             "(`baselines=[[...], ...]`), a corpus (`CorpusBaselines`), or a model that knows "
             "this kind of text (`ModelBaselines(proposer)`).",
-            stacklevel=stacklevel_of_caller(),
         )

@@ -5,14 +5,13 @@ special tokens in the text. Spans that share a token cannot be switched separate
 or an error if the user gave them.
 """
 
-import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 from typing import NamedTuple, cast
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text.baselines import Slot
 from captum_llm_ext.text.segment import (
     Span,
@@ -441,11 +440,10 @@ def _check_explicit_spans(
         (span, token), n = cut[0], len({span for span, _ in cut})
         others = f" (and {n - 1} more spans like it)" if n > 1 else ""
         whose = "is switched with it" if span.start <= token.start else "stays when it is absent"
-        warnings.warn(
+        warn_user(
             f"span {tuple(span)} {shorten(text[slice(*span)])!r} has a part of the token "
             f"{text[slice(*token)]!r}, all of which {whose}{others}: end spans where tokens end.",
             UserWarning,
-            stacklevel=stacklevel_of_caller(),
         )
 
 

@@ -9,10 +9,10 @@ of it. `pattern`, `between`, `blocks`, `strings` and `spans` select from it: tex
 spans is fixed. Only the last two, which use what they are given, may split a grapheme cluster.
 """
 
-from captum_llm_ext.text.segment.chosen import between, blocks, pattern, spans, strings
 from captum_llm_ext.text.segment.markdown import markdown_blocks
 from captum_llm_ext.text.segment.nesting import nest, parents
 from captum_llm_ext.text.segment.prose import lines, paragraphs, sentences, sentences_of, words
+from captum_llm_ext.text.segment.selected import between, blocks, pattern, spans, strings
 from captum_llm_ext.text.segment.span import Segmenter, Span, shorten
 from captum_llm_ext.text.segment.unit import (
     NAMED_UNITS,

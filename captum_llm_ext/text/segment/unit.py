@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from captum_llm_ext.text.segment.chosen import as_span, spans
 from captum_llm_ext.text.segment.markdown import markdown_blocks
 from captum_llm_ext.text.segment.prose import lines, paragraphs, sentences, words
+from captum_llm_ext.text.segment.selected import as_span, spans
 from captum_llm_ext.text.segment.span import Segmenter, Span, shorten
 
 Unit = str | Segmenter | Sequence[tuple[int, int]]

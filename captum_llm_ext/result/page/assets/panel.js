@@ -214,7 +214,7 @@ function captionOf(view, side, rows) {
   const areAllUnknown = rows.length > 0 && rows.every((row) => isUnknown(row.series, row.i));
   const where = side === "prompt" ? "In the prompt, by " + prompt.name : "In the answer so far, by " + answer.name;
   const whole = isWhole(view) && nOutput && data.answer, isIt = whole && wholeAt(prompt, view.from, view.to);
-  if (isIt && side === "prompt" && data.answer.told) return where + ": " + data.answer.told;
+  if (isIt && side === "prompt" && data.answer.gain_in_words) return where + ": " + data.answer.gain_in_words;
   return where + (whole && (side === "answer" || !isIt) ? ", direct effects" : "") + (areAllUnknown ? ": largest estimates, of unknown error" : "");
 }
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any, Literal, Protocol, overload
 import torch
 from torch import Tensor
 
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text.baselines import reweighting as weighing
 from captum_llm_ext.text.baselines.candidates import BLANK, MOST_TEXTS, Candidates, Match
 from captum_llm_ext.text.baselines.corpus import mismatch as unlike
@@ -123,10 +123,9 @@ class CorpusBaselines:
         texts = _Distinct(documents(corpus, errors, field))
         self._index = CorpusIndex(texts)
         if texts.n > 1 and not texts.differ and min_candidates > 0:
-            warnings.warn(
+            warn_user(
                 f"All {texts.n:,} documents of the corpus are identical: it shows no slot with "
                 "more than one text. Give other texts of the same kind.",
-                stacklevel=2,
             )
         self.match: How = match
         self.seed = seed

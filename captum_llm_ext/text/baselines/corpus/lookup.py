@@ -1,13 +1,12 @@
 """From features to candidates: what a corpus offers for one slot, or for several at once."""
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import warn_user
 from captum_llm_ext.text.baselines import words
 from captum_llm_ext.text.baselines.candidates import Candidates, Match
 from captum_llm_ext.text.baselines.corpus.index import CorpusIndex
@@ -218,7 +217,7 @@ class Lookup:
 
     def _warn_user(self, message: str) -> None:
         if self._min_candidates > 0:
-            warnings.warn(message, UserWarning, stacklevel=stacklevel_of_caller())
+            warn_user(message)
 
 
 def _is_name(text: str, begins_sentence: bool) -> bool:

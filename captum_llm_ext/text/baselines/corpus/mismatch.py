@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from captum_llm_ext.base.digest import stacklevel_of_caller
+from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.text.baselines.candidates import Match
 
 

@@ -194,12 +194,12 @@ class Search:
             )
             yield from self._narrowed(query, "both", spans)
         one_sided = [
-            *self._narrowed(query, "left", self._beside(query, "left")),
-            *self._narrowed(query, "right", self._beside(query, "right")),
+            *self._narrowed(query, "left", self._bounded_on(query, "left")),
+            *self._narrowed(query, "right", self._bounded_on(query, "right")),
         ]
         yield from sorted(one_sided, key=lambda found: -found.telling)
 
-    def _beside(self, query: Query, side: Side) -> Spans:
+    def _bounded_on(self, query: Query, side: Side) -> Spans:
         left, right = (query.left, ()) if side == "left" else ((), query.right)
         if not left and not right:
             return NO_SPANS
@@ -237,7 +237,9 @@ class Search:
             spans, enough = agreeing, min(enough, len(agreeing))
         left = () if level == "right" else query.left
         right = () if level == "left" else query.right
-        telling, i, j = self._most_telling(spans, left, right, enough, self._alike(query, spans))
+        telling, i, j = self._most_telling(
+            spans, left, right, enough, self._same_text_or_shape(query, spans)
+        )
         if telling > 0:
             before, after = query.names[0][:i], query.names[1][:j]
             surroundings = " ".join([*before[::-1], "_", *after])
@@ -278,12 +280,14 @@ class Search:
         index = self._index
         is_template = [index.is_template_word(number) for number in index.context(query.atoms)]
         if query.left and not index.is_template_word(query.left[0]):
-            spans = spans[self._like(spans.starts, query.atoms[0], is_template[0])]
+            spans = spans[self._same_template_word(spans.starts, query.atoms[0], is_template[0])]
         if query.right and not index.is_template_word(query.right[0]):
-            spans = spans[self._like(spans.stops - 1, query.atoms[-1], is_template[-1])]
+            spans = spans[
+                self._same_template_word(spans.stops - 1, query.atoms[-1], is_template[-1])
+            ]
         return spans
 
-    def _like(self, places: Tensor, atom: str, is_template: bool) -> Tensor:
+    def _same_template_word(self, places: Tensor, atom: str, is_template: bool) -> Tensor:
         """Whether the words at these places are template words like this one, or of its kind."""
         like = self._index.is_template_at(places) == is_template
         kind = words.kind(atom)
@@ -347,7 +351,7 @@ class Search:
         best = int(telling.argmax())
         return float(telling.flatten()[best]), best // shape[1], best % shape[1]
 
-    def _alike(self, query: Query, spans: Spans) -> Tensor:
+    def _same_text_or_shape(self, query: Query, spans: Spans) -> Tensor:
         """Which spans have the feature's text, or its shape if hardly any has the text."""
         same = spans.lengths == query.n_atoms
         starts = spans.starts[same]

@@ -12,29 +12,41 @@ from captum_llm_ext.text.baselines.slot import Proposer
 from captum_llm_ext.text.baselines.words import SENTENCE_END, border
 
 Span = tuple[int, int]
+# Each of the limits below was halved and doubled (shares and _MORE_WORDS: moved both ways) on 20
+# natural prompts of SmolLM2 with known causes: all name the same strongest word on every prompt, 16
+# of them the cause, unless a comment says otherwise. What moves are replacements.
+#
 # A word is determined if it is more likely than not given the words before it; otherwise it is free
 # and drawn by itself. With a lower limit, "York" of "New York" stays bound in a text that mentions
-# New Jersey as often.
+# New Jersey as often. At .25 or .75, attributions of 3 and 2 of the prompts differ.
 _DETERMINED = 0.5
 # After other beginnings of a phrase, less than this share of a bound word's probability is left. In
-# real text the share is either below .03 (names, fixed expressions) or above .24 (grammar).
+# real text the share is either below .03 (names, fixed expressions) or above .24 (grammar). At .05
+# and .2 all attributions are equal.
 _LEFT_OVER = 0.1
 # A word is a function word if its mean probability at other positions exceeds this. In real text
-# "of", "to", "was" have .002 to .03 there; "York", "Lake", "Vegas", "cream" at most .0003.
+# "of", "to", "was" have .002 to .03 there; "York", "Lake", "Vegas", "cream" at most .0003. At
+# half and twice as much, attributions of one prompt differ.
 _COMMON = 5e-4
 _INCOMPLETE = "\ufffd"  # decoded part of a character, with which no candidate may begin
-_LONGEST = 4  # words of a phrase; chosen, not measured
+_LONGEST = 4  # words of a phrase; with 2 and 8 all attributions are equal
 # Candidates beyond this probability mass are neither searched nor drawn: on 42 real prompts .95 to
 # 1 name the same causes, .9 and .8 fewer.
 ENOUGH = 0.95
-_MORE_WORDS = 1  # words that a replacement may have more than the original; chosen, not measured
+# Words that a replacement may have more than the original: with 0 and 2, attributions of 4 and 3 of
+# the prompts differ.
+_MORE_WORDS = 1
 # Of this many likeliest words, those are kept after which the following words are likeliest: of
-# four after "was", as in "was hungry, so", possibly none ("a", "born", "the", "an"). Chosen, not
-# measured.
+# four after "was", as in "was hungry, so", possibly none ("a", "born", "the", "an"). Nearly all
+# attributions follow it: 8 take 11 % less computation, and the cause leads by 4.7 instead of 4.9
+# nats; 32 take 25 % more, lead by 5.0, and name one cause more.
 _TRIED = 16
-_AFTER = 2  # words after a place that are scored; chosen, not measured
-# Probability of the own word beyond which the following words leave hardly another one. Chosen, not
-# measured.
+# Words after a place that are scored. Nearly all attributions follow it: 1 takes 4 % less
+# computation, names 18 causes, and these lead by 5.2 nats; 4 name 16, and lead by 5.0. On 20
+# prompts that is no significant difference; others were not measured.
+_AFTER = 2
+# Probability of the own word beyond which the following words leave hardly another one. At .9,
+# attributions of 7 prompts differ, and one cause less is named. Larger ones were not measured.
 _DECIDED = 0.95
 
 

@@ -19,7 +19,7 @@ def labels_of_examples(text: str) -> dict[Span, tuple[str, ...]]:
     """
     lines = [*_lines(atoms(text))]
     for asked in reversed(lines):
-        labels = _labels(text, lines, asked)
+        labels = _labels(lines, asked)
         if labels:
             counts = Counter(text[slice(*span)] for span in labels)
             is_closed = 1 < len(counts) < len(labels)
@@ -38,7 +38,7 @@ def _lines(found: Sequence[Atom]) -> Iterator[list[Atom]]:
     yield line
 
 
-def _labels(text: str, lines: Sequence[Sequence[Atom]], asked: Sequence[Atom]) -> list[Span]:
+def _labels(lines: Sequence[Sequence[Atom]], asked: Sequence[Atom]) -> list[Span]:
     """The labels of other lines, after the longest end of this one that at least two have."""
     if not asked or not is_mark(asked[-1].text) or border(asked[-1].text) >= SENTENCE_END:
         return []

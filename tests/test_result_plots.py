@@ -1,4 +1,4 @@
-"""What results draw, and how their estimates settled."""
+"""Plots of results: convergence, text, flow, heat maps, bars; their labels, marks and errors."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Torch's defaults and modes around a call change neither that it works nor what comes out."""
+"""Default device, dtype and modes of torch around a call: neither failure nor other numbers."""
 
 import ast
 import sys

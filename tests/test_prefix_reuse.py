@@ -1,4 +1,4 @@
-"""What rows share is computed once, and the values are those of a plain loop all the same."""
+"""Prefix reuse: shared ids are computed once, and values equal those of a plain loop."""
 
 import logging
 import random
@@ -105,7 +105,7 @@ def test_float32_values_equal_a_plain_loop(name):
         assert scorer.shares_cache == (reuse == "share" and name not in WRONG | NOT_SHARED)
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < 1e-4
-    assert scorer.packs == (name not in NOT_PACKED)
+    assert scorer.uses_packing == (name not in NOT_PACKED)
 
 
 @pytest.mark.parametrize("name", architectures.CONFIGS)
@@ -123,7 +123,7 @@ def test_float64_values_equal_a_plain_loop(name):
     scorer = Scorer(model, overhead=3, reuse="pack")
     assert difference(scorer.values(rows, target), truth) < (5e-6 if name in ROUGH else 1e-9)
     if name not in ROUGH:
-        assert scorer.packs == (name not in NOT_PACKED | FLOAT32_INSIDE)
+        assert scorer.uses_packing == (name not in NOT_PACKED | FLOAT32_INSIDE)
 
 
 def test_custom_attention_is_left_alone():
@@ -168,7 +168,7 @@ def test_config_with_attn_implementation_property(reuse):
     rows, target = make_rows()
     scorer = Scorer(model, overhead=0, reuse=reuse)
     assert difference(scorer.values(rows, target), loop(model, rows, target)) < 1e-9
-    assert scorer.packs or scorer.shares_cache
+    assert scorer.uses_packing or scorer.shares_cache
     assert vars(OwnProperty)["_attn_implementation"] is usual
 
 
@@ -201,7 +201,7 @@ def test_altered_keys_are_not_shared(caplog):
 
 @pytest.mark.parametrize("name", sorted(WRONG))
 def test_comparison_detects_wrong_prefix_continuation(name, monkeypatch, caplog):
-    monkeypatch.setattr(_compat, "why_not_read_on", lambda model: None)
+    monkeypatch.setattr(_compat, "why_no_prefix_reuse", lambda model: None)
     model = architectures.build(name)
     rows, target = make_rows()
     scorer = Scorer(model, overhead=3)
@@ -400,7 +400,7 @@ def test_flex_attention():
     truth = loop(tiny.llama(hidden_size=64), rows, target)
     scorer = Scorer(model, overhead=3, reuse="pack")  # every other shape is compiled anew
     assert difference(scorer.values(rows, target), truth) < 1e-4
-    assert scorer.packs
+    assert scorer.uses_packing
     assert model.config._attn_implementation == "flex_attention"
 
 

@@ -1,4 +1,4 @@
-"""What two runs differ in is told: digests of things, and checkpoints that refuse another run."""
+"""Digests: equal for equal settings in any process, else different; checkpoints refuse others."""
 
 import copy
 import datetime
@@ -96,7 +96,7 @@ def test_digest_is_equal_in_another_process():
     names = [name for name in one_and_other() if name != "modules"]  # whose weights are random
     here = [digest(one_and_other()[name][0]) for name in names]
     code = (
-        "import test_content as t; pairs = t.one_and_other(); "
+        "import test_digests as t; pairs = t.one_and_other(); "
         f"print(*[t.digest(pairs[name][0]) for name in {names!r}])"
     )
     path = Path(__file__).parent

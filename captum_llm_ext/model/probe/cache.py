@@ -10,7 +10,7 @@ from torch import nn
 from captum_llm_ext import _compat
 from captum_llm_ext.model.forward.rows import TokenRow
 from captum_llm_ext.model.probe.findings import Findings, Packing
-from captum_llm_ext.model.probe.probing import Probe, ReadPacked
+from captum_llm_ext.model.probe.probing import ComparePacked, Probe
 from captum_llm_ext.model.probe.state import State, differences, state_of
 
 # Kinds of drawing, in order of decreasing knowledge.
@@ -33,7 +33,7 @@ def findings(
     model: nn.Module,
     rows: Sequence[TokenRow],
     extras: Mapping[str, Any] | None = None,
-    read_packed: ReadPacked | None = None,
+    compare_packed: ComparePacked | None = None,
 ) -> Findings:
     """What a model does on rows like these.
 
@@ -46,7 +46,7 @@ def findings(
         rows: The rows of the run, of which the longest and the shortest are probed.
         extras: Other arguments of its forward, batch size 1, on its device; rows are then probed
             one by one.
-        read_packed: Compares a row in a pack with the row alone, if packs may be used.
+        compare_packed: Compares a row in a pack with the row alone, if packs may be used.
 
     Raises:
         TypeError: If the model does not run on token ids alone, or returns no logits of a
@@ -60,11 +60,11 @@ def findings(
     before = state_of(model) if keeps else {}
     same = keeps and known is not None and not differences(known.state, before) - known.passing
     earlier = known.found if same and known is not None else None
-    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=read_packed):
+    if earlier is not None and earlier.covers(min(lengths), max(lengths), packs=compare_packed):
         return earlier
     if earlier is not None:
-        rows = [*rows, *_beyond(model, rows, earlier, read_packed)]
-    found = Probe(model, rows, dict(extras or {}), read_packed, earlier).findings()
+        rows = [*rows, *_beyond(model, rows, earlier, compare_packed)]
+    found = Probe(model, rows, dict(extras or {}), compare_packed, earlier).findings()
     if keeps:
         after = state_of(model)
         if earlier is not None:
@@ -74,7 +74,7 @@ def findings(
 
 
 def _beyond(
-    model: nn.Module, rows: Sequence[TokenRow], earlier: Findings, packs: ReadPacked | None
+    model: nn.Module, rows: Sequence[TokenRow], earlier: Findings, packs: ComparePacked | None
 ) -> Iterator[TokenRow]:
     """Rows longer and shorter than those of a run, if these are longer or shorter than before.
 
@@ -96,7 +96,7 @@ def _length(row: TokenRow) -> int:
     return len(row.ids)
 
 
-def learnt(model: nn.Module, found: Findings) -> None:
+def record_findings(model: nn.Module, found: Findings) -> None:
     """Stores what a run has shown of a model beyond its probe."""
     known = _known.get(model)
     if known is not None:

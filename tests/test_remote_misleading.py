@@ -1,4 +1,4 @@
-"""Servers that answer well and mislead: copies, cut prompts, other models by and by."""
+"""Servers whose responses are well-formed and wrong: copies, truncated prompts, changing models."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""The command line from outside: what its help shows, terminals, encodings, devices, verdicts."""
+"""The command line and its environment: help, terminals, encodings, devices, `doctor`."""
 
 import argparse
 import contextlib

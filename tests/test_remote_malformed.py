@@ -1,4 +1,4 @@
-"""Servers that mean no good, or are broken in other ways than one thinks of."""
+"""Malformed, oversized, late, hostile responses, URLs and keys are refused with a clear error."""
 
 import copy
 import json

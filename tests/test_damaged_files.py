@@ -7,7 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-import damage
+import damaged_bytes
 import pytest
 import safetensors.torch
 import tiny
@@ -110,7 +110,7 @@ def is_same(one, other):
     return (
         one[0] == other[0]
         and one[1].keys() == other[1].keys()
-        and all(damage.same(tensor, other[1][name]) for name, tensor in one[1].items())
+        and all(damaged_bytes.same(tensor, other[1][name]) for name, tensor in one[1].items())
     )
 
 
@@ -124,7 +124,7 @@ def test_damaged_file_is_refused_or_reads_the_same(good, tmp_path, number):
     assert is_warned != has_digest
     others = [whole for name, whole in good.items() if name != kind]
     told = same = 0
-    for how, content in damage.mutants(good[kind], KEYS[kind], N_EACH, number, others):
+    for how, content in damaged_bytes.mutants(good[kind], KEYS[kind], N_EACH, number, others):
         path.write_bytes(content)
         try:
             found, is_warned = held(kind, path)
@@ -146,7 +146,7 @@ def test_damaged_file_is_refused_or_reads_the_same(good, tmp_path, number):
 @pytest.mark.parametrize("kind", WITHOUT_DIGEST)
 def test_file_without_digest_needs_unverified(good, tmp_path, kind):
     path = tmp_path / "file.safetensors"
-    for _, content in [("", good[kind]), *damage.mutants(good[kind], KEYS[kind], N_EACH, 9)]:
+    for _, content in [("", good[kind]), *damaged_bytes.mutants(good[kind], KEYS[kind], N_EACH, 9)]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(repr(str(path)))) as caught:
             held_by_result(path, unverified=False)
@@ -183,7 +183,9 @@ def test_invalid_content_with_valid_digest_is_refused(good, tmp_path, kind):
     path, draw = tmp_path / "file.safetensors", random.Random(1)
     told: list[str] = []
     for _ in range(120):
-        content = damage.retold(good[kind], KEYS[kind], lambda c: damage.mutated_json(draw, c))
+        content = damaged_bytes.retold(
+            good[kind], KEYS[kind], lambda c: damaged_bytes.mutated_json(draw, c)
+        )
         path.write_bytes(content)
         try:
             held(kind, path)
@@ -197,12 +199,12 @@ def test_invalid_content_with_valid_digest_is_refused(good, tmp_path, kind):
 def test_safetensors_reader_reads_the_same(good, kind):
     """Held against the safetensors package: names, types, shapes, numbers, places."""
     found = safetensors.torch.load(good[kind])
-    header, _ = damage.split(good[kind])
+    header, _ = damaged_bytes.split(good[kind])
     assert found.keys() | {"__metadata__"} == header.keys()
     if kind != "result 1":
         text = header["__metadata__"][KEYS[kind]]
         if "sha256" in header["__metadata__"]:
-            assert damage.digest(found, text) == header["__metadata__"]["sha256"]
+            assert damaged_bytes.digest(found, text) == header["__metadata__"]["sha256"]
     for name, tensor in found.items():
         assert header[name]["shape"] == list(tensor.shape)
 
@@ -231,7 +233,7 @@ def test_loaded_tensors_survive_file_changes(good, tmp_path):
 
 def test_checkpoint_without_digest_is_refused(good, tmp_path):
     path = tmp_path / "old.safetensors"
-    header, _ = damage.split(good["checkpoint"])
+    header, _ = damaged_bytes.split(good["checkpoint"])
     rest = json.loads(header["__metadata__"][CHECKPOINT]) | {"format": 1}
     tensors = safetensors.torch.load(good["checkpoint"])
     safetensors.torch.save_file(tensors, path, {CHECKPOINT: json.dumps(rest)})

@@ -1,4 +1,4 @@
-"""The command line before, during and after a run: what is told when, and what stops where."""
+"""The command line during a run: order of output, progress, estimates, errors that come first."""
 
 import json
 import os
