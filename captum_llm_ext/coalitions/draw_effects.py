@@ -3,7 +3,9 @@
 A value depends on which features are present, and on the texts that were drawn for the others. Only
 its mean over draws is attributed; the rest is noise. On real prompts, half to nine tenths of the
 variance that a regression on masks leaves is what single texts do by themselves, whatever else is
-absent. This part is estimated, and subtracted.
+absent. This part is estimated, and subtracted: mean squared errors of Shapley values are then 1.2
+to 12 times smaller on four prompts of a real model, 1.3 on two of the demo
+(`benchmarks/random_texts.py`).
 
 Its mean is zero for every coalition, since the probabilities of the texts are known, and it is
 estimated from other draws than the one that it is subtracted from. So attributions have the same
