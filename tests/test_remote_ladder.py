@@ -469,6 +469,47 @@ def test_two_label_contrast(demo, server, labels):
         remote(chat(server), attr_target="label", labels=("golf", "golf course")).attribute(spans())
 
 
+@pytest.mark.parametrize("given", ["by id", "biased", "neither"])
+def test_labels_are_exact_where_the_server_tells_given_tokens(demo, server, given):
+    model, tokenizer = demo
+    server.reports_ids = given == "by id"
+    server.bias = "told" if given == "biased" else "ignored"
+    ours = RemoteGenerationAttribution(
+        ShapleyValues(PLACEHOLDER),
+        tokenizer,
+        chat(server, prefill="none"),
+        attr_target="label",
+        labels=("golf", "zebra"),
+        top_logprobs=3,
+    )
+    # The second label is never among the three likeliest: the tokenizer knows how it begins.
+    told = ours.estimate(spans())
+    found = ours.attribute(spans())
+    pair = found.provenance["labels"]
+    ids = [tokenizer.encode(name, add_special_tokens=False)[0] for name in pair]
+    assert pair == [" golf", tokenizer.decode(ids[1:])]
+    exact = []
+    for row in spans(tokenizer).render(found.masks.bool(), torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)
+        exact.append(float(p[ids[0]] - p[ids[1]]))
+    exact = torch.tensor(exact, dtype=torch.float64)
+    lower, upper = (end[:, 0] for end in found.value_interval)
+    assert bool(((lower - 1e-4 <= exact) & (exact <= upper + 1e-4)).all())
+    is_exact = given != "neither"
+    assert (found.provenance["share_censored"] == 0) == is_exact
+    n_handshake = 12
+    assert len(server.bodies) <= told.n_requests + n_handshake
+    if is_exact:
+        torch.testing.assert_close(found.values[:, 0].double(), exact, atol=1e-4, rtol=0)
+    else:
+        assert "ignores `logit_bias`" in found.provenance["handshake"]["given tokens"]
+        assert "likeliest has a bound" in found.provenance["cannot_see"]
+    if given == "by id":  # both labels by one request
+        n = sum("logprob_token_ids" in body for body in server.bodies)
+        assert n == found.n_evaluations + 1
+
+
 def test_checkpoint_keeps_sampled_answers(server, tmp_path):
     def is_answer(text):
         return text.strip() in ("golf", "poker", "table")

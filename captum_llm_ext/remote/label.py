@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from captum_llm_ext.remote.chat_endpoint import Message
 from captum_llm_ext.remote.rung import Scored
-from captum_llm_ext.remote.stepwise import TopK
+from captum_llm_ext.remote.stepwise import Forced, TopK
 
 
 class Label:
     """Log-odds of one label against another as the first token of the answer.
 
-    No prefill is needed, so this works with every provider that reports log-probabilities.
+    No prefill is needed, so this works with every provider that reports log-probabilities: exact by
+    `Forced`, if the server reports given tokens, otherwise with bounds.
 
     Args:
         by: How first tokens are looked up.
@@ -27,6 +28,11 @@ class Label:
     def __init__(self, by: TopK, labels: tuple[str | None, str | None]) -> None:
         self._by, self._labels = by, labels
         self._tokens: tuple[str, str] | None = None
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether tokens that are not among the likeliest are looked up by their ids."""
+        return isinstance(self._by, Forced)
 
     @property
     def noise(self) -> float:
@@ -71,7 +77,9 @@ class Label:
             fitting = [name for name in named if text.startswith(name)]
             if fitting:
                 return max(fitting, key=len)
-        found = self._by.first_token(label)
+        # As the likeliest are, unless the user has written a space.
+        is_spaced = label.startswith(" ") or (bool(named) and named[0].startswith(" "))
+        found = self._by.first_token(f" {label.lstrip()}" if is_spaced else label)
         if found is None:
             raise ValueError(
                 f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
@@ -95,9 +103,7 @@ class Label:
         """See `Rung.score`."""
         if self._tokens is None:
             raise RuntimeError("call `target` first.")
-        (a, a_low, a_high), (b, b_low, b_high) = (
-            self._by.value_of(messages, "", token) for token in self._tokens
-        )
+        (a, a_low, a_high), (b, b_low, b_high) = self._by.values_of(messages, "", self._tokens)
         lower = a_low - b_high
         upper = math.inf if b_low == -math.inf else a_high - b_low
         return Scored([a - b], [lower], [upper], [0.0])

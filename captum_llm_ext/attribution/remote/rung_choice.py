@@ -339,7 +339,12 @@ class RungChoice:
             n_calls, n_in, n_out = n, read + n * n_target, n
         elif name in ("top-k", "stepwise", "label"):
             n_target = 1 if name == "label" else n_target
-            tries = 1 + (N_TRIES if name == "stepwise" else 0)
+            # By a bias, each of two labels takes requests of its own.
+            is_given = self._has_tokenizer(self.tokenizer) and reports_any_token(
+                chat_endpoint(self.provider)
+            )
+            n_biased = {"stepwise": 1, "label": 2 if is_given else 0}.get(name, 0)
+            tries = 1 + n_biased * N_TRIES
             n_calls = n * n_target * tries
             n_in = (read * n_target + n * n_target * (n_target - 1) / 2) * tries
             n_out = n_calls
@@ -378,7 +383,10 @@ class RungChoice:
         if name == "top-k":
             return TopK(endpoint, top, n_tokens)
         if name == "label":
-            return Label(TopK(endpoint, top, 1), self.settings.labels)
+            by = TopK(endpoint, top, 1)
+            if self._has_tokenizer(tokenizer) and reports_any_token(endpoint.provider):
+                by = Forced(endpoint, top, 1, tokenizer, is_required=False)
+            return Label(by, self.settings.labels)
         given = self.settings.n_answers
         n = _N_ANSWERS[name] if given is None else (given, given)
         temperature = (gen_args or {}).get("temperature")
