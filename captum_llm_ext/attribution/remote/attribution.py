@@ -123,8 +123,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             for providers without, such as captum's.
         missing: Assumed value of a log-probability that the provider does not report, of a token or
             of a foil, in nats, such as -20.0. None: an error. It is a bound, no number: see
-            `value_interval` and `token_attr_interval` of the result. ``provenance["n_missing"]`` counts them; if more
-            than a fifth is missing, an error is raised.
+            `value_interval` and `token_attr_interval` of the result. ``provenance["n_missing"]``
+            counts them; if more than a fifth is missing, an error is raised.
         on_mismatch: With texts, if the target's text is not tokenised to the target: ``"error"``,
             or ``"warn"`` for providers that join tokens, not texts.
         most_requests: Warn beforehand if more requests than this, and than coalitions, are needed.
