@@ -27,6 +27,7 @@ from captum_llm_ext import (
 from captum_llm_ext.cli import main
 from captum_llm_ext.remote.bounds import Bounds
 from captum_llm_ext.remote.chat_endpoint import ChatRequest
+from captum_llm_ext.remote.estimate import N_CHECKS
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
 
@@ -774,11 +775,50 @@ LINE = ["attribute", "--model", "tiny", "--prompt", PROMPT, "--target", " golf",
 LINE += ["--method", "ablation"]
 
 
+def test_command_line_tells_what_each_rung_would_take_and_what_was_sent(server, capsys):
+    asked = [*LINE[:5], *LINE[7:], "--api", server.url, "--max-new-tokens", "2"]
+    assert main([*asked, "--estimate"]) == 0
+    assert not server.bodies
+    said = capsys.readouterr()
+    rows = [line.split() for line in said.out.splitlines()]
+    assert [row[0] for row in rows] == ["rung", "top-k", "frequency", "similarity"]
+    # Two tokens; at most 200, and 64, answers.
+    assert [int(row[2].replace(",", "")) for row in rows[1:]] == [2 * 16, 200 * 16, 64 * 16]
+    assert "the first of these that works is used" in said.err
+    assert main(asked) == 0
+    said = capsys.readouterr().err
+    assert f"{len(server.bodies)} requests were sent" in said
+    assert len(server.bodies) <= 2 * 16 + N_CHECKS
+    labels = ["--rung", "label", "--labels", "golf", "poker"]
+    server.bodies.clear()
+    assert main([a for a in [*asked, *labels] if a != "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "Found by label contrast of ' golf' with ' poker'" in said.out
+    # One token is an answer, and no further coalitions follow.
+    assert "ended at once" not in said.err
+    assert "for the whole answer" not in said.err
+
+
+def test_advice_to_users_of_the_command_line_names_its_options(server, capsys):
+    server.bias = "ignored"
+    cases = {
+        ("--rung", "stepwise"): "--rung top-k",
+        ("--rung", "frequency", "--target", " zebra"): "or --rung similarity",
+    }
+    for more, advice in cases.items():
+        asked = [*LINE[:5], *LINE[7:], "--api", server.url, *more]
+        assert main(asked) == 1, more
+        said = capsys.readouterr().err
+        assert advice in said, said
+        assert "--attr-target" not in said
+        assert "`" not in said
+
+
 def test_command_line_queries_apis(demo, server, capsys, tmp_path):
     asked = [*LINE, "--api", server.url]
     assert main([*asked, "--estimate", "--rung", "log_prob"]) == 0
     assert not server.bodies
-    assert re.search(r"n_requests +16$", capsys.readouterr().out, re.M)
+    assert re.search(r"^top-k +16 +16 ", capsys.readouterr().out, re.M)
     assert main([*asked, "--json", str(tmp_path / "one.json")]) == 0
     assert "golf" in capsys.readouterr().out
     told = json.loads((tmp_path / "one.json").read_text())["provenance"]

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, cast
 
 from captum.attr import FeatureAblation, RemoteLLMAttribution
@@ -16,6 +15,7 @@ from captum_llm_ext.cli.outputs import as_json
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint, ChatRequest
 from captum_llm_ext.remote.chat_providers import chat_endpoint
+from captum_llm_ext.remote.estimate import N_CHECKS
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
 
 _CALLED = {
@@ -67,10 +67,13 @@ def show_estimate(
     """Prints the estimated requests, tokens and costs of an attribution."""
     kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
     found = attribution.estimate(inp, **kept)
-    say("nothing was sent; at most, without the few requests that look at the server:")
-    for name, value in asdict(found).items():
-        if value is not None:
-            print(f"{name:<13} {value}")
+    say(f"nothing was sent; at most, beside up to {N_CHECKS} requests that check the server:")
+    print(f"{'rung':<11}{'coalitions':>11}{'requests':>11}{'tokens in':>12}{'tokens out':>12}")
+    for one in found.rungs:
+        counts = f"{one.n_coalitions:>11,}{one.n_requests:>11,}"
+        print(f"{one.rung:<11}{counts}{one.tokens_in:>12,}{one.tokens_out:>12,}")
+    if len(found.rungs) > 1:
+        say("the first of these that works is used; --rung chooses one")
 
 
 def check_api(arguments: argparse.Namespace) -> int:

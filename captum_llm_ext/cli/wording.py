@@ -36,6 +36,8 @@ _OPTIONS: Mapping[str, str] = {
     "n_answers": "--answers",
     "perturbations_per_eval": "--batch-size",
     "api_url": "--api",
+    "rung": "--rung",
+    "labels": "--labels",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
@@ -71,6 +73,9 @@ _PHRASES = (
     (r", or give the rendered text to `TextSegmentInput`", ""),
     (r", \(start, stop\) pairs, or a callable `[^`]*`", ""),
     (r"A tuple of units, such as `unit=", "Several, such as `unit="),
+    (r", a `predicate` that more texts satisfy,", ""),
+    # Of APIs, which what is explained is set by.
+    (r"`attr_target=(?=[\"'](?:label|frequency|similarity|log_prob)[\"']`)", "`rung="),
     (r"`--", "--"),
 )
 _NAMED = re.compile(r"`(\w+)(?:=(?P<value>[^`]+)|\([^`]*\))?`")

@@ -16,6 +16,10 @@ from captum_llm_ext.text.inputs import Prompt
 
 LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
 
+# Most requests of a handshake, with the generation of the target and the repetition at the end: of
+# any next token by a bias, with two ways to prefill an answer.
+N_CHECKS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -27,6 +31,9 @@ class Estimate:
         tokens_in, tokens_out: Maximum numbers of input and output tokens; approximate without a
             tokenizer.
         usd: Their cost at the given prices; None without prices.
+        rung: The rung that takes this.
+        rungs: The same for every rung that may be chosen, the first that works being used; this one
+            is the most expensive.
     """
 
     n_coalitions: int
@@ -34,6 +41,8 @@ class Estimate:
     tokens_in: int
     tokens_out: int
     usd: float | None
+    rung: str = ""
+    rungs: tuple["Estimate", ...] = ()
 
 
 class Counter(LadderScorer):

@@ -353,7 +353,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
         Returns:
             Coalitions, requests and tokens, and the cost if `prices` were given. With ``"auto"``
-            the rung is not known yet: the most expensive one is assumed.
+            the rung is not known yet: the most expensive one is assumed, and ``rungs`` has all.
 
         Raises:
             ValueError, TypeError: As for `attribute` before any request.

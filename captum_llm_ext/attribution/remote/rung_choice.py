@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from captum.attr import InterpretableInput
@@ -324,8 +324,9 @@ class RungChoice:
             target: The explained text, if given.
             n_most: Maximum number of generated tokens, if not.
         """
-        own = (self._estimate(name, counter, tokenizer, target, n_most) for name in self.names)
-        return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+        own = [self._estimate(name, counter, tokenizer, target, n_most) for name in self.names]
+        most = max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+        return replace(most, rungs=tuple(own))
 
     def _estimate(
         self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
@@ -352,7 +353,7 @@ class RungChoice:
             n_answers = self.settings.n_answers or _N_ANSWERS[name][1]
             n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
         return Estimate(
-            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
+            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out), name
         )
 
     def _endpoint(self, chat: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
