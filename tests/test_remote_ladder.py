@@ -223,6 +223,8 @@ FAULTS = {
     "NaN": "gave nan as a log-probability",
     "logprobs ignored": "no log-probabilities of the tokens that it generates",
     "values of other tokens": "of another temperature",
+    "cut to five": "cuts the distribution",
+    "logprobs of another form": "where a list was expected",
 }
 
 
@@ -234,6 +236,52 @@ def test_inconsistent_top_logprobs_are_refused(server, part, attr_target):
         remote(chat(server), attr_target=attr_target).attribute(spans(), " golf")
     assert 'attr_target="frequency"' in str(raised.value)  # which would work
     assert len(server.bodies) < 12
+
+
+def test_token_names_without_their_spaces_are_refused(server):
+    server.part = CHAT_PARTS["names without spaces"]
+    with pytest.raises(ApiError, match=r"spaces are lost or replaced.*label"):
+        remote(chat(server)).attribute(spans(), gen_args={"max_new_tokens": 2})
+    found = remote(chat(server), attr_target="label").attribute(spans())
+    assert found.provenance["labels"][0].isalpha()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_read"),
+    [
+        ({"usage": [1]}, True),
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": -1}}, True),
+        ({"model": ["tiny"]}, True),
+        ({"choices": [{"message": "golf"}]}, False),
+        ({"choices": [{"message": None}]}, False),
+        ({"choices": [{"message": {"content": 7}}]}, False),
+        ({"choices": ["golf"]}, False),
+        ({"choices": [{"message": {"content": [{"type": "text", "text": " golf"}, "!"]}}]}, True),
+        ({"choices": [{"message": {"content": "golf"}, "logprobs": "none"}]}, True),
+    ],
+)
+def test_answers_of_another_form_are_read_or_named(server, changes, is_read):
+    server.part = {"answer": lambda answer: answer | changes}
+    provider = chat(server)
+    question = ChatRequest([{"role": "user", "content": "Go"}], n_tokens=1, temperature=0.0)
+    if is_read:
+        [answer] = provider.chat(question)
+        own = changes.get("choices")
+        assert answer.text == " golf!" if own and len(own[0]) == 1 else answer.text
+        assert answer.n_in >= 0
+    else:
+        with pytest.raises(ApiError, match=r"was expected|as the text of its answer"):
+            provider.chat(question)
+
+
+def test_similar_prompts_answered_from_a_cache_are_reported(server):
+    seen = {}
+    server.part = {"prompt": lambda ids: seen.setdefault(tuple(ids[:8]), ids)}
+    with pytest.warns(UserWarning, match="from a cache"):
+        found = remote(chat(server), attr_target="label").attribute(spans())
+    assert "coalitions have the values of another" in found.provenance["doubts"][0]
+    server.part = {}
+    assert not remote(chat(server), attr_target="label").attribute(spans()).provenance["doubts"]
 
 
 def test_unlisted_stop_token_is_recorded(server):

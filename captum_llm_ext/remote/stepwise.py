@@ -13,6 +13,7 @@ from captum_llm_ext.remote.rung import Scored
 from captum_llm_ext.remote.step_checks import (
     NOISY,
     check_drawn,
+    check_spelled,
     check_written,
     difference,
     is_same,
@@ -83,6 +84,7 @@ class TopK:
     def handshake(self, messages: Sequence[Message]) -> None:
         """See `Rung.handshake`: values of generated tokens, and prefills."""
         steps = self.look(messages)
+        check_spelled(self._step(messages, "", _N_WRITTEN, 0.0))  # as before, from the cache
         refused: list[str] = []
         ways = self._endpoint.provider.prefills if len(steps) > 1 else ()
         for way in ways:
@@ -111,7 +113,7 @@ class TopK:
             HandshakeError: If a test fails; the message names what is wrong.
         """
         answer = self._step(messages, "", _N_WRITTEN, 0.0)
-        self.checks["written tokens"] = check_written(answer, _N_WRITTEN)
+        self.checks["written tokens"] = check_written(answer, _N_WRITTEN, self._top)
         self._n_top = min(self._top, *(len(step.top) for step in answer.steps))
         if self._n_top < self._top:
             self.checks["likeliest tokens"] = f"{self._n_top} told of {self._top} asked for"
