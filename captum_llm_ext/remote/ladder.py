@@ -220,7 +220,7 @@ class LadderScorer:
         """Problems that show when all answers are there; sends one more request."""
         target = [*self._wanted]
         apart = self.rung.drift(full, target)
-        found = [*self.endpoint.doubts(), *self._copies()]
+        found = self.endpoint.doubts() or self._copies()  # of which the former may be the reason
         if apart is not None and apart > NOISY:
             found.append(
                 "the whole prompt has other log-probabilities than at the beginning, by "
