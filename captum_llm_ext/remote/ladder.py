@@ -231,7 +231,8 @@ class LadderScorer:
     def _copies(self) -> list[str]:
         """Whether different prompts have the same values, to the last digit."""
         # Of a function, a prompt's part may have no effect at all; of a language model it has some.
-        if self.rung.is_sampled or isinstance(self.endpoint.provider, CallableProvider):
+        is_of_tokens = self.rung.attr_target not in ("frequency", "similarity")
+        if not is_of_tokens or isinstance(self.endpoint.provider, CallableProvider):
             return []
         by_prompt = {self._sent[d]: one for d, one in self._known.items()}
         own = [tuple(one.values) for one in by_prompt.values() if not one.n_censored]
