@@ -68,10 +68,7 @@ def show_estimate(
     kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
     found = attribution.estimate(inp, **kept)
     say(f"nothing was sent; at most, beside up to {N_CHECKS} requests that check the server:")
-    print(f"{'rung':<11}{'coalitions':>11}{'requests':>11}{'tokens in':>12}{'tokens out':>12}")
-    for one in found.rungs:
-        counts = f"{one.n_coalitions:>11,}{one.n_requests:>11,}"
-        print(f"{one.rung:<11}{counts}{one.tokens_in:>12,}{one.tokens_out:>12,}")
+    print(found)
     if len(found.rungs) > 1:
         say("the first of these that works is used; --rung chooses one")
 
