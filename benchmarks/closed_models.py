@@ -32,7 +32,7 @@ from captum_llm_ext.text.plain_tokenizer import messages_of
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-TOP, N_SENTENCES = 20, 4
+TOP, MORE, N_SENTENCES = 20, 100, 4
 N_TOKENS = {"texts": 2, "chats": 4}
 N_FREQUENCY = 50
 _COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER 20; the same with --chats"
@@ -100,12 +100,13 @@ def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[
     found["answer"] = tokenizer.decode(tokens, skip_special_tokens=True)
     cache = Path(tempfile.mkdtemp()) / "answers.sqlite"
     # A probability hardly depends on what is only bounded, which is all but nothing.
-    of = [(m, t) for m in (FeatureAblation, ShapleyValues) for t in ("log_prob", "prob")]
-    for method, attr_target in of:
+    of = [(m, t, TOP) for m in (FeatureAblation, ShapleyValues) for t in ("log_prob", "prob")]
+    # Some servers report more, such as llama.cpp's.
+    for method, attr_target, top in [*of, (ShapleyValues, "log_prob", MORE)]:
         name = method.__name__ + (" prob" if attr_target == "prob" else "")
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
         remote = RemoteGenerationAttribution(
-            method(PLACEHOLDER), None, provider, attr_target, cache=cache
+            method(PLACEHOLDER), None, provider, attr_target, cache=cache, top_logprobs=top
         )
         began = time.monotonic()
         estimate = remote.estimate(inp, gen_args=settings)
@@ -121,7 +122,7 @@ def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[
         known = lower.isfinite()
         truth = attributions(method, result.masks, whole)
         own = result.seq_attr.double()
-        found[f"top-k {name}"] = {
+        found[f"top-{'k' if top == TOP else top} {name}"] = {
             "spearman": spearman(own, truth),
             "top_is_top": int(own.argmax()) == int(truth.argmax()),
             "is_told_apart": result.provenance["first_cause"]["is_told_apart"],
@@ -277,7 +278,7 @@ def main() -> None:
                 "environment": environment(seed=0) | {"command": _COMMAND},
                 "model": Path(folder).name,
                 "settings": {
-                    "top_logprobs": TOP,
+                    "top_logprobs": [TOP, MORE],
                     "n_tokens": N_TOKENS,
                     "n_sentences": N_SENTENCES,
                 },

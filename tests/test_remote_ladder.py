@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -432,6 +433,28 @@ def test_the_first_cause_is_told_apart_from_every_other_one():
         seen.append((told["is_told_apart"], by_rank.index(told["second"])))
     # Of both there are some; and some where the third may be the first, and the second may not.
     assert {(True, 1), (False, 1), (False, 2)} <= set(seen)
+
+
+def test_the_warning_of_bounds_says_what_would_tell_more(server):
+    def advice(**arguments):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            remote(chat(server), **arguments).attribute(spans(), gen_args={"max_new_tokens": 2})
+        return next(str(w.message) for w in warned if "not distinguish" in str(w.message))
+
+    said = advice(top_logprobs=1)
+    assert '`attr_target="prob"` hardly depends' in said
+    assert "A larger `top_logprobs`" in said
+    assert '`rung="stepwise"` may tell them' in said
+    said = advice(top_logprobs=2, attr_target="label", labels=("poker", "table"))
+    assert "With the model's `tokenizer` the server may tell them" in said
+    # A server that has told fewer than were asked for has no more.
+    server.part = {"content": lambda content: [fewer(one) for one in content]}
+
+    def fewer(one):
+        return one | {"top_logprobs": one["top_logprobs"][:1]}
+
+    assert "top_logprobs" not in advice(top_logprobs=5)
 
 
 def test_ignored_logit_bias_is_reported(demo, server):
@@ -882,6 +905,16 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
     assert main([*asked[:5], *asked[7:], *labels, "--json", str(tmp_path / "l.json")]) == 0
     told = json.loads((tmp_path / "l.json").read_text())["provenance"]
     assert told["labels"] == [" golf", " poker"]
+    prob = ["--attr-target", "prob", "--top-logprobs", "3", "--json", str(tmp_path / "p.json")]
+    assert main([*asked, *prob]) == 0
+    told = json.loads((tmp_path / "p.json").read_text())["provenance"]
+    assert (told["attr_target"], told["rung"]) == ("prob", "stepwise top-k")
+    assert server.bodies[-1]["top_logprobs"] == 3
+    foils = ["--attr-target", "contrast", "--foils", " tennis", "--json", str(tmp_path / "c.json")]
+    whole = ["--provider", "completions", "--tokenizer", "demo"]
+    assert main([*asked, *foils, *whole]) == 0
+    told = json.loads((tmp_path / "c.json").read_text())["provenance"]
+    assert told["attr_target"] == "contrast"
     stepwise = ["--rung", "stepwise", "--tokenizer", "demo", "--json", str(tmp_path / "s.json")]
     assert main([*asked, *stepwise]) == 0
     told = json.loads((tmp_path / "s.json").read_text())["provenance"]
@@ -901,7 +934,13 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
             "Anthropic's messages return only text",
         ),
         (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
-        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung sets what is explained"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "no API returns logits"),
+        (["--api", "http://h/v1", "--attr-target", "contrast"], "--rung label compares two"),
+        (
+            ["--api", "http://h/v1", "--attr-target", "prob", "--rung", "label"],
+            "--rung label sets what is explained",
+        ),
+        (["--top-logprobs", "5"], "--top-logprobs would be ignored without --api"),
         (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
         (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
     ],

@@ -44,19 +44,31 @@ def provider_of(arguments: argparse.Namespace, model: str) -> Any:
     return ChatProvider(model, api_url=arguments.api)
 
 
-def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
-    """The attribution object."""
+def attribution_of(
+    arguments: argparse.Namespace, tokenizer: Any, explained: Any
+) -> RemoteGenerationAttribution:
+    """The attribution object.
+
+    Args:
+        arguments: The options.
+        tokenizer: The model's tokenizer, if it is known.
+        explained: The value to explain of tokens.
+    """
     settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
     rung = arguments.rung or "auto"
+    of_tokens = "log_prob" if arguments.attr_target is None else explained
+    if rung == "auto" and arguments.attr_target in (None, "log_prob"):
+        of_tokens = "auto"
     return RemoteGenerationAttribution(
         method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
         tokenizer,
         provider_of(arguments, arguments.model),
-        "log_prob" if rung in LOG_PROBS else rung,
+        of_tokens if rung in ("auto", "log_prob", *LOG_PROBS) else rung,
         rung=rung if rung in LOG_PROBS else None,
         labels=tuple(arguments.labels) if arguments.labels else None,
         n_answers=arguments.answers,
         max_requests=arguments.max_requests,
+        top_logprobs=arguments.top_logprobs or 20,
         cache=arguments.cache,
     )
 

@@ -43,7 +43,7 @@ _OPTIONS: Mapping[str, str] = {
         for name in (
             "attr_target baselines cache checkpoint device_map foils layer max_evaluations "
             "max_new_tokens max_requests n_draws n_samples n_steps output_unit roles scheme seed "
-            "share surrogate target temperature tokenizer tol top_p unit"
+            "share surrogate target temperature tokenizer tol top_logprobs top_p unit"
         ).split()
     },
 }
@@ -74,8 +74,8 @@ _PHRASES = (
     (r", \(start, stop\) pairs, or a callable `[^`]*`", ""),
     (r"A tuple of units, such as `unit=", "Several, such as `unit="),
     (r", a `predicate` that more texts satisfy,", ""),
-    # Of APIs, which what is explained is set by.
-    (r"`attr_target=(?=[\"'](?:label|frequency|similarity|log_prob)[\"']`)", "`rung="),
+    # Of APIs: --rung sets what is explained.
+    (r"`attr_target=(?=[\"'](?:label|frequency|similarity)[\"']`)", "`rung="),
     (r"`--", "--"),
 )
 _NAMED = re.compile(r"`(\w+)(?:=(?P<value>[^`]+)|\([^`]*\))?`")

@@ -108,6 +108,9 @@ def not_told_apart(result: GenerationAttributionResult, chosen: ChosenRung) -> s
     message = _within_bounds(result)
     if chosen.scorer.attr_target == "log_prob":
         message += ' `attr_target="prob"` hardly depends on what is only bounded.'
+    about: Any = rung.details.get("handshake", {})
+    if isinstance(rung, TopK | Label) and "likeliest tokens" not in about:
+        message += " A larger `top_logprobs` leaves fewer of them, if the server allows it."
     if reports_any_token(chosen.scorer.endpoint.provider):
         if rung.name == TopK.name:
             message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
