@@ -132,7 +132,12 @@ def main() -> None:
                 url = f"http://127.0.0.1:{port}/v1"
                 _wait_for(url, process)
                 shown = ["python" if part == python else part for part in command]
-                found[name] = {"version": about, "command": _shown(shown, given)}
+                own = environment(seed=0)  # of this server: others may be of an earlier run
+                found[name] = {
+                    "version": about,
+                    "command": _shown(shown, given),
+                    "measured": {key: own[key] for key in ("date", "commit")},
+                }
                 served = given.folder if name == "transformers" else _model_name(url)
                 known = kept.of(name)
                 for key, about in mistaken(url, served, known):
