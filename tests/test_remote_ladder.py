@@ -950,6 +950,17 @@ def test_command_line_refuses_options_it_would_ignore(capsys, more, message):
     assert message in capsys.readouterr().err
 
 
+def test_doctor_takes_the_model_as_other_commands_do(server, capsys):
+    server.part = CHAT_PARTS["logprobs ignored"]
+    assert main(["doctor", "--api", server.url, "--model", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert server.bodies[0]["model"] == "tiny"
+    assert "only --rung frequency" in said
+    assert "`" not in said
+    assert main(["doctor", "tiny", "--api", server.url, "--model", "other"]) == 2
+    assert "MODEL is tiny and --model other: give one" in capsys.readouterr().err
+
+
 def test_doctor_checks_servers(server, capsys):
     look = ["doctor", "tiny", "--api", server.url]
     forced = [*look, "--provider", "completions", "--tokenizer", "demo"]

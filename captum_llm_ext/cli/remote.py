@@ -12,6 +12,7 @@ from captum_llm_ext.cli.command import say
 from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import method
 from captum_llm_ext.cli.outputs import as_json
+from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint, ChatRequest
 from captum_llm_ext.remote.chat_providers import chat_endpoint
@@ -114,7 +115,7 @@ def _checked_rungs(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[st
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT:
                 raise
-            yield _CALLED[rung], {"works": False, "what": str(error)}
+            yield _CALLED[rung], {"works": False, "what": in_options(str(error))}
         else:
             yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **findings}
     endpoint = cast(ChatEndpoint, chat_endpoint(provider))
