@@ -29,6 +29,7 @@ from captum_llm_ext.cli import main
 from captum_llm_ext.remote.bounds import Bounds
 from captum_llm_ext.remote.chat_endpoint import ChatRequest
 from captum_llm_ext.remote.estimate import N_CHECKS
+from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
 
@@ -433,6 +434,34 @@ def test_the_first_cause_is_told_apart_from_every_other_one():
         seen.append((told["is_told_apart"], by_rank.index(told["second"])))
     # Of both there are some; and some where the third may be the first, and the second may not.
     assert {(True, 1), (False, 1), (False, 2)} <= set(seen)
+
+
+@pytest.mark.parametrize(
+    ("label", "named", "first"),
+    [
+        # Of what the tokenizer makes of it, not what merely begins like it.
+        ("Norway", [" N", " The"], " Nor"),
+        ("Norway", ["N", "The"], "Nor"),
+        (" Norway", ["N", "The"], " Nor"),
+        ("Norway", ["The", "Nor", " Nor"], "Nor"),
+        ("Norway", ["The", " Nor"], " Nor"),
+    ],
+)
+def test_first_token_of_a_label_is_the_tokenizers(label, named, first):
+    class By:
+        """Cuts words after three letters."""
+
+        details = {}
+
+        def likeliest(self, messages):
+            return [(name, -1.0) for name in [*named, " else"]]
+
+        def first_token(self, text, prefix=""):
+            return text[: 3 + text.startswith(" ")]
+
+    ours = Label(By(), (None, "else"))
+    ours.target([], label)
+    assert ours.details["labels"][0] == first
 
 
 def test_the_warning_of_bounds_says_what_would_tell_more(server):

@@ -72,21 +72,23 @@ class Label:
 
     def _first(self, label: str, named: Sequence[str]) -> str:
         """The first token of a label as the model would generate it, with or without a space."""
-        spellings = dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()])
+        spellings = list(dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()]))
+        known = [self._by.first_token(text) for text in spellings]
+        own = [name for name in known if name is not None]
+        if own:  # by the tokenizer: a likely token may begin like a label and not be its first
+            # As the likeliest are, unless the user has written a space.
+            is_spaced = label.startswith(" ") or (bool(named) and named[0].startswith(" "))
+            usual = [name for name in own if name.startswith(" ") == is_spaced]
+            return next((name for name in own if name in named), (usual or own)[0])
         for text in spellings:
             fitting = [name for name in named if text.startswith(name)]
             if fitting:
                 return max(fitting, key=len)
-        # As the likeliest are, unless the user has written a space.
-        is_spaced = label.startswith(" ") or (bool(named) and named[0].startswith(" "))
-        found = self._by.first_token(f" {label.lstrip()}" if is_spaced else label)
-        if found is None:
-            raise ValueError(
-                f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
-                "the whole prompt, and how the model would write it is not known: give another, "
-                "or the model's `tokenizer`."
-            )
-        return found
+        raise ValueError(
+            f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
+            "the whole prompt, and how the model would write it is not known: give another, "
+            "or the model's `tokenizer`."
+        )
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
