@@ -26,12 +26,13 @@ from served import Served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import ChatProvider, RemoteGenerationAttribution, TextSegmentInput
+from captum_llm_ext.remote.similarities import SIMILAR
 from captum_llm_ext.text.plain_tokenizer import messages_of
 
 KNOWN: dict[tuple[str, ...], list[float]] = {}
 RESULTS = Path(__file__).parent / "results"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-TOP, N_SENTENCES = 20, 4
+TOP, MORE, N_SENTENCES = 20, 100, 4
 N_TOKENS = {"texts": 2, "chats": 4}
 N_FREQUENCY = 50
 _COMMAND = "python benchmarks/closed_models.py MODEL_FOLDER 20; the same with --chats"
@@ -99,12 +100,13 @@ def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[
     found["answer"] = tokenizer.decode(tokens, skip_special_tokens=True)
     cache = Path(tempfile.mkdtemp()) / "answers.sqlite"
     # A probability hardly depends on what is only bounded, which is all but nothing.
-    of = [(m, t) for m in (FeatureAblation, ShapleyValues) for t in ("log_prob", "prob")]
-    for method, attr_target in of:
+    of = [(m, t, TOP) for m in (FeatureAblation, ShapleyValues) for t in ("log_prob", "prob")]
+    # Some servers report more, such as llama.cpp's.
+    for method, attr_target, top in [*of, (ShapleyValues, "log_prob", MORE)]:
         name = method.__name__ + (" prob" if attr_target == "prob" else "")
         provider = ChatProvider("local", api_url=served.url, max_concurrency=1)
         remote = RemoteGenerationAttribution(
-            method(PLACEHOLDER), None, provider, attr_target, cache=cache
+            method(PLACEHOLDER), None, provider, attr_target, cache=cache, top_logprobs=top
         )
         began = time.monotonic()
         estimate = remote.estimate(inp, gen_args=settings)
@@ -120,7 +122,7 @@ def measure(served: Served, tokenizer: Any, prompt: str, n_tokens: int) -> dict[
         known = lower.isfinite()
         truth = attributions(method, result.masks, whole)
         own = result.seq_attr.double()
-        found[f"top-k {name}"] = {
+        found[f"top-{'k' if top == TOP else top} {name}"] = {
             "spearman": spearman(own, truth),
             "top_is_top": int(own.argmax()) == int(truth.argmax()),
             "is_told_apart": result.provenance["first_cause"]["is_told_apart"],
@@ -177,8 +179,30 @@ def sampled(served: Served, prompt: str) -> dict[str, Any]:
             about["significant"] = int(sure.sum())
             about["significant_and_right"] = int((sure & (own.sign() == truth.sign())).sum())
         about["spearman"] = spearman(own, truth)
+        if rung == "similarity":
+            # Of what the rung explains; the log-probability of the answer is another thing.
+            texts = "".join(piece.text for piece in result.output_pieces)
+            expected = expected_similarity(served, inp, result.masks, texts)
+            truth = attributions(FeatureAblation, result.masks, expected)
+            about["top_is_top_by_similarity"] = int(own.argmax()) == int(truth.argmax())
+            about["spearman_by_similarity"] = spearman(own, truth)
         found[name] = about
     return found
+
+
+def expected_similarity(served: Served, inp: Any, masks: torch.Tensor, answer: str) -> torch.Tensor:
+    """Mean similarity to an answer of one token over all of them, after each coalition."""
+    tokenizer = served._tokenizer
+    numbers = range(len(tokenizer))
+    texts = [tokenizer.decode([i], skip_special_tokens=True) for i in numbers]
+    similar = torch.tensor([SIMILAR["lexical"](text, answer) for text in texts]).double()
+    values: list[float] = []
+    for row in inp.render(masks.bool(), torch.Generator().manual_seed(0)):
+        said = [m for m in messages_of(inp.tokenizer.decode(row.ids)) if m["content"].strip()]
+        with torch.no_grad():
+            told = served.log_probs(served.ids(said or [{"role": "user", "content": " "}]))
+        values.append(float(told.exp()[: len(similar)] @ similar))
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def attributions(method: Any, masks: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -217,6 +241,11 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
             n_right = sum(one["top_is_top"] for one in apart)
             found[name]["n_told_apart"] = len(apart)
             found[name]["top_is_top_where_told_apart"] = n_right / len(apart) if apart else None
+        by = [f"{key}_by_similarity" for key in ("spearman", "top_is_top")]
+        if own and by[0] in own[0]:
+            found[name] |= {key: sum(float(one[key]) for one in own) / len(own) for key in by}
+            n_right = sum(one[by[1]] for one in apart)
+            found[name][f"{by[1]}_where_told_apart"] = n_right / len(apart) if apart else None
         covered = [c for one in own for c in one.get("covered", [])]
         if covered:
             found[name]["covered"] = sum(covered) / len(covered)
@@ -249,7 +278,7 @@ def main() -> None:
                 "environment": environment(seed=0) | {"command": _COMMAND},
                 "model": Path(folder).name,
                 "settings": {
-                    "top_logprobs": TOP,
+                    "top_logprobs": [TOP, MORE],
                     "n_tokens": N_TOKENS,
                     "n_sentences": N_SENTENCES,
                 },

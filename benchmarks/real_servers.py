@@ -132,7 +132,12 @@ def main() -> None:
                 url = f"http://127.0.0.1:{port}/v1"
                 _wait_for(url, process)
                 shown = ["python" if part == python else part for part in command]
-                found[name] = {"version": about, "command": _shown(shown, given)}
+                own = environment(seed=0)  # of this server: others may be of an earlier run
+                found[name] = {
+                    "version": about,
+                    "command": _shown(shown, given),
+                    "measured": {key: own[key] for key in ("date", "commit")},
+                }
                 served = given.folder if name == "transformers" else _model_name(url)
                 known = kept.of(name)
                 for key, about in mistaken(url, served, known):
@@ -219,6 +224,7 @@ def asked(
         ("stepwise", {"attr_target": "log_prob", "rung": "stepwise"}),
         ("top-k", {"attr_target": "log_prob", "rung": "top-k"}),
         ("label", {"attr_target": "label"}),
+        ("label by ids", {"attr_target": "label"}),
         ("frequency", {"attr_target": "frequency", "n_answers": N_ANSWERS}),
         ("similarity", {"attr_target": "similarity", "n_answers": N_ANSWERS}),
     ]
@@ -243,12 +249,13 @@ def asked(
             about |= {"refused": errors} if errors else {}
             if told:
                 keys = ("handshake", "n_requests", "estimated_requests", "answers", "top_is_top")
+                keys += ("labels",)
                 found = {key: [one[key] for one in told if key in one] for key in keys}
                 about |= {key: values for key, values in found.items() if values}
                 about["handshake"] = about["handshake"][:1]
                 censored = [one["share_censored"] for one in told if "share_censored" in one]
                 about |= {"share_censored": sum(censored) / len(censored)} if censored else {}
-                largest = [one["largest_error"] for one in told if "largest_error" in one]
+                largest = [one["largest_error"] for one in told if one.get("largest_error")]
                 about |= {"largest_error": max(largest)} if largest else {}
                 inside = [one["inside"] for one in told if "inside" in one]
                 about |= {"inside": min(inside)} if inside else {}
@@ -299,7 +306,7 @@ def _one(
     tokenizer: Any,
 ) -> dict[str, Any]:
     is_forced = rung.startswith("forced")
-    own = tokenizer if is_forced or rung == "stepwise" else None
+    own = tokenizer if is_forced or rung in ("stepwise", "label by ids") else None
     baselines: Any = "delete"
     inp = TextSegmentInput(
         prompt, tokenizer if is_forced else None, unit="sentence", baselines=baselines
@@ -321,13 +328,15 @@ def _one(
         "estimated_requests": estimate.n_requests,
         "answers": "".join(piece.text for piece in result.output_pieces),
     }
-    if not is_forced and rung not in ("stepwise", "top-k"):
+    if rung in ("frequency", "similarity"):
         return about
+    if rung.startswith("label"):
+        about["labels"] = told["labels"]
     exact = _exact(endpoint, inp, result, model, tokenizer, is_forced)
     values = result.values.double()
     lower, upper = result.value_interval if result.value_interval is not None else (values, values)
-    known = lower.isfinite()
-    about["largest_error"] = float((values - exact)[known].abs().max())
+    known = (upper - lower).isfinite()
+    about["largest_error"] = float((values - exact)[known].abs().max()) if known.any() else None
     about["share_censored"] = float((~known).double().mean())
     truth = attributions(FeatureAblation, result.masks, exact.sum(1))
     about["top_is_top"] = int(result.seq_attr.argmax()) == int(truth.argmax())
@@ -339,9 +348,12 @@ def _one(
 def _exact(
     endpoint: str, inp: Any, result: Any, model: Any, tokenizer: Any, is_forced: bool
 ) -> torch.Tensor:
-    """Log-probabilities of the target after each coalition, by plain forwards."""
+    """Log-probabilities of the target after each coalition, or log-odds of the labels, by plain
+    forwards.
+    """
     values: list[list[float]] = []
-    pieces = [piece.text for piece in result.output_pieces]
+    labels = result.provenance.get("labels")
+    pieces = labels or [piece.text for piece in result.output_pieces]
     target = (
         result.target.tolist()
         if is_forced
@@ -361,7 +373,10 @@ def _exact(
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids + target])).logits[0]
         told = logits[len(ids) - 1 : -1].double().log_softmax(-1)
-        values.append([float(told[t, token]) for t, token in enumerate(target)])
+        if labels:
+            values.append([float(told[0, target[0]] - told[0, target[1]])])
+        else:
+            values.append([float(told[t, token]) for t, token in enumerate(target)])
     return torch.tensor(values, dtype=torch.float64)
 
 

@@ -1,6 +1,7 @@
 """A real HTTP server with OpenAI's completions endpoint, and a real (tiny) model behind it."""
 
 import json
+import math
 import socket
 import struct
 import threading
@@ -448,6 +449,21 @@ def _each_value(change):
     return changed
 
 
+def _cut(one):
+    """The five likeliest tokens with all the mass, as if there were no others."""
+    tops = sorted(one["top_logprobs"], key=lambda top: -top["logprob"])[:5]
+    mass = sum(math.exp(top["logprob"]) for top in tops)
+    tops = [top | {"logprob": top["logprob"] - math.log(mass)} for top in tops]
+    own = {top["token"]: top["logprob"] for top in tops}
+    return one | {"logprob": own.get(one["token"], one["logprob"]), "top_logprobs": tops}
+
+
+def _stripped(one):
+    """A token without the space before it, and the likeliest likewise."""
+    tops = [top | {"token": top["token"].strip()} for top in one["top_logprobs"]]
+    return one | {"token": one["token"].strip(), "top_logprobs": tops}
+
+
 def _without(name):
     return lambda choice: {k: None if k == name else v for k, v in choice.items()}
 
@@ -496,5 +512,8 @@ CHAT_PARTS = {
     "one answer, several times": {"answer": _copies},
     "no draws": {"body": lambda body: body | {"temperature": 0.0}},
     "prompts are cut": {"prompt": lambda ids: ids[-40:]},
+    "cut to five": {"content": lambda content: [_cut(one) for one in content]},
+    "names without spaces": {"content": lambda content: [_stripped(one) for one in content]},
+    "logprobs of another form": {"content": lambda content: {"tokens": content}},
     "values of other tokens": {"content": _each_value(lambda value: value - 1)},
 }

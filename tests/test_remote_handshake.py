@@ -11,6 +11,7 @@ from remote_server import PARTS, Server, changed
 from captum_llm_ext import (
     ApiError,
     CompletionsProvider,
+    Contrast,
     GenerationAttribution,
     RemoteGenerationAttribution,
     TextSegmentInput,
@@ -246,10 +247,10 @@ def test_server_with_top_1_values_only_is_refused(model, tokenizer):
 
 
 class Forgetful:
-    """Of every third long prompt's last token tells the `n_others` likeliest others alone."""
+    """Of every `nth` long prompt's last token tells the `n_others` likeliest others alone."""
 
-    def __init__(self, model, n_others):
-        self.model, self.n_others = model, n_others
+    def __init__(self, model, n_others, nth=3):
+        self.model, self.n_others, self.nth = model, n_others, nth
 
     def get_token_logprobs(self, prompts):
         return [[None, *self.told(ids)] for ids in prompts]
@@ -259,7 +260,7 @@ class Forgetful:
             rows = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         for i, (row, token) in enumerate(zip(rows, ids[1:], strict=False), 2):
             others = {int(j): float(row[j]) for j in row.topk(self.n_others + 1).indices}
-            is_forgotten = i == len(ids) > 12 and sum(ids) % 3 == 0
+            is_forgotten = i == len(ids) > 12 and sum(ids) % self.nth == 0
             others = dict([pair for pair in others.items() if pair[0] != token][: self.n_others])
             yield (others or None) if is_forgotten else {token: float(row[token]), **others}
 
@@ -312,6 +313,61 @@ def test_missing_values_are_bounds(model, tokenizer, method, attr_target, n_othe
     assert bool(((low <= own + 1e-5) & (own <= high + 1e-5)).all())
     assert bool(torch.isinf(ends).any()) == (attr_target == "log_prob")
     assert found.provenance["first_cause"] is not None
+
+
+@pytest.mark.parametrize("method", [FeatureAblation, ShapleyValues])
+@pytest.mark.parametrize("n_others", [0, 8])
+def test_contrasts_of_missing_values_are_bounds(model, tokenizer, method, n_others):
+    spans = [(0, 4), (5, 18), (20, 23), (24, 33)]
+    inp = TextSegmentInput(
+        "Dave lives in Rome. Ann is in TX.", tokenizer, unit=spans, baselines="delete"
+    )
+    target = " golf and chess and music and art"
+    n = len(tokenizer.encode(target, add_special_tokens=False))
+    contrast = Contrast(foils=[[301 + t, 302 + t][t % 2 :] for t in range(n)])
+    ours = RemoteGenerationAttribution(
+        method(RemoteLLMAttribution.placeholder_model),
+        tokenizer,
+        Forgetful(model, n_others, 6),
+        contrast,
+        missing=-9.0,
+    )
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = ours.attribute(inp, target)
+    exact = GenerationAttribution(method(model), tokenizer, Contrast(found.foils)).attribute(
+        inp, target, output_unit=None
+    )
+    lower, upper = found.value_interval
+    is_known = lower == upper
+    truth = exact.values.double()
+    assert bool(((lower <= truth + 1e-6) & (truth <= upper + 1e-6)).all())
+    torch.testing.assert_close(found.values[is_known].double(), truth[is_known], atol=1e-5, rtol=0)
+    own = found.values.double()
+    assert bool(((lower - 1e-6 <= own) & (own <= upper + 1e-6)).all())
+    # The target's value may be missing, or that of a foil: the bound is then on the other side.
+    assert bool((lower.isneginf() & upper.isfinite()).any())
+    assert bool((lower.isfinite() & upper.isposinf()).any())
+    # Of two foils one may be known: both ends are then finite.
+    both = (~is_known & lower.isfinite() & upper.isfinite()).any(0)
+    assert bool(both[::2].any())
+    assert not bool(both[1::2].any())
+    low, high = found.token_attr_interval
+    attr = exact.token_attr.double()
+    assert bool(((low <= attr + 1e-5) & (attr <= high + 1e-5)).all())
+    apart = found.provenance["first_cause"]["is_told_apart"]
+    assert apart != any("% of the values are bounds" in str(one.message) for one in warned)
+    assert found.provenance["n_missing"] > 0
+    # Intervals of one kind of value, and of one estimator, are none of another's.
+    assert found.refit(attr_target="log_prob").value_interval is None
+    refitted = found.refit()
+    assert torch.equal(refitted.value_interval, found.value_interval)
+    assert torch.equal(refitted.token_attr_interval, found.token_attr_interval)
+    if method is ShapleyValues:
+        refitted = found.refit(FeatureAblation)
+        assert torch.equal(refitted.value_interval, found.value_interval)
+        assert refitted.token_attr_interval is None
+        assert refitted.provenance["first_cause"] is None
 
 
 def test_handshake_runs_once_per_provider(tokenizer, server):

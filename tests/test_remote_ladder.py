@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -27,6 +28,8 @@ from captum_llm_ext import (
 from captum_llm_ext.cli import main
 from captum_llm_ext.remote.bounds import Bounds
 from captum_llm_ext.remote.chat_endpoint import ChatRequest
+from captum_llm_ext.remote.estimate import N_CHECKS
+from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.sampled import wilson
 from captum_llm_ext.remote.similarities import token_f1
 
@@ -222,6 +225,8 @@ FAULTS = {
     "NaN": "gave nan as a log-probability",
     "logprobs ignored": "no log-probabilities of the tokens that it generates",
     "values of other tokens": "of another temperature",
+    "cut to five": "cuts the distribution",
+    "logprobs of another form": "where a list was expected",
 }
 
 
@@ -233,6 +238,52 @@ def test_inconsistent_top_logprobs_are_refused(server, part, attr_target):
         remote(chat(server), attr_target=attr_target).attribute(spans(), " golf")
     assert 'attr_target="frequency"' in str(raised.value)  # which would work
     assert len(server.bodies) < 12
+
+
+def test_token_names_without_their_spaces_are_refused(server):
+    server.part = CHAT_PARTS["names without spaces"]
+    with pytest.raises(ApiError, match=r"spaces are lost or replaced.*label"):
+        remote(chat(server)).attribute(spans(), gen_args={"max_new_tokens": 2})
+    found = remote(chat(server), attr_target="label").attribute(spans())
+    assert found.provenance["labels"][0].isalpha()
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_read"),
+    [
+        ({"usage": [1]}, True),
+        ({"usage": {"prompt_tokens": "12", "completion_tokens": -1}}, True),
+        ({"model": ["tiny"]}, True),
+        ({"choices": [{"message": "golf"}]}, False),
+        ({"choices": [{"message": None}]}, False),
+        ({"choices": [{"message": {"content": 7}}]}, False),
+        ({"choices": ["golf"]}, False),
+        ({"choices": [{"message": {"content": [{"type": "text", "text": " golf"}, "!"]}}]}, True),
+        ({"choices": [{"message": {"content": "golf"}, "logprobs": "none"}]}, True),
+    ],
+)
+def test_answers_of_another_form_are_read_or_named(server, changes, is_read):
+    server.part = {"answer": lambda answer: answer | changes}
+    provider = chat(server)
+    question = ChatRequest([{"role": "user", "content": "Go"}], n_tokens=1, temperature=0.0)
+    if is_read:
+        [answer] = provider.chat(question)
+        own = changes.get("choices")
+        assert answer.text == " golf!" if own and len(own[0]) == 1 else answer.text
+        assert answer.n_in >= 0
+    else:
+        with pytest.raises(ApiError, match=r"was expected|as the text of its answer"):
+            provider.chat(question)
+
+
+def test_similar_prompts_answered_from_a_cache_are_reported(server):
+    seen = {}
+    server.part = {"prompt": lambda ids: seen.setdefault(tuple(ids[:8]), ids)}
+    with pytest.warns(UserWarning, match="from a cache"):
+        found = remote(chat(server), attr_target="label").attribute(spans())
+    assert "coalitions have the values of another" in found.provenance["doubts"][0]
+    server.part = {}
+    assert not remote(chat(server), attr_target="label").attribute(spans()).provenance["doubts"]
 
 
 def test_unlisted_stop_token_is_recorded(server):
@@ -385,6 +436,56 @@ def test_the_first_cause_is_told_apart_from_every_other_one():
     assert {(True, 1), (False, 1), (False, 2)} <= set(seen)
 
 
+@pytest.mark.parametrize(
+    ("label", "named", "first"),
+    [
+        # Of what the tokenizer makes of it, not what merely begins like it.
+        ("Norway", [" N", " The"], " Nor"),
+        ("Norway", ["N", "The"], "Nor"),
+        (" Norway", ["N", "The"], " Nor"),
+        ("Norway", ["The", "Nor", " Nor"], "Nor"),
+        ("Norway", ["The", " Nor"], " Nor"),
+    ],
+)
+def test_first_token_of_a_label_is_the_tokenizers(label, named, first):
+    class By:
+        """Cuts words after three letters."""
+
+        details = {}
+
+        def likeliest(self, messages):
+            return [(name, -1.0) for name in [*named, " else"]]
+
+        def first_token(self, text, prefix=""):
+            return text[: 3 + text.startswith(" ")]
+
+    ours = Label(By(), (None, "else"))
+    ours.target([], label)
+    assert ours.details["labels"][0] == first
+
+
+def test_the_warning_of_bounds_says_what_would_tell_more(server):
+    def advice(**arguments):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            remote(chat(server), **arguments).attribute(spans(), gen_args={"max_new_tokens": 2})
+        return next(str(w.message) for w in warned if "not distinguish" in str(w.message))
+
+    said = advice(top_logprobs=1)
+    assert '`attr_target="prob"` hardly depends' in said
+    assert "A larger `top_logprobs`" in said
+    assert '`rung="stepwise"` may tell them' in said
+    said = advice(top_logprobs=2, attr_target="label", labels=("poker", "table"))
+    assert "With the model's `tokenizer` the server may tell them" in said
+    # A server that has told fewer than were asked for has no more.
+    server.part = {"content": lambda content: [fewer(one) for one in content]}
+
+    def fewer(one):
+        return one | {"top_logprobs": one["top_logprobs"][:1]}
+
+    assert "top_logprobs" not in advice(top_logprobs=5)
+
+
 def test_ignored_logit_bias_is_reported(demo, server):
     server.bias = "ignored"
     how = {"rung": "stepwise", "top_logprobs": 5}
@@ -467,6 +568,47 @@ def test_two_label_contrast(demo, server, labels):
     assert "first tokens" in found.provenance["cannot_see"]
     with pytest.raises(ValueError, match="both begin with"):
         remote(chat(server), attr_target="label", labels=("golf", "golf course")).attribute(spans())
+
+
+@pytest.mark.parametrize("given", ["by id", "biased", "neither"])
+def test_labels_are_exact_where_the_server_tells_given_tokens(demo, server, given):
+    model, tokenizer = demo
+    server.reports_ids = given == "by id"
+    server.bias = "told" if given == "biased" else "ignored"
+    ours = RemoteGenerationAttribution(
+        ShapleyValues(PLACEHOLDER),
+        tokenizer,
+        chat(server, prefill="none"),
+        attr_target="label",
+        labels=("golf", "zebra"),
+        top_logprobs=3,
+    )
+    # The second label is never among the three likeliest: the tokenizer knows how it begins.
+    told = ours.estimate(spans())
+    found = ours.attribute(spans())
+    pair = found.provenance["labels"]
+    ids = [tokenizer.encode(name, add_special_tokens=False)[0] for name in pair]
+    assert pair == [" golf", tokenizer.decode(ids[1:])]
+    exact = []
+    for row in spans(tokenizer).render(found.masks.bool(), torch.Generator().manual_seed(0)):
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)
+        exact.append(float(p[ids[0]] - p[ids[1]]))
+    exact = torch.tensor(exact, dtype=torch.float64)
+    lower, upper = (end[:, 0] for end in found.value_interval)
+    assert bool(((lower - 1e-4 <= exact) & (exact <= upper + 1e-4)).all())
+    is_exact = given != "neither"
+    assert (found.provenance["share_censored"] == 0) == is_exact
+    n_handshake = 12
+    assert len(server.bodies) <= told.n_requests + n_handshake
+    if is_exact:
+        torch.testing.assert_close(found.values[:, 0].double(), exact, atol=1e-4, rtol=0)
+    else:
+        assert "ignores `logit_bias`" in found.provenance["handshake"]["given tokens"]
+        assert "likeliest has a bound" in found.provenance["cannot_see"]
+    if given == "by id":  # both labels by one request
+        n = sum("logprob_token_ids" in body for body in server.bodies)
+        assert n == found.n_evaluations + 1
 
 
 def test_checkpoint_keeps_sampled_answers(server, tmp_path):
@@ -733,11 +875,50 @@ LINE = ["attribute", "--model", "tiny", "--prompt", PROMPT, "--target", " golf",
 LINE += ["--method", "ablation"]
 
 
+def test_command_line_tells_what_each_rung_would_take_and_what_was_sent(server, capsys):
+    asked = [*LINE[:5], *LINE[7:], "--api", server.url, "--max-new-tokens", "2"]
+    assert main([*asked, "--estimate"]) == 0
+    assert not server.bodies
+    said = capsys.readouterr()
+    rows = [line.split() for line in said.out.splitlines()]
+    assert [row[0] for row in rows] == ["rung", "top-k", "frequency", "similarity"]
+    # Two tokens; at most 200, and 64, answers.
+    assert [int(row[2].replace(",", "")) for row in rows[1:]] == [2 * 16, 200 * 16, 64 * 16]
+    assert "the first of these that works is used" in said.err
+    assert main(asked) == 0
+    said = capsys.readouterr().err
+    assert f"{len(server.bodies)} requests were sent" in said
+    assert len(server.bodies) <= 2 * 16 + N_CHECKS
+    labels = ["--rung", "label", "--labels", "golf", "poker"]
+    server.bodies.clear()
+    assert main([a for a in [*asked, *labels] if a != "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert "Found by label contrast of ' golf' with ' poker'" in said.out
+    # One token is an answer, and no further coalitions follow.
+    assert "ended at once" not in said.err
+    assert "for the whole answer" not in said.err
+
+
+def test_advice_to_users_of_the_command_line_names_its_options(server, capsys):
+    server.bias = "ignored"
+    cases = {
+        ("--rung", "stepwise"): "--rung top-k",
+        ("--rung", "frequency", "--target", " zebra"): "or --rung similarity",
+    }
+    for more, advice in cases.items():
+        asked = [*LINE[:5], *LINE[7:], "--api", server.url, *more]
+        assert main(asked) == 1, more
+        said = capsys.readouterr().err
+        assert advice in said, said
+        assert "--attr-target" not in said
+        assert "`" not in said
+
+
 def test_command_line_queries_apis(demo, server, capsys, tmp_path):
     asked = [*LINE, "--api", server.url]
     assert main([*asked, "--estimate", "--rung", "log_prob"]) == 0
     assert not server.bodies
-    assert re.search(r"n_requests +16$", capsys.readouterr().out, re.M)
+    assert re.search(r"^top-k +16 +16 ", capsys.readouterr().out, re.M)
     assert main([*asked, "--json", str(tmp_path / "one.json")]) == 0
     assert "golf" in capsys.readouterr().out
     told = json.loads((tmp_path / "one.json").read_text())["provenance"]
@@ -753,6 +934,16 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
     assert main([*asked[:5], *asked[7:], *labels, "--json", str(tmp_path / "l.json")]) == 0
     told = json.loads((tmp_path / "l.json").read_text())["provenance"]
     assert told["labels"] == [" golf", " poker"]
+    prob = ["--attr-target", "prob", "--top-logprobs", "3", "--json", str(tmp_path / "p.json")]
+    assert main([*asked, *prob]) == 0
+    told = json.loads((tmp_path / "p.json").read_text())["provenance"]
+    assert (told["attr_target"], told["rung"]) == ("prob", "stepwise top-k")
+    assert server.bodies[-1]["top_logprobs"] == 3
+    foils = ["--attr-target", "contrast", "--foils", " tennis", "--json", str(tmp_path / "c.json")]
+    whole = ["--provider", "completions", "--tokenizer", "demo"]
+    assert main([*asked, *foils, *whole]) == 0
+    told = json.loads((tmp_path / "c.json").read_text())["provenance"]
+    assert told["attr_target"] == "contrast"
     stepwise = ["--rung", "stepwise", "--tokenizer", "demo", "--json", str(tmp_path / "s.json")]
     assert main([*asked, *stepwise]) == 0
     told = json.loads((tmp_path / "s.json").read_text())["provenance"]
@@ -772,7 +963,13 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
             "Anthropic's messages return only text",
         ),
         (["--api", "http://h/v1", "--labels", "a", "b"], "ignored without --rung label"),
-        (["--api", "http://h/v1", "--attr-target", "logit"], "--rung sets what is explained"),
+        (["--api", "http://h/v1", "--attr-target", "logit"], "no API returns logits"),
+        (["--api", "http://h/v1", "--attr-target", "contrast"], "--rung label compares two"),
+        (
+            ["--api", "http://h/v1", "--attr-target", "prob", "--rung", "label"],
+            "--rung label sets what is explained",
+        ),
+        (["--top-logprobs", "5"], "--top-logprobs would be ignored without --api"),
         (["--api", "http://h/v1", "--dtype", "float32"], "--dtype would be ignored with --api"),
         (["--api", "http://h/v1", "--method", "gradient-shap"], "needs the model itself"),
     ],
@@ -780,6 +977,17 @@ def test_command_line_queries_apis(demo, server, capsys, tmp_path):
 def test_command_line_refuses_options_it_would_ignore(capsys, more, message):
     assert main([*LINE, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_doctor_takes_the_model_as_other_commands_do(server, capsys):
+    server.part = CHAT_PARTS["logprobs ignored"]
+    assert main(["doctor", "--api", server.url, "--model", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert server.bodies[0]["model"] == "tiny"
+    assert "only --rung frequency" in said
+    assert "`" not in said
+    assert main(["doctor", "tiny", "--api", server.url, "--model", "other"]) == 2
+    assert "MODEL is tiny and --model other: give one" in capsys.readouterr().err
 
 
 def test_doctor_checks_servers(server, capsys):

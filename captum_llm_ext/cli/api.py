@@ -60,6 +60,13 @@ def add_api(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop at this limit; received answers are kept",
     )
+    add(
+        "--top-logprobs",
+        type=positive,
+        metavar="K",
+        help="likeliest tokens requested at each step (default: 20); more leave fewer values "
+        "unknown, if the server allows them",
+    )
     add("--cache", metavar="FILE", help="cache answers in FILE (SQLite) for other runs")
 
 
@@ -71,7 +78,8 @@ def is_remote(arguments: argparse.Namespace) -> bool:
             API.
     """
     is_one = arguments.api is not None or arguments.provider == "anthropic"
-    for name in ("provider", "tokenizer", "rung", "labels", "answers", "max_requests", "cache"):
+    own = "provider tokenizer rung labels answers max_requests top_logprobs cache"
+    for name in own.split():
         if not is_one and getattr(arguments, name, None) is not None:
             raise UsageError(f"--{name.replace('_', '-')} would be ignored without --api URL.")
     if is_one and arguments.tokenizer is not None and arguments.provider == "anthropic":
@@ -100,7 +108,16 @@ def check(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, option, None)
         if given not in (None, "auto"):
             raise UsageError(f"--{option.replace('_', '-')} would be ignored with --api.")
-    if arguments.attr_target not in (None, "log_prob"):
-        raise UsageError(
-            "--attr-target would be ignored with --api: --rung sets what is explained."
-        )
+    rung = arguments.rung or "auto"
+    if arguments.attr_target == "logit":
+        raise UsageError("--attr-target logit needs the model itself: no API returns logits.")
+    if arguments.attr_target is not None and rung not in ("auto", "log_prob", *LOG_PROBS):
+        raise UsageError(f"--attr-target would be ignored: --rung {rung} sets what is explained.")
+    if arguments.attr_target == "contrast":
+        if arguments.provider != "completions" or arguments.tokenizer is None:
+            raise UsageError(
+                "--attr-target contrast needs log-probabilities of whole prompts: --provider "
+                "completions with --tokenizer NAME. --rung label compares two first tokens."
+            )
+        if rung in ("stepwise", "top-k"):
+            raise UsageError(f"--rung {rung} has no contrasts: leave it out.")

@@ -137,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int | None:
         attributes_answer=is_of_parts(arguments.method),
         uses_proposals=_uses_proposals(given, arguments),
         cheaper=partial(job.cheaper, attribution.tokenizer),
+        lists_end=not is_remote(arguments),
     )
     kept = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
     try:
@@ -148,6 +149,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     result.provenance["command"] = arguments.command_line
     if not progress.has_answered:
         say(f"answer: {''.join(piece.text for piece in result.output_pieces)}")
+    if is_remote(arguments):
+        say(f"{result.provenance['n_requests']:,} requests were sent")
     text = report(result, arguments.top, arguments.level)
     changes: list[Any] = []
     if arguments.counterfactuals is not None:

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from captum_llm_ext.cli.api import add_provider, is_remote
-from captum_llm_ext.cli.command import add_command
+from captum_llm_ext.cli.command import UsageError, add_command
 from captum_llm_ext.cli.loading import DEMO, add_loading, place_of
 
 EXAMPLES = (
@@ -39,6 +39,8 @@ def add(commands: Any) -> None:
         metavar="MODEL",
         help=f"a Hugging Face name or a folder (default: {DEMO}, which comes with the package)",
     )
+    # As with other commands.
+    parser.add_argument("--model", dest="same_model", metavar="NAME", help=argparse.SUPPRESS)
     add_loading(parser)
     add_provider(parser)
     parser.add_argument("--json", action="store_true", help="everything as JSON")
@@ -46,6 +48,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints versions and checks; returns 1 if the package's own values are wrong."""
+    if arguments.same_model is not None and arguments.model is not None:
+        raise UsageError(
+            f"MODEL is {arguments.model} and --model {arguments.same_model}: give one."
+        )
+    arguments.model = arguments.model or arguments.same_model
     if is_remote(arguments):
         from captum_llm_ext.cli.remote import check_api
 

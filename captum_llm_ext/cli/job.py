@@ -252,7 +252,8 @@ class Job:
             from captum_llm_ext.cli.remote import attribution_of, tokenizers_of
 
             tokenizer, of_input = tokenizers_of(arguments)
-            return attribution_of(arguments, tokenizer), self._input(of_input, baselines)
+            remote = attribution_of(arguments, tokenizer, _explained(arguments))
+            return remote, self._input(of_input, baselines)
         tokenizer = load_tokenizer(self._place)
         if arguments.target is None and is_main():
             self._prompt.note_template(tokenizer, self._place.shown)

@@ -45,6 +45,7 @@ class RunProgress:
         attributes_answer: Whether a few evaluations for the whole answer may follow.
         uses_proposals: Whether the model proposes replacements, which takes a while.
         cheaper: Returns other commands for the number of tokens of the answer.
+        lists_end: Whether the answer's end is a token of it, so that one token alone is none.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class RunProgress:
         attributes_answer: bool,
         uses_proposals: bool,
         cheaper: Callable[[int], Iterable[CheaperRun]],
+        lists_end: bool = True,
     ) -> None:
         self._model, self._is_dry, self._is_open = model, is_dry, is_open
         self._uses_proposals, self._cheaper = uses_proposals, cheaper
-        self._attributes_answer = attributes_answer
+        self._attributes_answer, self._lists_end = attributes_answer, lists_end
         self._shows_estimate = is_dry or not is_quiet
         self._has_bar = not is_quiet
         self._bar: Listener | None = None
@@ -78,9 +80,12 @@ class RunProgress:
 
     def answered(self, text: str, n_tokens: int, is_cut: bool) -> None:
         """Prints the answer, and whether it was truncated."""
+        if self.has_answered:
+            say("the strongest cause is not told apart yet: twice as many answers are sampled")
+            return
         self._n_tokens = n_tokens
         say(f"answer: {one_line(text)}")
-        if n_tokens == 1 and not is_cut:
+        if n_tokens == 1 and not is_cut and self._lists_end:
             say(
                 "the model ended at once: what follows is why it wrote nothing (a chat model wants "
                 "--as-chat)"
@@ -154,7 +159,8 @@ class RunProgress:
         write = print if self._is_dry else say  # in a dry run, this is the output
         left = each * (self._total - n)
         more = " to begin with; the values decide how many more" if self._is_open else ""
-        if self._attributes_answer:
+        # A coalition of several requests is one of an API that does not report whole prompts.
+        if self._attributes_answer and self._unit != "coalition":
             more += f", and at most {most_evaluations(self._total)} for the whole answer"
         # The work of a dry run has to be repeated.
         whole = each * self._total if self._is_dry else left

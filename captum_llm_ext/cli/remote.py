@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, cast
 
 from captum.attr import FeatureAblation, RemoteLLMAttribution
@@ -13,9 +12,11 @@ from captum_llm_ext.cli.command import say
 from captum_llm_ext.cli.loading import Place, load_tokenizer, location
 from captum_llm_ext.cli.methods import method
 from captum_llm_ext.cli.outputs import as_json
+from captum_llm_ext.cli.wording import in_options
 from captum_llm_ext.remote import AnthropicProvider, ApiError, ChatProvider, CompletionsProvider
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint, ChatRequest
 from captum_llm_ext.remote.chat_providers import chat_endpoint
+from captum_llm_ext.remote.estimate import N_CHECKS
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT
 
 _CALLED = {
@@ -44,19 +45,31 @@ def provider_of(arguments: argparse.Namespace, model: str) -> Any:
     return ChatProvider(model, api_url=arguments.api)
 
 
-def attribution_of(arguments: argparse.Namespace, tokenizer: Any) -> RemoteGenerationAttribution:
-    """The attribution object."""
+def attribution_of(
+    arguments: argparse.Namespace, tokenizer: Any, explained: Any
+) -> RemoteGenerationAttribution:
+    """The attribution object.
+
+    Args:
+        arguments: The options.
+        tokenizer: The model's tokenizer, if it is known.
+        explained: The value to explain of tokens.
+    """
     settings = {name: getattr(arguments, name) for name in ("share", "scheme")}
     rung = arguments.rung or "auto"
+    of_tokens = "log_prob" if arguments.attr_target is None else explained
+    if rung == "auto" and arguments.attr_target in (None, "log_prob"):
+        of_tokens = "auto"
     return RemoteGenerationAttribution(
         method(arguments.method, cast(Any, RemoteLLMAttribution.placeholder_model), **settings),
         tokenizer,
         provider_of(arguments, arguments.model),
-        "log_prob" if rung in LOG_PROBS else rung,
+        of_tokens if rung in ("auto", "log_prob", *LOG_PROBS) else rung,
         rung=rung if rung in LOG_PROBS else None,
         labels=tuple(arguments.labels) if arguments.labels else None,
         n_answers=arguments.answers,
         max_requests=arguments.max_requests,
+        top_logprobs=arguments.top_logprobs or 20,
         cache=arguments.cache,
     )
 
@@ -67,10 +80,10 @@ def show_estimate(
     """Prints the estimated requests, tokens and costs of an attribution."""
     kept = {k: v for k, v in options.items() if k not in ("output_unit", "show_progress")}
     found = attribution.estimate(inp, **kept)
-    say("nothing was sent; at most, without the few requests that look at the server:")
-    for name, value in asdict(found).items():
-        if value is not None:
-            print(f"{name:<13} {value}")
+    say(f"nothing was sent; at most, beside up to {N_CHECKS} requests that check the server:")
+    print(found)
+    if len(found.rungs) > 1:
+        say("the first of these that works is used; --rung chooses one")
 
 
 def check_api(arguments: argparse.Namespace) -> int:
@@ -102,7 +115,7 @@ def _checked_rungs(provider: Any, tokenizer: Any) -> Iterator[tuple[str, dict[st
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT:
                 raise
-            yield _CALLED[rung], {"works": False, "what": str(error)}
+            yield _CALLED[rung], {"works": False, "what": in_options(str(error))}
         else:
             yield _CALLED[rung], {"works": True, "what": f"--rung {rung}", **findings}
     endpoint = cast(ChatEndpoint, chat_endpoint(provider))

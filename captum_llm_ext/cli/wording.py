@@ -36,12 +36,14 @@ _OPTIONS: Mapping[str, str] = {
     "n_answers": "--answers",
     "perturbations_per_eval": "--batch-size",
     "api_url": "--api",
+    "rung": "--rung",
+    "labels": "--labels",
     **{
         name: f"--{name.replace('_', '-')}"
         for name in (
             "attr_target baselines cache checkpoint device_map foils layer max_evaluations "
             "max_new_tokens max_requests n_draws n_samples n_steps output_unit roles scheme seed "
-            "share surrogate target temperature tokenizer tol top_p unit"
+            "share surrogate target temperature tokenizer tol top_logprobs top_p unit"
         ).split()
     },
 }
@@ -71,6 +73,9 @@ _PHRASES = (
     (r", or give the rendered text to `TextSegmentInput`", ""),
     (r", \(start, stop\) pairs, or a callable `[^`]*`", ""),
     (r"A tuple of units, such as `unit=", "Several, such as `unit="),
+    (r", a `predicate` that more texts satisfy,", ""),
+    # Of APIs: --rung sets what is explained.
+    (r"`attr_target=(?=[\"'](?:label|frequency|similarity)[\"']`)", "`rung="),
     (r"`--", "--"),
 )
 _NAMED = re.compile(r"`(\w+)(?:=(?P<value>[^`]+)|\([^`]*\))?`")

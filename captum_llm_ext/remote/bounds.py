@@ -97,6 +97,30 @@ def bound_of_unreported(
     return min([math.log(max(rest, _ROUNDED)), *ends])
 
 
+def bounds_of_contrast(
+    target: Tensor, foils: Tensor, has_foils: Tensor, rounding_step: float = 0.0
+) -> Tensor:
+    """Bounds of log-odds of tokens against their foils, ``(2, n_target)``.
+
+    Args:
+        target: Bounds of the tokens' log-probabilities, ``(2, n_target)``.
+        foils: Bounds of those of all foils of a token together, ``(2, n_target)``; 0 for none.
+        has_foils: Which tokens have foils, ``(n_target,)``.
+        rounding_step: What reported values are multiples of.
+    """
+    (low, high), (foils_low, foils_high) = target, foils
+    off = rounding_step / 2 + _ROUNDED
+    # Foils have at most the mass that the token leaves, and vice versa.
+    rest, rest_of_foils = (
+        (1 - (end - off).exp()).clamp_min(_ROUNDED).log() for end in (low, foils_low)
+    )
+    is_open, is_open_of_foils = has_foils & (high > low), has_foils & (foils_high > foils_low)
+    foils_high = torch.where(is_open_of_foils, foils_high.minimum(rest), foils_high)
+    high = torch.where(is_open, high.minimum(rest_of_foils), high)
+    # Without a lower bound of the foils there is no upper one of the contrast.
+    return torch.stack([low - foils_high, high - foils_low])
+
+
 def weights(name: str, plan: Plan) -> Tensor | None:
     """Weights of the coalitions' values in the attributions, ``(n_coalitions, n_features)``.
 

@@ -1,23 +1,26 @@
 """Providers that take messages and return text, with or without log-probabilities."""
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, Prefill, Step
+from captum_llm_ext.remote.chat_answers import (
+    REFUSED,
+    chat_answer,
+    completed,
+    counts,
+    steps_of,
+    text_of,
+)
+from captum_llm_ext.remote.chat_endpoint import ChatAnswer, ChatEndpoint, ChatRequest, Prefill
 from captum_llm_ext.remote.completions import CompletionsProvider
-from captum_llm_ext.remote.providers import is_ruled_out, log_prob
 from captum_llm_ext.remote.transport import (
     ApiError,
     GarbageError,
     Http,
     Secrets,
-    UnusableAnswerError,
     api_key,
 )
-
-_REFUSED = ("refusal", "content_filter", "safety")
 
 
 class _HttpProvider:
@@ -139,7 +142,8 @@ class ChatProvider(_HttpProvider):
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
             raise ApiError(f"{self.model_name} answered without `choices`.")
-        return [_chat_answer(choice, answer, len(choices)) for choice in cast(list[Any], choices)]
+        several = cast(list[Any], choices)
+        return [chat_answer(one, answer, len(several), has_logprobs=top > 0) for one in several]
 
     def _posted(self, body: dict[str, Any]) -> dict[str, Any]:
         if self._http is not None:
@@ -212,15 +216,15 @@ class AnthropicProvider(_HttpProvider):
         if not isinstance(parts, list):
             raise ApiError(f"{self.model_name} answered without `content`.")
         held = cast(dict[str, Any], found)
-        text = "".join(str(p.get("text") or "") for p in cast(list[Any], parts))
-        usage: dict[str, Any] = held.get("usage") or {}
+        text = text_of(parts)
+        usage = counts(held)
         return [
             ChatAnswer(
                 text,
-                is_refusal=held.get("stop_reason") in _REFUSED,
-                n_in=int(usage.get("input_tokens") or 0),
-                n_out=int(usage.get("output_tokens") or 0),
-                model=held.get("model"),
+                is_refusal=held.get("stop_reason") in REFUSED,
+                n_in=usage["input_tokens"],
+                n_out=usage["output_tokens"],
+                model=held["model"] if isinstance(held.get("model"), str) else None,
                 has_stopped=held.get("stop_reason") == "end_turn",
             )
         ]
@@ -279,7 +283,7 @@ class CallableProvider:
                 "log-probabilities of the likeliest tokens."
             )
         several = [tops] if isinstance(tops, Mapping) else list(cast(Sequence[Any], tops))
-        return [ChatAnswer(text, _steps_of(text, cast(list[Mapping[str, float]], several)))]
+        return [ChatAnswer(text, steps_of(text, cast(list[Mapping[str, float]], several)))]
 
 
 class ChatOverCompletions:
@@ -302,7 +306,8 @@ class ChatOverCompletions:
         prompt = "\n".join(texts) + question.prefill
         body = _settings(question) | ({"logprobs": question.top} if question.top else {})
         answer = self._provider.complete(prompt, body)
-        return [_completed(choice, answer) for choice in answer["choices"]]
+        has_logprobs = question.top > 0
+        return [completed(one, answer, has_logprobs=has_logprobs) for one in answer["choices"]]
 
 
 def chat_endpoint(provider: Any) -> ChatEndpoint | None:
@@ -326,55 +331,6 @@ def other_endpoint(provider: Any) -> tuple[ChatEndpoint | None, str]:
     return None, ""
 
 
-def _chat_answer(choice: Any, answer: Mapping[str, Any], n: int) -> ChatAnswer:
-    if not isinstance(choice, dict):
-        raise UnusableAnswerError("the server returned a choice that is not an object.")
-    held = cast(dict[str, Any], choice)
-    message: dict[str, Any] = held.get("message") or {}
-    refusal = message.get("refusal")
-    logprobs: dict[str, Any] = held.get("logprobs") or {}
-    content: list[Any] = logprobs.get("content") or []
-    steps = [
-        Step(_token(one), _value(one), [(_token(top), _value(top)) for top in _tops(one)])
-        for one in content
-    ]
-    usage: dict[str, Any] = answer.get("usage") or {}
-    return ChatAnswer(
-        str(message.get("content") or refusal or ""),
-        steps,
-        is_refusal=bool(refusal) or held.get("finish_reason") in _REFUSED,
-        # The prompt is counted once, however many answers.
-        n_in=int(usage.get("prompt_tokens") or 0),
-        n_out=int(usage.get("completion_tokens") or 0) // n,
-        model=answer.get("model"),
-        fingerprint=_fingerprint(answer),
-        has_stopped=held.get("finish_reason") == "stop",
-    )
-
-
-def _completed(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> ChatAnswer:
-    logprobs: dict[str, Any] = choice.get("logprobs") or {}
-    names: list[Any] = logprobs.get("tokens") or []
-    values: list[Any] = logprobs.get("token_logprobs") or []
-    tops: list[Any] = logprobs.get("top_logprobs") or [{}] * len(names)
-    steps = [
-        Step(str(name), _checked(value), [(str(k), _checked(v)) for k, v in (top or {}).items()])
-        for name, value, top in zip(names, values, tops, strict=False)
-    ]
-    usage: dict[str, Any] = answer.get("usage") or {}
-    n = len(answer["choices"])
-    return ChatAnswer(
-        str(choice.get("text") or ""),
-        steps,
-        # The prompt is counted once, however many answers.
-        n_in=int(usage.get("prompt_tokens") or 0),
-        n_out=int(usage.get("completion_tokens") or 0) // n,
-        model=answer.get("model"),
-        fingerprint=_fingerprint(answer),
-        has_stopped=choice.get("finish_reason") == "stop",
-    )
-
-
 def _settings(question: ChatRequest) -> dict[str, Any]:
     """Settings that chat and completions requests share."""
     found: dict[str, Any] = {
@@ -393,53 +349,6 @@ def _takes(fn: Callable[..., Any], name: str) -> bool:
         return name in inspect.signature(fn).parameters
     except (TypeError, ValueError):  # a builtin
         return False
-
-
-def _fingerprint(answer: Mapping[str, Any]) -> str | None:
-    found = answer.get("system_fingerprint")
-    return found if isinstance(found, str) else None
-
-
-def _steps_of(text: str, tops: Sequence[Mapping[str, float]]) -> list[Step]:
-    """Splits a text into tokens, each of which is among the likeliest at its position."""
-    steps: list[Step] = []
-    left = text
-    for top in tops:
-        pairs = [(str(name), _checked(value)) for name, value in top.items()]
-        fitting = [pair for pair in pairs if pair[0] and left.startswith(pair[0])]
-        name, value = max(fitting, key=lambda pair: len(pair[0]), default=("", -math.inf))
-        steps.append(Step(name, value, pairs))
-        left = left[len(name) :]
-    return steps
-
-
-def _token(one: Any) -> str:
-    """A token's text; for parts of characters their bytes, since they have no text."""
-    raw = one.get("bytes") if isinstance(one, dict) else None
-    if isinstance(raw, list):
-        try:
-            return bytes(cast(list[int], raw)).decode()
-        except (ValueError, TypeError):
-            return f"bytes:{raw}"
-    return str(cast(dict[str, Any], one).get("token") or "")
-
-
-def _tops(one: Any) -> list[Any]:
-    return list(cast(dict[str, Any], one).get("top_logprobs") or [])
-
-
-def _value(one: Any) -> float:
-    return _checked(cast(dict[str, Any], one).get("logprob"))
-
-
-def _checked(reported: Any) -> float:
-    value = log_prob(reported)
-    if value is None:
-        raise UnusableAnswerError(
-            f"the server gave {reported!r:.80} as a log-probability: expected a number of nats, "
-            "at most 0."
-        )
-    return -math.inf if is_ruled_out(value) else value
 
 
 def _key(given: str | None, url: str, variable: str) -> str | None:

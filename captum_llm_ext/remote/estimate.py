@@ -16,17 +16,24 @@ from captum_llm_ext.text.inputs import Prompt
 
 LENGTHS = {"max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
 
+# Most requests of a handshake, with the generation of the target and the repetition at the end: of
+# any next token by a bias, with two ways to prefill an answer.
+N_CHECKS = 12
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Estimated requests, tokens and costs of an attribution.
+    """Estimated requests, tokens and costs of an attribution; printed as a table by rung.
 
     Attributes:
         n_coalitions: Number of distinct coalitions, including the full and the empty one.
-        n_requests: Maximum number of requests, without the handshake.
+        n_requests: Maximum number of requests, without those that check the server, up to 12.
         tokens_in, tokens_out: Maximum numbers of input and output tokens; approximate without a
             tokenizer.
         usd: Their cost at the given prices; None without prices.
+        rung: The rung that takes this.
+        rungs: The same for every rung that may be chosen, the first that works being used; this one
+            is the most expensive.
     """
 
     n_coalitions: int
@@ -34,6 +41,22 @@ class Estimate:
     tokens_in: int
     tokens_out: int
     usd: float | None
+    rung: str = ""
+    rungs: tuple["Estimate", ...] = ()
+
+    def __str__(self) -> str:
+        names = ("rung", "coalitions", "requests", "tokens in", "tokens out")
+        rows = [
+            (
+                one.rung,
+                *(f"{n:,}" for n in (one.n_coalitions, one.n_requests)),
+                *(f"{n:,}" for n in (one.tokens_in, one.tokens_out)),
+                *(() if one.usd is None else (f"{one.usd:.4f}",)),
+            )
+            for one in self.rungs or (self,)
+        ]
+        shown = [(*names, *(() if self.usd is None else ("US dollars",))), *rows]
+        return "\n".join(f"{row[0]:<10}" + "".join(f"{n:>12}" for n in row[1:]) for row in shown)
 
 
 class Counter(LadderScorer):

@@ -73,12 +73,14 @@ class Findings:
         checks: The checks and their outcomes.
         refused: Ways tried before, and what is wrong with them.
         n_prompts: Number of prompts sent.
+        rounding_step: What values are multiples of, if coarse; otherwise 0.
     """
 
     way: str | None
     checks: Mapping[str, str]
     refused: Mapping[str, str]
     n_prompts: int
+    rounding_step: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields for provenance and JSON."""
@@ -156,7 +158,8 @@ def _verified(source: ProviderAdapter, prompt: Sequence[int], target: Sequence[i
         try:
             exam.run()
             source.most_prompts = min(source.most_prompts, exam.source.most_prompts)
-            return Findings(way, exam.checks, refused, n_prompts + exam.n_prompts)
+            n_prompts += exam.n_prompts
+            return Findings(way, exam.checks, refused, n_prompts, rounding_step(exam.reported))
         except ApiError as error:
             if len(ways) == 1 or error.status not in UNKNOWN_ARGUMENT:
                 _forget(source.provider, ways)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 
 from captum_llm_ext.remote.chat_endpoint import Message
 from captum_llm_ext.remote.rung import Scored
-from captum_llm_ext.remote.stepwise import TopK
+from captum_llm_ext.remote.stepwise import Forced, TopK
 
 
 class Label:
     """Log-odds of one label against another as the first token of the answer.
 
-    No prefill is needed, so this works with every provider that reports log-probabilities.
+    No prefill is needed, so this works with every provider that reports log-probabilities: exact by
+    `Forced`, if the server reports given tokens, otherwise with bounds.
 
     Args:
         by: How first tokens are looked up.
@@ -27,6 +28,11 @@ class Label:
     def __init__(self, by: TopK, labels: tuple[str | None, str | None]) -> None:
         self._by, self._labels = by, labels
         self._tokens: tuple[str, str] | None = None
+
+    @property
+    def takes_ids(self) -> bool:
+        """Whether tokens that are not among the likeliest are looked up by their ids."""
+        return isinstance(self._by, Forced)
 
     @property
     def noise(self) -> float:
@@ -66,19 +72,23 @@ class Label:
 
     def _first(self, label: str, named: Sequence[str]) -> str:
         """The first token of a label as the model would generate it, with or without a space."""
-        spellings = dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()])
+        spellings = list(dict.fromkeys([label, f" {label.lstrip()}", label.lstrip()]))
+        known = [self._by.first_token(text) for text in spellings]
+        own = [name for name in known if name is not None]
+        if own:  # by the tokenizer: a likely token may begin like a label and not be its first
+            # As the likeliest are, unless the user has written a space.
+            is_spaced = label.startswith(" ") or (bool(named) and named[0].startswith(" "))
+            usual = [name for name in own if name.startswith(" ") == is_spaced]
+            return next((name for name in own if name in named), (usual or own)[0])
         for text in spellings:
             fitting = [name for name in named if text.startswith(name)]
             if fitting:
                 return max(fitting, key=len)
-        found = self._by.first_token(label)
-        if found is None:
-            raise ValueError(
-                f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
-                "the whole prompt, and how the model would write it is not known: give another, "
-                "or the model's `tokenizer`."
-            )
-        return found
+        raise ValueError(
+            f"the label {label!r} begins with none of the {len(named)} likeliest tokens after "
+            "the whole prompt, and how the model would write it is not known: give another, "
+            "or the model's `tokenizer`."
+        )
 
     def begin(self, full: Sequence[Message], empty: Sequence[Message], target: list[str]) -> None:
         """See `Rung.begin`; values are no samples."""
@@ -95,9 +105,7 @@ class Label:
         """See `Rung.score`."""
         if self._tokens is None:
             raise RuntimeError("call `target` first.")
-        (a, a_low, a_high), (b, b_low, b_high) = (
-            self._by.value_of(messages, "", token) for token in self._tokens
-        )
+        (a, a_low, a_high), (b, b_low, b_high) = self._by.values_of(messages, "", self._tokens)
         lower = a_low - b_high
         upper = math.inf if b_low == -math.inf else a_high - b_low
         return Scored([a - b], [lower], [upper], [0.0])

@@ -12,6 +12,8 @@ from captum_llm_ext.model import Journal, Processes, TokenRow
 from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
 from captum_llm_ext.remote.bounds import Bounds, distinct
+from captum_llm_ext.remote.chat_providers import CallableProvider
+from captum_llm_ext.remote.handshake import rounding_step
 from captum_llm_ext.remote.metered import MeteredEndpoint
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
@@ -19,6 +21,9 @@ from captum_llm_ext.remote.step_checks import NOISY
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
 from captum_llm_ext.text.plain_tokenizer import messages_of
+
+# Log-probabilities nearer to 0 have few digits in float32. Chosen, not measured.
+_NOT_CERTAIN = 1e-2
 
 
 class LadderScorer:
@@ -52,6 +57,7 @@ class LadderScorer:
         self._tokenizer, self._n_threads = tokenizer, n_threads
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
+        self._sent: dict[bytes, str] = {}  # rows of other ids may be the same messages
         self._in_order: list[bytes] = []
         self._wanted: list[str] = []
 
@@ -114,7 +120,7 @@ class LadderScorer:
         self._bar.announce(len(jobs))
 
         def take(job: tuple[bytes, Any], scored: Scored) -> None:
-            self._known[job[0]] = scored
+            self._known[job[0]], self._sent[job[0]] = scored, repr(job[1])
             self.n_evaluations += 1
             self.n_scored[0] += 1
             self._bar.advance()
@@ -214,13 +220,32 @@ class LadderScorer:
         """Problems that show when all answers are there; sends one more request."""
         target = [*self._wanted]
         apart = self.rung.drift(full, target)
-        found = self.endpoint.doubts()
+        found = self.endpoint.doubts() or self._copies()  # of which the former may be the reason
         if apart is not None and apart > NOISY:
             found.append(
                 "the whole prompt has other log-probabilities than at the beginning, by "
                 f"{apart:.2g} nats: another model answers by now, or not the same one each time"
             )
         return found
+
+    def _copies(self) -> list[str]:
+        """Whether different prompts have the same values, to the last digit."""
+        # Of a function, a prompt's part may have no effect at all; of a language model it has some.
+        is_of_tokens = self.rung.attr_target not in ("frequency", "similarity")
+        if not is_of_tokens or isinstance(self.endpoint.provider, CallableProvider):
+            return []
+        by_prompt = {self._sent[d]: one for d, one in self._known.items()}
+        own = [tuple(one.values) for one in by_prompt.values() if not one.n_censored]
+        # Of what is certain, or coarsely rounded, equal values are no wonder.
+        rounded = rounding_step([value for values in own for value in values])
+        likely = [one for one in own if max(map(abs, one)) > _NOT_CERTAIN and not rounded]
+        n_copies = len(likely) - len(set(likely))
+        if not n_copies:
+            return []
+        return [
+            f"{n_copies} of {len(own)} coalitions have the values of another one to the last "
+            "digit: the server answers similar prompts from a cache, cuts them, or reads a part"
+        ]
 
     def provenance(self) -> dict[str, Any]:
         """Provenance of the requests."""

@@ -1,5 +1,6 @@
 """`RemoteScorer`: scores rows through an API, each prompt once, concurrently."""
 
+import math
 import time
 import warnings
 from array import array
@@ -16,7 +17,7 @@ from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.model import Journal, Processes, TokenRow, check_same
 from captum_llm_ext.model.forward.value_spec import ValueSpec
 from captum_llm_ext.model.scoring.progress import ProgressBar, Shown
-from captum_llm_ext.remote.bounds import Bounds, bound_of_unreported
+from captum_llm_ext.remote.bounds import Bounds, bound_of_unreported, bounds_of_contrast
 from captum_llm_ext.remote.handshake import Findings, handshake
 from captum_llm_ext.remote.providers import (
     Answer,
@@ -80,8 +81,8 @@ class RemoteScorer:
         self._bar = ProgressBar("requests", "prompt", is_shown=show_progress)
         self._rows: dict[bytes, Tensor] = {}
         self._in_order: list[bytes] = []
-        # Upper bounds of rows with unreported values, NaN for reported ones.
-        self._upper: dict[bytes, Tensor] = {}
+        # Bounds of rows with unreported values, (2, n_target).
+        self._ends: dict[bytes, Tensor] = {}
         # Those of single log-probabilities, by request and index in it.
         self._upper_of: dict[tuple[bytes, int], float] = {}
         self._known: dict[bytes, Tensor] = {}
@@ -208,9 +209,9 @@ class RemoteScorer:
         self._bar.announce(self._n_unknown(apart) - n_apart)
         self._request(apart)
         for d, row in new.items():
-            self._rows[d], upper = self._assembled(row, parts[d], spec)
-            if not bool(upper.isnan().all()):
-                self._upper[d] = upper
+            self._rows[d], ends = self._assembled(row, parts[d], spec)
+            if ends is not None:
+                self._ends[d] = ends
             self.n_evaluations += 1
             self.n_scored[0] += 1
         if self.n_missing > _MOST_MISSING * self._n_values:
@@ -225,17 +226,12 @@ class RemoteScorer:
         return found.exp() if self.attr_target == "prob" else found
 
     def bounds(self, n: int) -> Bounds | None:
-        """Bounds of the values of the first `n` rows; None if all are reported, or contrasts."""
+        """Bounds of the values of the first `n` rows; None if all are reported."""
         rows = self._in_order[:n]
-        if self._upper.keys().isdisjoint(rows) or self.attr_target == "contrast":
+        if self._ends.keys().isdisjoint(rows):
             return None
-        values = torch.stack([self._rows[d] for d in rows])
-        reported = torch.full_like(values[0], torch.nan)
-        upper = torch.stack([self._upper.get(d, reported) for d in rows])
-        lower = values.where(upper.isnan(), -torch.inf)
-        upper = values.where(upper.isnan(), upper)
-        if self.attr_target == "prob":
-            lower, upper = lower.exp(), upper.exp()
+        both = torch.stack([self._ends.get(d, self._rows[d].expand(2, -1)) for d in rows], dim=1)
+        lower, upper = both.exp() if self.attr_target == "prob" else both
         return Bounds(rows, lower, upper)
 
     def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
@@ -386,7 +382,8 @@ class RemoteScorer:
                 others = answer.others[i] if i < len(answer.others) else {}
                 known = (log_prob(number) for number in others.values())
                 told = [v for v in known if v is not None and not is_ruled_out(v)]
-                self._upper_of[key(request), i] = bound_of_unreported(told, told)
+                upper = bound_of_unreported(told, told, self._rounding_step)
+                self._upper_of[key(request), i] = upper
             elif is_ruled_out(value):
                 return self._no_value(
                     request, request.continuation_ids[i], f"gives {value:g} to", _INFINITE
@@ -415,35 +412,56 @@ class RemoteScorer:
 
     def _assembled(
         self, row: TokenRow, parts: Sequence[Request], spec: ValueSpec
-    ) -> tuple[Tensor, Tensor]:
-        """The row's values from its requests, and upper bounds of the unreported ones."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The row's values from its requests, and their bounds if some are not reported.
+
+        Returns:
+            Log-probabilities, those of all foils after those of the target; and ``(2, n_target)``,
+            bounds of what is explained: of the contrast if there are foils.
+        """
         whole, *others = parts
         of_whole = key(whole)
         apart = {(part.first, part.ids[-1]): self._step(key(part)) for part in others}
         target = spec.target
-        values = torch.full((len(target),), torch.nan, dtype=torch.float64, device="cpu")
-        of_foils, upper = values.clone(), values.clone()
+        shape = (3, len(target))  # values, lower and upper bounds
+        own = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
+        of_foils = own.clone()
+        n_missing = 0
         for t, (p, token) in enumerate(zip(row.positions, target.tolist(), strict=True)):
-            if p >= 0:
-                k, i = apart.get((p, token), (of_whole, p - whole.first))
-                values[t] = self._known[k][i]
-                if values[t].isnan():
-                    upper[t] = self._upper_of.get((k, i), 0.0)
-                steps = [apart[p, foil] for foil in _foils(spec, t)]
-                known = [self._known[k][i] for k, i in steps]
-                missing = -torch.inf if self._missing is None else self._missing
-                reported = torch.stack(known).nan_to_num(nan=missing) if known else None
-                of_foils[t] = 0.0 if reported is None else reported.logsumexp(0)
-        unreported = [t for t in values.isnan().nonzero()[:, 0].tolist() if row.positions[t] >= 0]
-        if unreported and self._missing is None:
-            raise UnusableAnswerError(
-                self._no_value(whole, int(target[unreported[0]]), _UNTOLD, _NULL)
-            )
-        self.n_missing += len(unreported)
-        self._n_values += sum(place >= 0 for place in row.positions)
-        if self._missing is not None:
-            values[unreported] = upper[unreported].clamp(max=self._missing)
-        return values if spec.foils is None else torch.cat([values, of_foils]), upper
+            if p < 0:
+                continue
+            steps = [apart.get((p, token), (of_whole, p - whole.first))]
+            steps += [apart[p, foil] for foil in _foils(spec, t)]
+            known = torch.stack([self._log_prob(k, i) for k, i in steps])
+            missing = known[:, 1].isneginf()
+            if self._missing is None and bool(missing.any()):
+                name = int(token if missing[0] else _foils(spec, t)[int(missing[1:].nonzero()[0])])
+                raise UnusableAnswerError(self._no_value(whole, name, _UNTOLD, _NULL))
+            n_missing += int(missing.sum())
+            self._n_values += len(steps)
+            own[:, t] = known[0]
+            of_foils[:, t] = known[1:].logsumexp(0) if len(steps) > 1 else 0.0
+        self.n_missing += n_missing
+        if spec.foils is None:
+            return own[0], own[1:] if n_missing else None
+        values = torch.cat([own[0], of_foils[0]])
+        if not n_missing:
+            return values, None
+        has_foils = (spec.foils >= 0).any(1)
+        return values, bounds_of_contrast(own[1:], of_foils[1:], has_foils, self._rounding_step)
+
+    @property
+    def _rounding_step(self) -> float:
+        return 0.0 if self._findings is None else self._findings.rounding_step
+
+    def _log_prob(self, k: bytes, i: int) -> Tensor:
+        """A log-probability and its bounds, ``(3,)``; imputed if it is not reported."""
+        value = self._known[k][i]
+        if not value.isnan():
+            return value.expand(3)
+        upper = self._upper_of.get((k, i), 0.0)
+        imputed = min(upper, -math.inf if self._missing is None else self._missing)
+        return value.new_tensor([imputed, -math.inf, upper])
 
     def _step(self, k: bytes) -> tuple[bytes, int]:
         """The request that contains a single token's value, and its index in it."""

@@ -13,6 +13,7 @@ from captum_llm_ext.remote.rung import Scored
 from captum_llm_ext.remote.step_checks import (
     NOISY,
     check_drawn,
+    check_spelled,
     check_written,
     difference,
     is_same,
@@ -39,8 +40,9 @@ _MOST_BIAS, N_TRIES = 100.0, 3
 _LOOKED_FOR, _CHANGE = 6.0, 6.0
 # Closer to certain than this, only float32 rounding is reported.
 _CERTAIN = -0.01
-# How a server reports a given token: if its id is given, or biased, without or with the bias.
-_Mode = Literal["by id", "raw", "biased"]
+# How a server reports a given token: if its id is given, or biased, without or with the bias; or
+# only if it is among the likeliest.
+_Mode = Literal["by id", "raw", "biased", "likeliest"]
 # Token ids given in a test: a sampled token is reported anyway, so one would not show whether a
 # server ignores them.
 _N_GIVEN = 2
@@ -82,6 +84,7 @@ class TopK:
     def handshake(self, messages: Sequence[Message]) -> None:
         """See `Rung.handshake`: values of generated tokens, and prefills."""
         steps = self.look(messages)
+        check_spelled(self._step(messages, "", _N_WRITTEN, 0.0))  # as before, from the cache
         refused: list[str] = []
         ways = self._endpoint.provider.prefills if len(steps) > 1 else ()
         for way in ways:
@@ -110,7 +113,7 @@ class TopK:
             HandshakeError: If a test fails; the message names what is wrong.
         """
         answer = self._step(messages, "", _N_WRITTEN, 0.0)
-        self.checks["written tokens"] = check_written(answer, _N_WRITTEN)
+        self.checks["written tokens"] = check_written(answer, _N_WRITTEN, self._top)
         self._n_top = min(self._top, *(len(step.top) for step in answer.steps))
         if self._n_top < self._top:
             self.checks["likeliest tokens"] = f"{self._n_top} told of {self._top} asked for"
@@ -282,6 +285,12 @@ class TopK:
         step = self._reported_of(messages, "")
         return [] if step is None else step.likeliest or step.top
 
+    def values_of(
+        self, messages: Sequence[Message], prefix: str, names: Sequence[str]
+    ) -> list[tuple[float, float, float]]:
+        """`value_of` of several tokens at one position, by as few requests as possible."""
+        return [self.value_of(messages, prefix, name) for name in names]
+
     def score(self, messages: Sequence[Message], target: list[str]) -> Scored:
         """See `Rung.score`: at least one request per token."""
         known = [
@@ -338,18 +347,29 @@ class Forced(TopK):
     Args:
         endpoint, top, n_tokens: As for `TopK`.
         tokenizer: The model's tokenizer, since biases refer to ids.
+        is_required: Whether a server that reports the likeliest tokens alone is refused.
     """
 
     name = "stepwise forced"
 
-    def __init__(self, endpoint: MeteredEndpoint, top: int, n_tokens: int, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        endpoint: MeteredEndpoint,
+        top: int,
+        n_tokens: int,
+        tokenizer: Any,
+        *,
+        is_required: bool = True,
+    ) -> None:
         super().__init__(endpoint, top, n_tokens)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._is_required = tokenizer, is_required
         self._mode: _Mode = "biased"
 
     @property
     def blind_spots(self) -> str:
         """See `Rung.blind_spots`."""
+        if self._mode == "likeliest":
+            return super().blind_spots
         if self._mode == "by id":
             return "nothing but what rounding leaves out"
         return "nothing but what rounding and a few tries at a bias leave out, which has a bound"
@@ -357,6 +377,21 @@ class Forced(TopK):
     def look(self, messages: Sequence[Message]) -> list[Step]:
         """See `TopK.look`; also tests whether given ids are reported, or the effect of a bias."""
         steps = super().look(messages)
+        try:
+            self._find_mode(messages)
+        except HandshakeError as error:
+            if self._is_required:
+                raise
+            self._mode = "likeliest"
+            self.checks["given tokens"] = f"not reported: {error}"
+        return steps
+
+    def _find_mode(self, messages: Sequence[Message]) -> None:
+        """Finds out how the provider reports given tokens.
+
+        Raises:
+            HandshakeError: If it reports none.
+        """
         top = self.likeliest(messages)
         best = max((value for _, value in top), default=-math.inf)
         pairs = [(name, v) for name, v in reversed(top[1:]) if v > best - _MOST_BIAS]
@@ -365,7 +400,7 @@ class Forced(TopK):
         if self._reports_ids(messages, probes[:_N_GIVEN]):
             self._mode = "by id"
             self.checks["logprob_token_ids"] = "told"
-            return steps
+            return
         if not getattr(self._endpoint.provider, "takes_bias", False) or not probes:
             raise HandshakeError(
                 "the provider reports no given ids and takes no `logit_bias`, or no token's id is "
@@ -380,7 +415,7 @@ class Forced(TopK):
                 if found is not None and is_same(found, value):
                     how = "without it" if self._mode == "raw" else "with it"
                     self.checks["logit_bias"] = f"told {how}"
-                    return steps
+                    return
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT or isinstance(error, HandshakeError):
                 raise
@@ -414,17 +449,33 @@ class Forced(TopK):
         step = self._first_step(replace(self._first(messages), prefill=prefix, top=1, reported=ids))
         return {} if step is None else _by_name([*step.top, (step.text, step.value)])
 
+    def values_of(
+        self, messages: Sequence[Message], prefix: str, names: Sequence[str]
+    ) -> list[tuple[float, float, float]]:
+        """See `TopK.values_of`: one request, if tokens are reported by their ids."""
+        if self._mode != "by id":
+            return super().values_of(messages, prefix, names)
+        numbers = {name: self._id(name, prefix) for name in names}
+        ids = [number for number in numbers.values() if number is not None]
+        reported = self._of_ids(messages, prefix, ids) if ids else {}
+        found: list[tuple[float, float, float]] = []
+        for name in names:
+            value = -math.inf if numbers[name] is None else reported.get(name, -math.inf)
+            is_given = math.isfinite(value)
+            found.append(
+                self._rounded(value) if is_given else super().value_of(messages, prefix, name)
+            )
+        return found
+
     def value_of(
         self, messages: Sequence[Message], prefix: str, token: str
     ) -> tuple[float, float, float]:
         """See `TopK.value_of`: exact, if reported by its id or brought among the likeliest."""
-        number = self._id(token, prefix)
-        if self._mode == "by id" and number is not None:
-            value = self._of_ids(messages, prefix, [number]).get(token, -math.inf)
-            if math.isfinite(value):
-                return self._rounded(value)
+        if self._mode == "by id":
+            return self.values_of(messages, prefix, [token])[0]
         bound = super().value_of(messages, prefix, token)
-        if math.isfinite(bound[1]) or number is None or self._mode == "by id":
+        number = self._id(token, prefix)
+        if math.isfinite(bound[1]) or number is None or self._mode == "likeliest":
             return bound
         step = self._reported_of(messages, prefix)
         best = max((value for _, value in step.top), default=0.0) if step else 0.0

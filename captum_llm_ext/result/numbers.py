@@ -174,7 +174,8 @@ class ResultNumbers(LLMAttributionResult):
         """Lower and upper bounds of `values`, shape ``(2, n_coalitions, T)``.
 
         Guaranteed bounds if tokens are censored; two standard errors if answers are sampled.
-        Infinite if there is no bound. None if values are known.
+        Infinite if there is no bound. None if values are known, and after a refit to another kind
+        of value.
         """
         return self._interval("value_interval")
 
@@ -182,7 +183,7 @@ class ResultNumbers(LLMAttributionResult):
     def token_attr_interval(self) -> Tensor | None:
         """Guaranteed bounds of `token_attr`, shape ``(2, T, P)``.
 
-        None if values are known, or if the estimator is not linear in them.
+        None if values are known, if the estimator is not linear in them, and after a refit.
         """
         return self._interval("token_attr_interval")
 

@@ -228,7 +228,7 @@ class GenerationAttributionResult(ExportedResult):
             "efficiency_gap": solution.efficiency_gap.to(token_attr),
             "values": evidence.values.to(self.values),
             "design": evidence.design,
-            "provenance": self.provenance
+            "provenance": self._provenance_but_bounds(method, attr_target)
             | {"method": name, "estimator": evidence.design.solved, "attr_target": attr_target}
             | {"estimate": evidence.is_estimate, "converged": None}
             # The noise floor differs for another kind of value.
@@ -240,6 +240,13 @@ class GenerationAttributionResult(ExportedResult):
             is_same = kind_of(evidence.design.solved) in (None, self.own_answer.kind)
             same["answer"] = self.own_answer if is_same or method is None else None
         return GenerationAttributionResult(**same | other)
+
+    def _provenance_but_bounds(self, method: Method | None, attr_target: str) -> dict[str, Any]:
+        """The provenance without bounds that another estimator or kind of value does not have."""
+        is_same = attr_target == self.provenance["attr_target"]
+        stale = [] if is_same else ["value_interval"]
+        stale += [] if is_same and method is None else ["token_attr_interval", "first_cause"]
+        return self.provenance | {name: None for name in stale if name in self.provenance}
 
     def why(self, token: int | str, k: int = 5) -> list[Cause]:
         """The strongest causes of one target token.

@@ -227,7 +227,9 @@ def _remarks(result: "ResultNumbers") -> list[str]:
             f"(up to {floor:.2g}): see `below_noise`."
         )
     if result.rung is not None:
-        remarks.append(f"Found by {result.rung}: {result.provenance['cannot_see']}.")
+        labels = result.provenance.get("labels")
+        pair = " of {!r} with {!r}".format(*labels) if labels else ""
+        remarks.append(f"Found by {result.rung}{pair}: {result.provenance['cannot_see']}.")
     if result.converged is False:
         remarks.append(_unsettled(result))
     return remarks

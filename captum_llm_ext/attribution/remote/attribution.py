@@ -121,10 +121,10 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         accelerator: Not supported: one process sends requests from threads.
         max_concurrency: Number of threads. Default: the provider's own `max_concurrency`, or one
             for providers without, such as captum's.
-        missing: Assumed value of a log-probability that the provider does not report, in nats, such
-            as -20.0. None: an error. It is a bound, no number: see `value_interval` and
-            `token_attr_interval` of the result. ``provenance["n_missing"]`` counts them; if more
-            than a fifth is missing, an error is raised.
+        missing: Assumed value of a log-probability that the provider does not report, of a token or
+            of a foil, in nats, such as -20.0. None: an error. It is a bound, no number: see
+            `value_interval` and `token_attr_interval` of the result. ``provenance["n_missing"]``
+            counts them; if more than a fifth is missing, an error is raised.
         on_mismatch: With texts, if the target's text is not tokenised to the target: ``"error"``,
             or ``"warn"`` for providers that join tokens, not texts.
         most_requests: Warn beforehand if more requests than this, and than coalitions, are needed.
@@ -138,7 +138,8 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
             to 1, such as by embeddings or a judge.
         labels: For ``"label"``: the explained label, and the one it is compared with. Default (or
             None for either): `target` or what the model generates, and the likeliest other first
-            token.
+            token. With the model's `tokenizer`, first tokens that are not among the likeliest are
+            exact as well, where the server reports given tokens as for ``rung="stepwise"``.
         rung: Instead of the highest that works: ``"forced"`` (log-probabilities of prompts),
             ``"stepwise"`` (of any given next token, by ``logprob_token_ids`` or ``logit_bias``;
             needs `tokenizer`),
@@ -352,7 +353,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
         Returns:
             Coalitions, requests and tokens, and the cost if `prices` were given. With ``"auto"``
-            the rung is not known yet: the most expensive one is assumed.
+            the rung is not known yet: the most expensive one is assumed, and ``rungs`` has all.
 
         Raises:
             ValueError, TypeError: As for `attribute` before any request.

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from captum.attr import InterpretableInput
@@ -324,8 +324,9 @@ class RungChoice:
             target: The explained text, if given.
             n_most: Maximum number of generated tokens, if not.
         """
-        own = (self._estimate(name, counter, tokenizer, target, n_most) for name in self.names)
-        return max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+        own = [self._estimate(name, counter, tokenizer, target, n_most) for name in self.names]
+        most = max(own, key=lambda one: (one.usd or 0.0, one.tokens_in, one.n_requests))
+        return replace(most, rungs=tuple(own))
 
     def _estimate(
         self, name: RungName, counter: Counter, tokenizer: Any, target: str | None, n_most: int
@@ -339,7 +340,12 @@ class RungChoice:
             n_calls, n_in, n_out = n, read + n * n_target, n
         elif name in ("top-k", "stepwise", "label"):
             n_target = 1 if name == "label" else n_target
-            tries = 1 + (N_TRIES if name == "stepwise" else 0)
+            # By a bias, each of two labels takes requests of its own.
+            is_given = self._has_tokenizer(self.tokenizer) and reports_any_token(
+                chat_endpoint(self.provider)
+            )
+            n_biased = {"stepwise": 1, "label": 2 if is_given else 0}.get(name, 0)
+            tries = 1 + n_biased * N_TRIES
             n_calls = n * n_target * tries
             n_in = (read * n_target + n * n_target * (n_target - 1) / 2) * tries
             n_out = n_calls
@@ -347,7 +353,7 @@ class RungChoice:
             n_answers = self.settings.n_answers or _N_ANSWERS[name][1]
             n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
         return Estimate(
-            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out)
+            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out), name
         )
 
     def _endpoint(self, chat: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
@@ -378,7 +384,10 @@ class RungChoice:
         if name == "top-k":
             return TopK(endpoint, top, n_tokens)
         if name == "label":
-            return Label(TopK(endpoint, top, 1), self.settings.labels)
+            by = TopK(endpoint, top, 1)
+            if self._has_tokenizer(tokenizer) and reports_any_token(endpoint.provider):
+                by = Forced(endpoint, top, 1, tokenizer, is_required=False)
+            return Label(by, self.settings.labels)
         given = self.settings.n_answers
         n = _N_ANSWERS[name] if given is None else (given, given)
         temperature = (gen_args or {}).get("temperature")

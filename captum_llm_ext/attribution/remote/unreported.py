@@ -13,6 +13,7 @@ from captum_llm_ext.attribution.sampling import Outcome
 from captum_llm_ext.base.warning import stacklevel_of_caller
 from captum_llm_ext.remote.bounds import Bounds, weights
 from captum_llm_ext.remote.estimate import finite
+from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.stepwise import TopK, reports_any_token
 from captum_llm_ext.result import GenerationAttributionResult
 
@@ -107,8 +108,14 @@ def not_told_apart(result: GenerationAttributionResult, chosen: ChosenRung) -> s
     message = _within_bounds(result)
     if chosen.scorer.attr_target == "log_prob":
         message += ' `attr_target="prob"` hardly depends on what is only bounded.'
-    if rung.name == TopK.name and reports_any_token(chosen.scorer.endpoint.provider):
-        message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
+    about: Any = rung.details.get("handshake", {})
+    if isinstance(rung, TopK | Label) and "likeliest tokens" not in about:
+        message += " A larger `top_logprobs` leaves fewer of them, if the server allows it."
+    if reports_any_token(chosen.scorer.endpoint.provider):
+        if rung.name == TopK.name:
+            message += ' With the model\'s `tokenizer`, `rung="stepwise"` may tell them.'
+        if isinstance(rung, Label) and not rung.takes_ids:
+            message += " With the model's `tokenizer` the server may tell them."
     return message
 
 
