@@ -169,7 +169,11 @@ def test_progress_bar_counts_from_the_start_of_evaluations(monkeypatch):
         bar.announce(10)
         clock[0] += 2
         bar.advance(5)
-    assert lines[0] == "rows: 50 % (5 of 10, 2.5 rows a second), 2 s left"
+        assert lines.pop() == "rows: 50 % (5 of 10, 2.5 rows a second), 2 s left"
+        bar.announce(9990)
+        clock[0] += 2
+        bar.advance(4995)
+        assert lines.pop() == "rows: 50 % (5000 of 10000, 1,250 rows a second), 4 s left"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,15 @@ def test_passages_are_named_by_file(facts, capsys, demo):
         assert shown["output_attr"] is None  # who has passages asks which of them
         text = "".join(piece["text"] for piece in shown["prompt"]).removeprefix("<s>")
         assert text == "\n\n".join([*FACTS.values(), QUESTION])
+
+
+@pytest.mark.parametrize("asked", [["--as-chat"], ["--system", "Be brief."]])
+def test_passages_of_a_chat_are_named_by_file(asked, facts, capsys):
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet", *asked]
+    assert main([*DEMO, *more, "--unit", "passage", "--method", "ablation", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    before = ["system"] if "--system" in asked else []
+    assert shown["input_tokens"] == [*before, "ann.txt", "bob.txt", "question"]
 
 
 def test_passages_and_question_in_a_chat(facts, capsys, demo):
