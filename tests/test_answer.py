@@ -227,7 +227,7 @@ def test_it_is_kept_in_files_and_told_everywhere(demo, tmp_path):
         assert f"{x:+.2f}" in line
         assert f"{x:+.2f}".replace("-", "−") in result.to_html()
     assert gain in result.to_html()
-    assert f"{result.answer.gain:.1f} nats likelier than none does" in result.narrative()
+    assert f"as a whole gives the answer {result.answer.gain:.1f} nats: " in result.narrative()
     for amount in re.findall(r"\(([+−]\d+\.\d+)", result.narrative()):
         assert min(abs(float(amount.replace("−", "-")) - x) for x in amounts) < 0.006
 
