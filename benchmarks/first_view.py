@@ -252,11 +252,12 @@ def main() -> None:
         for number in range(len(QUESTIONS))
     }
     known = {k: json.loads(p.read_text()) for k, p in places.items() if p.exists()}
+    wanted = {"whole"} if arguments.whole else {*VIEWS}
     missing = {
         k: p
         for k, p in places.items()
         if not arguments.report
-        and (k not in known or ("passage" in known[k] and "whole" not in known[k]))
+        and (k not in known or ("passage" in known[k] and not wanted <= {*known[k]}))
     }
     if missing:
         where = folder(arguments.model)
