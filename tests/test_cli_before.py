@@ -257,7 +257,9 @@ def test_system_option_precedes_a_chat(capsys):
     chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
     more = ["--system", "Be brief.", "--target", " poker", "--quiet", "--method", "ablation"]
     assert main([*DEMO, "--chat", chat, *more, "--json", "-"]) == 0
-    names = json.loads(capsys.readouterr().out)["input_tokens"]
+    told = capsys.readouterr()
+    assert "its turns: --unit sentence or word looks into them" in told.err
+    names = json.loads(told.out)["input_tokens"]
     assert names == ["system: Be brief.", "user: Ann lives in Austin."]
     both = '[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]'
     assert main([*DEMO, "--chat", both, *more]) == 2
