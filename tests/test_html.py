@@ -1382,7 +1382,7 @@ def test_provenance_section_is_in_words():
     }
     told = dict(provenance_rows({"provenance": noted}))
     assert told["how the answer was generated"] == (
-        "until token 2, tokens at most 28, the likeliest token each time"
+        "until the token with number 2, at most 28 tokens, the likeliest token each time"
     )
     assert told["what the model was found to do"] == (
         "float32, sees nothing of what follows a token, several texts in one row are exact"

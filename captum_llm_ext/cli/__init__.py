@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _goes_on(arguments: argparse.Namespace) -> str:
     kept = getattr(arguments, "checkpoint", None) or getattr(arguments, "out", None)
-    if kept is None or arguments.command == "demo":
+    if kept is None or arguments.command == "demo" or not os.path.exists(kept):
         return ""
     return f" (the same command goes on from what is in {kept})"
 
