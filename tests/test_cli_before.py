@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -224,6 +225,17 @@ def test_passages_of_a_chat_are_named_by_file(asked, facts, capsys):
     shown = json.loads(capsys.readouterr().out)
     before = ["system"] if "--system" in asked else []
     assert shown["input_tokens"] == [*before, "ann.txt", "bob.txt", "question"]
+
+
+def test_sentences_are_named_with_their_file(facts, capsys):
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
+    assert main([*DEMO, *more, "--unit", "sentence", "--method", "ablation"]) == 0
+    shown = capsys.readouterr().out
+    named = re.findall(r"([\w.]+): sentence (\d) “(\w+ \w+)", shown)
+    where = {"1": ("ann.txt", "Ann lives"), "2": ("bob.txt", "Bob lives")}
+    where |= {"3": ("question", "Dave lives"), "4": ("question", "His personal")}
+    assert named
+    assert all(where[number] == (file, text) for file, number, text in named)
 
 
 def test_passages_and_question_in_a_chat(facts, capsys, demo):
