@@ -205,11 +205,24 @@ def measured(
         row |= {"reference_draws": len(each)}
         spread = each.std(0) / len(each) ** 0.5 if len(each) > 1 else torch.zeros(len(each[0]))
         row |= {"reference_se": spread.tolist(), "reference_rank": rank(row["reference"], passage)}
+    return ranked(row)
+
+
+def ranked(row: dict[str, Any]) -> dict[str, Any]:
+    """With the rank of the passage and the agreement with the reference by each view."""
     for view in VIEWS:
         if view in row:
-            row[f"{view}_rank"] = rank(row[view], passage)
+            row[f"{view}_rank"] = rank(row[view], row["passage"])
             row[f"{view}_correlation"] = agreement(row[view], row["reference"])
     return row
+
+
+def told(path: Path) -> dict[str, Any]:
+    """A row of the report; its views are those of today's code on the result kept beside it."""
+    row, kept = json.loads(path.read_text()), path.with_suffix(".safetensors")
+    if "passage" in row and kept.exists():
+        row |= views(GenerationAttributionResult.load(kept))
+    return ranked(row)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +285,7 @@ def main() -> None:
             row = measured(exact, quick, tokenizer, number, absence, beside, earlier)
             path.write_text(json.dumps(row))
             print(json.dumps(row), flush=True)
-    rows = [json.loads(path.read_text()) for path in places.values() if path.exists()]
+    rows = [told(path) for path in places.values() if path.exists()]
     report = environment(seed=0, dtype="bfloat16") | {"model": MODEL, "summary": summary(rows)}
     RESULTS.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))
