@@ -217,7 +217,7 @@ def ranked(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def told(path: Path) -> dict[str, Any]:
+def reread(path: Path) -> dict[str, Any]:
     """A row of the report; its views are those of today's code on the result kept beside it."""
     row, kept = json.loads(path.read_text()), path.with_suffix(".safetensors")
     if "passage" in row and kept.exists():
@@ -285,7 +285,7 @@ def main() -> None:
             row = measured(exact, quick, tokenizer, number, absence, beside, earlier)
             path.write_text(json.dumps(row))
             print(json.dumps(row), flush=True)
-    rows = [told(path) for path in places.values() if path.exists()]
+    rows = [reread(path) for path in places.values() if path.exists()]
     report = environment(seed=0, dtype="bfloat16") | {"model": MODEL, "summary": summary(rows)}
     RESULTS.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
     print(json.dumps(report["summary"], indent=1))
