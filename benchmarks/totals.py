@@ -235,6 +235,7 @@ def copied(result: GenerationAttributionResult, number: int) -> list[dict[str, A
             continue
         at = [t for t, feature in enumerate(pieces) if feature == i]
         direct = of_parts[at].sum(0)
+        assert result.output_attr is not None
         largest_word = float(result.output_attr[at].double().sum(0).max())
         share, begins = total.span(at[0], at[-1] + 1)
         n, own = len(passages), where[0]
