@@ -98,7 +98,7 @@ function bestOf(own, feature) {
 
 /* The share of all chains through these parts of the answer in this order, by any of their features:
    `route` has the column that they begin with, or null, and the parts. */
-function routeShare(own, view, route, partOf) {
+function routeShare(own, rows, route, partOf) {
   const place = new Map(route.parts.map((part, i) => [part, i])), last = route.parts.length;
   const at = (feature) => (place.has(partOf(feature)) ? place.get(partOf(feature)) : -2);
   const mass = new Map();
@@ -115,7 +115,7 @@ function routeShare(own, view, route, partOf) {
     const here = at(j);
     if (here >= 0) mass.set(j, begins(node) ? Number(here === 0 && route.column === null) : into(node, here));
   });
-  return spanCauses(own, view.from, view.to).reduce((sum, row) => sum + row.weight * into(row, last), 0);
+  return rows.reduce((sum, row) => sum + row.weight * into(row, last), 0);
 }
 
 /* The strongest routes to the selection, by parts of the answer at the current level. */
@@ -123,15 +123,15 @@ function routesTo(view) {
   const own = graph();
   if (!own || view.kind !== "rows" || isWhole(view)) return [];
   const partOf = (feature) => (answer.partOf ? answer.partOf[feature] : feature);
-  const routes = new Map();
-  for (const row of spanCauses(own, view.from, view.to)) {
+  const routes = new Map(), rows = spanCauses(own, view.from, view.to);
+  for (const row of rows) {
     for (const { column, features } of strongest(own, row)) {
       const parts = features.map(partOf).filter((part, i, all) => part !== all[i - 1]);
       const key = [column, ...parts].join();
       if (!routes.has(key)) routes.set(key, { column, parts });
     }
   }
-  return [...routes.values()].map((route) => ({ ...route, share: routeShare(own, view, route, partOf) }))
+  return [...routes.values()].map((route) => ({ ...route, share: routeShare(own, rows, route, partOf) }))
     .sort((a, b) => b.share - a.share).slice(0, MOST_CHAINS);
 }
 
