@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--checkpoints", type=Path, help="a folder: a killed run goes on")
     arguments = parser.parse_args()
+    if arguments.checkpoints:
+        arguments.checkpoints.mkdir(parents=True, exist_ok=True)
     where = folder(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(where)
     model = AutoModelForCausalLM.from_pretrained(

@@ -1,15 +1,21 @@
 """Total attribution on documents whose last word depends on a fact through another word only.
 
 In the fact grammar D, the last word, depends on A alone, which was written before it, and A on the
-occupation. Two questions, on as many documents as are asked for:
+occupation. Two questions, on as many documents as are asked for, and a third on a real model:
 
 * **Shares.** `result.total()` of several methods: which share of D the occupation has directly and
   in the end, and whether it is named first, before all other features and all words of the answer.
 * **The causal number.** `total_effect` in nats, of the occupation and of the facts that lead to
   nothing of D, beside the exact one: every A is tried, with the model's own probability of it. The
   rest of the answer is held as it is there, on which D does not depend.
+* **Copied words.** Of right answers of SmolLM2 to questions about four passages, as `first_view.py`
+  keeps them: numbers and words of four letters or more that are in one passage alone, and not in
+  the question, were copied from there. Where the strongest direct cause of such a word is a word of
+  the answer, which passage has the largest direct, and which the largest total share, among
+  passages and among all parts?
 
     python benchmarks/totals.py [--documents 20] [--samples 64] [--methods NAME ...]
+    python benchmarks/totals.py --samples 0 --methods --retrieval FOLDER   # first_view.py --cache
 
 What is not measured again keeps what the file says; each part names the commit it is of.
 """
@@ -18,6 +24,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +36,7 @@ import torch
 from captum.attr import FeatureAblation
 from environment import environment
 from fact_grammar import Document, Grammar, corpus, load
+from first_view import MODEL, QUESTIONS
 from ground_truth import (
     METHODS,
     Absence,
@@ -39,7 +47,7 @@ from ground_truth import (
     by_hand,
 )
 
-from captum_llm_ext import GenerationAttribution
+from captum_llm_ext import GenerationAttribution, GenerationAttributionResult
 
 SAME_SLOT = "same slot, `CorpusBaselines`"
 ASKED = ("leave-one-out", "Shapley, permutations", "Shapley, kernel", "linear system", "ALTI")
@@ -207,6 +215,64 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _words(text: str) -> list[str]:
+    """Numbers, and words long enough to be no "of" or "the", which stand everywhere."""
+    return re.findall(r"\d+|\w{4,}", text.lower())
+
+
+def copied(result: GenerationAttributionResult, number: int) -> list[dict[str, Any]]:
+    """The copied words of an answer to question `number`, and which parts are named first."""
+    passages, question, _, _ = QUESTIONS[number]
+    total = result.total(level="paragraph")
+    pieces = [piece.feature for piece in result.output_pieces]
+    # Of the parts, then of the answer's words: attributions as they are, none left out.
+    of_parts = result.at_level("paragraph")[1].double()
+    rows: list[dict[str, Any]] = []
+    for i, name in enumerate(result.output_features or ()):
+        words = _words(name)
+        where = [n for n, text in enumerate(passages) if {*words} & {*_words(text)}]
+        if not words or len(where) != 1 or {*words} & {*_words(question)}:
+            continue
+        at = [t for t, feature in enumerate(pieces) if feature == i]
+        direct = of_parts[at].sum(0)
+        assert result.output_attr is not None
+        largest_word = float(result.output_attr[at].double().sum(0).max())
+        share, begins = total.span(at[0], at[-1] + 1)
+        n, own = len(passages), where[0]
+        rows.append(
+            {
+                "question": question,
+                "word": name.strip(),
+                "passage": own,
+                "answer_word_is_first": largest_word > float(direct.max()),
+                "direct": direct.tolist(),
+                "total": share.tolist(),
+                "begins": float(begins.sum()),
+                "direct_first_of_passages": bool(direct[:n].argmax() == own),
+                "total_first_of_passages": bool(share[:n].argmax() == own),
+                "total_first_of_parts": bool(share.argmax() == own),
+            }
+        )
+    return rows
+
+
+def retrieval(folder: Path) -> dict[str, Any]:
+    """By absence: how often the passage that a word was copied from is named first."""
+    told: dict[str, Any] = {}
+    for path in sorted(folder.glob("*_*.safetensors")):
+        number, absence = path.stem.split("_", 1)
+        rows = copied(GenerationAttributionResult.load(path), int(number))
+        own = told.setdefault(absence, {"answers": 0, "words": 0, "through_the_answer": 0})
+        own["answers"] += 1
+        own["words"] += len(rows)
+        chained = [row for row in rows if row["answer_word_is_first"]]
+        own["through_the_answer"] += len(chained)
+        for name in ("direct_first_of_passages", "total_first_of_passages", "total_first_of_parts"):
+            own[name] = own.get(name, 0) + sum(row[name] for row in chained)
+        own["rows"] = [*own.get("rows", []), *rows]
+    return told
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes both tables as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -214,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64, help="0: without the causal number")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="*", default=ASKED)
+    parser.add_argument("--retrieval", type=Path, help="what first_view.py kept: copied words")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/totals.json")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -223,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.out.exists():
         earlier = json.loads(arguments.out.read_text(encoding="utf-8"))
     report = {**environment(seed=arguments.seed), "shares": earlier.get("shares", [])}
-    report["causal"] = earlier.get("causal")
+    report["causal"], report["retrieval"] = earlier.get("causal"), earlier.get("retrieval")
     report["commands"] = [*earlier.get("commands", []), report["command"]]
 
     def write() -> None:
@@ -236,6 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.samples:
         report["causal"] = {"commit": report["commit"]} | causal(given, arguments.samples)
         print({k: v for k, v in report["causal"].items() if k != "rows"}, file=sys.stderr)
+        write()
+    if arguments.retrieval:
+        report["retrieval"] = {"commit": report["commit"], "model": MODEL}
+        report["retrieval"] |= retrieval(arguments.retrieval)
         write()
 
 

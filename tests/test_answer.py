@@ -111,20 +111,19 @@ def test_the_rows_at_hand_are_enough_where_they_hold_the_answer(demo, truth):
     assert result.answer.gain == pytest.approx(truth(EVERYTHING) - truth(frozenset()), abs=1e-3)
 
 
-def test_nothing_else_changes_and_it_costs_little(demo, monkeypatch):
-    from captum_llm_ext.attribution import generation
-
+def test_it_costs_little_and_can_be_left_out(demo):
     _, _, texts = demo
     for baselines in ("delete", CorpusBaselines(texts)):
         result = _attribute(demo, baselines=baselines, n_samples=160)
-        with monkeypatch.context() as patch:
-            patch.setattr(generation, "attribute_answer", lambda *_: None)
-            plain = _attribute(demo, baselines=baselines, n_samples=160)
-        assert plain.own_answer is None
+        plain = _attribute(demo, baselines=baselines, n_samples=160, whole_answer=False)
+        assert plain.answer is None
         for name in ("token_attr", "output_attr", "token_attr_se", "values", "masks", "draws"):
             assert torch.equal(getattr(plain, name), getattr(result, name))
         more = result.n_evaluations - plain.n_evaluations
         assert 0 < more == result.answer.n_evaluations <= plain.n_evaluations / 8
+    # What the coalitions hold in any case is told.
+    held = _attribute(demo, unit="sentence", output_unit=None, whole_answer=False)
+    assert held.answer is not None
 
 
 def test_random_replacements_are_averaged_with_an_error_that_holds(demo):
@@ -228,7 +227,7 @@ def test_it_is_kept_in_files_and_told_everywhere(demo, tmp_path):
         assert f"{x:+.2f}" in line
         assert f"{x:+.2f}".replace("-", "−") in result.to_html()
     assert gain in result.to_html()
-    assert f"{result.answer.gain:.1f} nats likelier than none does" in result.narrative()
+    assert f"as a whole gives the answer {result.answer.gain:.1f} nats: " in result.narrative()
     for amount in re.findall(r"\(([+−]\d+\.\d+)", result.narrative()):
         assert min(abs(float(amount.replace("−", "-")) - x) for x in amounts) < 0.006
 

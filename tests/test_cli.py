@@ -635,6 +635,7 @@ def test_failures_are_one_line(capsys, arguments, message):
         ([*ATTRIBUTE, "--html", "x.png"], "give a file that ends in .html, or say --png x.png"),
         ([*ATTRIBUTE, "--save", "x.json"], "ends in .safetensors, or say --json x.json"),
         ([*ATTRIBUTE, "--htlm", "x.html"], "--htlm x.html: did you mean --html?"),
+        (["attribute", *QUICK, "--promt", "x"], "--promt: did you mean --prompt?"),
         ([*ATTRIBUTE, "--device-map", "cuda:9x"], "give cpu, cuda:0, auto, or a JSON object"),
         ([*ATTRIBUTE, "--gguf", "x.gguf"], "--model demo would be ignored"),
         ([*ATTRIBUTE, "--api", "localhost:8000"], "give a URL such as http://localhost:8000/v1"),

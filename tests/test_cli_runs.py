@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -169,7 +170,11 @@ def test_progress_bar_counts_from_the_start_of_evaluations(monkeypatch):
         bar.announce(10)
         clock[0] += 2
         bar.advance(5)
-    assert lines[0] == "rows: 50 % (5 of 10, 2.5 rows a second), 2 s left"
+        assert lines.pop() == "rows: 50 % (5 of 10, 2.5 rows a second), 2 s left"
+        bar.announce(9990)
+        clock[0] += 2
+        bar.advance(4995)
+        assert lines.pop() == "rows: 50 % (5000 of 10000, 1,250 rows a second), 4 s left"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +218,26 @@ def test_passages_are_named_by_file(facts, capsys, demo):
         assert text == "\n\n".join([*FACTS.values(), QUESTION])
 
 
+@pytest.mark.parametrize("asked", [["--as-chat"], ["--system", "Be brief."]])
+def test_passages_of_a_chat_are_named_by_file(asked, facts, capsys):
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet", *asked]
+    assert main([*DEMO, *more, "--unit", "passage", "--method", "ablation", "--json", "-"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    before = ["system"] if "--system" in asked else []
+    assert shown["input_tokens"] == [*before, "ann.txt", "bob.txt", "question"]
+
+
+def test_sentences_are_named_with_their_file(facts, capsys):
+    more = ["--context", *facts, "--prompt", QUESTION, "--target", " poker", "--quiet"]
+    assert main([*DEMO, *more, "--unit", "sentence", "--method", "ablation"]) == 0
+    shown = capsys.readouterr().out
+    named = re.findall(r"([\w.]+): sentence (\d) “(\w+ \w+)", shown)
+    where = {"1": ("ann.txt", "Ann lives"), "2": ("bob.txt", "Bob lives")}
+    where |= {"3": ("question", "Dave lives"), "4": ("question", "His personal")}
+    assert named
+    assert all(where[number] == (file, text) for file, number, text in named)
+
+
 def test_passages_and_question_in_a_chat(facts, capsys, demo):
     more = ["--context", *facts, "--prompt", QUESTION, "--system", "Be brief.", "--quiet"]
     assert main([*DEMO, *more, "--target", " poker", "--method", "ablation", "--json", "-"]) == 0
@@ -244,7 +269,9 @@ def test_system_option_precedes_a_chat(capsys):
     chat = '[{"role": "user", "content": "Ann lives in Austin."}]'
     more = ["--system", "Be brief.", "--target", " poker", "--quiet", "--method", "ablation"]
     assert main([*DEMO, "--chat", chat, *more, "--json", "-"]) == 0
-    names = json.loads(capsys.readouterr().out)["input_tokens"]
+    told = capsys.readouterr()
+    assert "its turns: --unit sentence or word looks into them" in told.err
+    names = json.loads(told.out)["input_tokens"]
     assert names == ["system: Be brief.", "user: Ann lives in Austin."]
     both = '[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]'
     assert main([*DEMO, "--chat", both, *more]) == 2

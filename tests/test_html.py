@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from captum_llm_ext.result import GenerationAttributionResult
 from captum_llm_ext.result import page as html
 from captum_llm_ext.result.page.provenance import provenance_rows
 
 SOURCE = Path(html.__file__)
+DATA = Path(__file__).parent / "data"
 HOSTILE = [
     "<script>window.hacked = 1</script>",
     "</script><script>window.hacked = 1</script>",
@@ -559,6 +561,21 @@ def test_bar_caption_overlaps_no_mark(view):
         for (top, _), (_, mark), (_, track) in boxes:
             assert top >= max(mark, track) - 0.5
     page.set_viewport_size({"width": 1280, "height": 720})
+
+
+def test_prompt_begins_on_the_first_screen_of_a_phone(view):
+    result = GenerationAttributionResult.load(DATA / "rag.safetensors")
+    page = view.text(result.to_html())
+    page.set_viewport_size({"width": 390, "height": 844})
+    try:
+        assert page.locator("#prompt").bounding_box()["y"] < 844 * 2 / 3
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.check("#effect input[value=through]", force=True)  # in a row that scrolls
+        page.click("#more summary")
+        inside = page.locator("#tools").evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+        assert inside  # of the opened row nothing is cut off
+    finally:
+        page.set_viewport_size({"width": 1280, "height": 720})
 
 
 def test_whole_answer_shows_mean_probability_per_token(view):
@@ -1382,7 +1399,7 @@ def test_provenance_section_is_in_words():
     }
     told = dict(provenance_rows({"provenance": noted}))
     assert told["how the answer was generated"] == (
-        "until token 2, tokens at most 28, the likeliest token each time"
+        "until the token with number 2, at most 28 tokens, the likeliest token each time"
     )
     assert told["what the model was found to do"] == (
         "float32, sees nothing of what follows a token, several texts in one row are exact"

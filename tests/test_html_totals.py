@@ -153,9 +153,11 @@ def test_word_path_share_sums_its_token_chains(view):  # noqa: F811
         ways = {}
         for t, weight in zip(own, weights.tolist(), strict=True):
             for (column, features), share in all_chains(total, t).items():
-                parts = dict.fromkeys(words[f] for f in features if words[f] != word)
-                key = column, tuple(parts)
+                if features and words[features[-1]] == word:  # within the word itself
+                    continue
+                key = column, tuple(dict.fromkeys(words[f] for f in features))
                 ways[key] = ways.get(key, 0.0) + weight * share
+        ways = {way: share / sum(ways.values()) for way, share in ways.items()}
         best = sorted(ways.items(), key=lambda way: -way[1])
         answer(page, word).hover()
         shown = chains(page)

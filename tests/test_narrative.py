@@ -109,12 +109,38 @@ def test_prompt_and_answer_shares_follow_the_values(summary):
     assert answer == pytest.approx(gained - prompt, abs=0.11)
 
 
-def test_gain_of_the_whole_answer_follows_its_values(summary):
-    found = re.search(r"([\d,.]+) nats likelier than none does", summary.narrative())
-    gained = float(found[1].replace(",", ""))
+def test_gain_of_the_whole_answer_follows_its_values(summary, few_shot):
+    said = summary.narrative()
+    gained = float(re.search(r"as a whole gives the answer ([\d,.]+) nats: ", said)[1])
     assert gained == pytest.approx(summary.answer.full_value - summary.answer.empty_value, abs=0.06)
     assert gained == pytest.approx(float(summary.answer.attributions.double().sum()), abs=0.06)
     assert summary.answer.full_value == pytest.approx(float(summary.full_values.sum()), abs=1e-2)
+    times = re.search(
+        r"each token is on average ([\d.]+) times as probable as with no prompt", said
+    )
+    assert float(times[1]) == pytest.approx(math.exp(gained / len(summary.target)), rel=0.02)
+    times = re.search(r"its odds are ([\d.]+) times those with what the", few_shot.narrative())
+    assert float(times[1]) == pytest.approx(math.exp(few_shot.answer.gain), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("log_prob", "it is 2 times less probable than with"),
+        ("contrast", "its odds are 2 times lower"),
+    ],
+)
+def test_a_prompt_that_speaks_against_its_answer_says_so(value, told):
+    result = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+    result.provenance["attr_target"] = value
+    result.own_answer = replace(
+        result.own_answer,
+        empty_value=math.log(2) + result.own_answer.full_value,
+        empty_error=0.0,
+    )
+    said = result.narrative()
+    assert "The prompt as a whole takes 0.7 nats" in said
+    assert told in said
 
 
 def test_foils_and_baselines_are_named_if_recorded(few_shot):
@@ -129,7 +155,9 @@ def test_foils_and_baselines_are_named_if_recorded(few_shot):
 
 def test_order_certainty_follows_the_difference(result):
     if result.answer is not None:
-        assert "These numbers are exact for this way of measuring" in result.narrative()
+        is_exact = bool((result.answer.standard_errors == 0).all())
+        said = "These numbers are exact for this way of measuring" in result.narrative()
+        assert said == is_exact
     level = finest_level(result)
     read = Reading(result, level)
     n = len(result.output_tokens)
@@ -148,15 +176,20 @@ def test_order_certainty_follows_the_difference(result):
     assert ("may be noise" in said) == (len(marked) < len(causes))
 
 
-def test_exact_results_and_unknown_errors_say_so(few_shot):
-    exact = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
+def _few_shot_with_errors(error):
+    result = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
     for name in ("token_attr_se", "output_attr_se"):
-        setattr(exact, name, torch.zeros_like(getattr(exact, name)))
+        setattr(result, name, torch.full_like(getattr(result, name), error))
+    errors = torch.full_like(result.own_answer.standard_errors, error)
+    result.own_answer = replace(result.own_answer, standard_errors=errors, empty_error=error)
+    return result
+
+
+def test_exact_results_and_unknown_errors_say_so():
+    exact = _few_shot_with_errors(0.0)
     assert "These numbers are exact" in exact.narrative()
     assert "±" not in exact.narrative()
-    unknown = GenerationAttributionResult.load(DATA / "few_shot.safetensors")
-    for name in ("token_attr_se", "output_attr_se"):
-        setattr(unknown, name, torch.full_like(getattr(unknown, name), math.nan))
+    unknown = _few_shot_with_errors(math.nan)
     said = unknown.narrative()
     assert "No part of the prompt is told from noise" in said
     assert "errors of these estimates are unknown" in said

@@ -1,6 +1,7 @@
 """What led to a token in the end: shares of the prompt through all that was written before."""
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import tiny
@@ -41,6 +42,7 @@ from captum_llm_ext.result.influence import (
 )
 
 N_PROMPT, N_OUTPUT = 4, 6
+DATA = Path(__file__).parent / "data"
 
 
 def random_graph(seed=0, dead=()):
@@ -223,6 +225,45 @@ def test_shares_of_every_unit_equal_the_definition(model, tokenizer, method, out
     if output_unit is None:
         torch.testing.assert_close(total.shares, total.direct)
     assert str(total).count("⇐") == len(result.output_tokens)
+
+
+def test_span_shares_leave_out_what_is_within_the_span():
+    """By all chains into the span, of words of one and of two tokens."""
+    result = GenerationAttributionResult.load(DATA / "rag.safetensors")
+    total = result.total(level="paragraph", n_resamples=0)
+    pieces = [piece.feature for piece in result.output_pieces]
+    nodes = total.links()["features"]
+
+    def to(columns, shares, features, others):
+        found = torch.zeros(len(total.names), dtype=torch.float64)
+        found[columns] += torch.tensor(shares, dtype=torch.float64)
+        for feature, share in zip(features, others, strict=True):
+            found += share * to(*nodes[feature])
+        return found
+
+    rows = total.links()["tokens"]
+    for start, stop in ((6, 14), (0, 28), (13, 20), (8, 9)):
+        whole, found = 0.0, torch.zeros(len(total.names), dtype=torch.float64)
+        within = {f for f in pieces[start:stop] if f not in pieces[:start] + pieces[stop:]}
+        for t in range(start, stop):
+            columns, shares, features, others = rows[t]
+            kept = [(f, s) for f, s in zip(features, others, strict=True) if f not in within]
+            strength = float(total.strength[t])
+            whole += strength * (sum(shares) + sum(s for _, s in kept))
+            found += strength * to(columns, shares, [f for f, _ in kept], [s for _, s in kept])
+        # The links of a page have five digits.
+        assert total.span(start, stop)[0].tolist() == pytest.approx(
+            (found / whole).tolist(), abs=1e-4
+        )
+
+
+def test_whole_answer_shares_are_close_to_its_exact_attribution():
+    """Of the answer held as it is, by all coalitions of the passages."""
+    result = GenerationAttributionResult.load(DATA / "rag.safetensors")
+    exact = result.answer.attributions / result.answer.attributions.sum()
+    shares = result.total(level="paragraph").span()[0]
+    assert shares.argmax() == exact.argmax()
+    assert float((shares - exact).abs().max()) < 0.05
 
 
 def test_sentence_shares_sum_before_clipping(model, tokenizer):

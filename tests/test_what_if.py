@@ -195,7 +195,8 @@ def test_white_space_token_is_displayed(token, said):
         proven_minimal=True,
         n_evaluations=1,
     )
-    assert str(found).startswith(f"‘FL’ → nothing: {said} → {said} ")
+    amounts = f"({said} 90 % → 5 %, {said} 82 %; in 100% of draws)"
+    assert str(found).startswith(f"‘FL’ → nothing: {said} → {said} {amounts}")
     data = {
         "counterfactuals": [found.to_dict()],
         "output": [{"text": "b"}],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_llm_ext.attribution.game import Run
 from captum_llm_ext.attribution.target import whole_row
+from captum_llm_ext.base.amounts import probability
 from captum_llm_ext.base.terminal import one_line, spelled
 from captum_llm_ext.model import Generation, Processes, Scorer, TokenRow
 from captum_llm_ext.model.plain_forward import plain_log_probs
@@ -109,11 +110,11 @@ class Counterfactual:
 
     def __str__(self) -> str:
         changes = ", ".join(f"{_quoted(old)} → {_quoted(new)}" for old, new in self.replacements)
-        before, now, new = self.values
+        before, now, new = map(probability, self.values)
+        old, other = _quoted(self.name), _quoted(self.new_token)
         return (
-            f"{changes}: {_quoted(self.name)} → {_quoted(self.new_token)} "
-            f"({before:.2f} → {now:.2f} nats, the new one {new:.2f}; "
-            f"{self.share_of_draws:.0%} of draws"
+            f"{changes}: {old} → {other} ({old} {before} → {now}, {other} {new}; "
+            f"in {self.share_of_draws:.0%} of draws"
             f"{'' if self.proven_minimal else ', perhaps not minimal'})\n"
             f"  answer: {one_line(self.answer.strip())}"
         )

@@ -177,6 +177,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         show_progress: Shown = False,
         skip_tokens: Skipped | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        whole_answer: bool = True,
         **kwargs: Any,
     ) -> GenerationAttributionResult:
         """Attributes the target, or what the model generates, to prompt and generated features.
@@ -232,13 +233,13 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                 Ctrl-C resumes from it, on any number of processes, with the same result. `tol`,
                 `max_evaluations` and the number of processes may change; another
                 `perturbations_per_eval` changes batches and thereby last digits.
+            whole_answer: For methods that estimate Shapley values or leave features out: attribute
+                the whole answer to the few largest parts of the prompt as well, if that takes at
+                most an eighth more evaluations, or eight (`answer` of the result, which is shown
+                first). False scores no rows for it.
             **kwargs: Passed to the ``attribute`` of methods that this package does not implement.
                 For the others, only arguments that repeat the default
                 (``return_input_shape=True``).
-
-        Besides, for methods that estimate Shapley values or leave features out, the whole answer is
-        attributed to the few largest parts of the prompt, if that takes at most an eighth more
-        evaluations, or eight: `answer` of the result, which is shown first.
 
         Returns:
             The result; its tensors are on the model's device, in float32 (float64 for float64
@@ -313,7 +314,9 @@ class GenerationAttribution(WhatIf, LLMAttribution):
                     joint = outcome.whole
                     if self.attr_target == "prob":
                         joint = solve(game.joint(), effort, kwargs).solution.attributions[0]
-                    answer = self._answer(game, outcome, max_evaluations)
+                    answer = None
+                    if whole_answer:
+                        answer = self._answer(game, outcome, max_evaluations)
             return self._result(inp, game, outcome, joint, generation, answer)
 
     def _answer(

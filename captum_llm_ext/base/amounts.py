@@ -1,4 +1,4 @@
-"""Formats standard errors and shares; small nonzero ones are never shown as zero."""
+"""Formats standard errors, shares and probabilities; small nonzero ones are never shown as zero."""
 
 import math
 
@@ -27,6 +27,12 @@ def percent(share: float, error: float | None = 0.0, space: str = " ") -> str:
     """
     spread = plus_minus(None if error is None else 100 * error, 0)
     return f"{_rounded(100 * share, 0)}{spread}{space}%"
+
+
+def probability(log_probability: float) -> str:
+    """A probability as a percentage: ``"82 %"``, or ``"<0.01 %"``."""
+    share = math.exp(min(log_probability, 0.0))
+    return "<0.01 %" if share < 1e-4 else f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def _rounded(size: float, decimals: int) -> str:

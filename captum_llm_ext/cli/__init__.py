@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import captum_llm_ext
 from captum_llm_ext.base.command_line import command_line
 from captum_llm_ext.cli import attribute, compare, counterfactual, demo, doctor, show
-from captum_llm_ext.cli.command import UsageError, note, refuse_unknown, say, shown_examples
+from captum_llm_ext.cli.command import Parser, UsageError, note, refuse_unknown, say, shown_examples
 from captum_llm_ext.cli.wording import in_options
 
 __all__ = ["main"]
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _goes_on(arguments: argparse.Namespace) -> str:
     kept = getattr(arguments, "checkpoint", None) or getattr(arguments, "out", None)
-    if kept is None or arguments.command == "demo":
+    if kept is None or arguments.command == "demo" or not os.path.exists(kept):
         return ""
     return f" (the same command goes on from what is in {kept})"
 
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = f"captum-llm-ext {captum_llm_ext.__version__}"
     parser.add_argument("-V", "--version", action="version", version=version)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", parser_class=Parser)
     for command in _COMMANDS:
         command.add(commands)
     return parser

@@ -15,6 +15,28 @@ class UsageError(ValueError):
     """Contradictory options: the command line must be changed."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports misspelt options before those that are missing because of it."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        """As in argparse."""
+        self._given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with status 2."""
+        known = self._option_string_actions
+        options = [one for one in self._given if re.match("--[a-z]", one)]
+        unknown = [one for one in options if one.split("=")[0] not in known]
+        if unknown and message.endswith("required"):
+            refuse_unknown(self, unknown)
+        super().error(message)
+
+
 def add_command(
     commands: Any,
     name: str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from captum_llm_ext.base.arguments import TARGETS
 from captum_llm_ext.cli.api import is_remote
-from captum_llm_ext.cli.command import UsageError, above_zero, positive, share, whole
+from captum_llm_ext.cli.command import UsageError, above_zero, note, positive, share, whole
 from captum_llm_ext.cli.input_files import check_there
 from captum_llm_ext.cli.loading import DEMO, add_loading, load_model, load_tokenizer, place_of
 from captum_llm_ext.cli.methods import (
@@ -257,6 +257,8 @@ class Job:
         tokenizer = load_tokenizer(self._place)
         if arguments.target is None and is_main():
             self._prompt.note_template(tokenizer, self._place.shown)
+        if arguments.unit is None and self._units == ("turn",) and is_main():
+            note("the parts of a chat are its turns: --unit sentence or word looks into them.")
         inp = self._input(tokenizer, baselines)
         return self._attribution(tokenizer, accelerator), inp
 

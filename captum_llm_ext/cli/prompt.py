@@ -128,8 +128,7 @@ class PromptOptions:
             parts = (passages, *(unit for unit in units if unit != "passage"))
         parts = parts[0] if len(parts) == 1 else parts
         if self.messages is None:
-            named: dict[str, Any] = {"names": parts.names} if isinstance(parts, Parts) else {}
-            return TextSegmentInput(self._whole, tokenizer, parts, baselines=baselines, **named)
+            return TextSegmentInput(self._whole, tokenizer, parts, baselines=baselines)
         return ChatInput(
             [*self.messages[:-1], {**self.messages[-1], "content": self._whole}]
             if self.passages

@@ -125,6 +125,30 @@ def passed_back(nodes: Influence, features: Influence) -> tuple[Tensor, Tensor]:
     return nodes.prompt + nodes.output @ of_prompt, nodes.output @ of_output
 
 
+def of_spans(
+    inside: Tensor, own: Tensor, nodes: Influence, features: Influence
+) -> tuple[Tensor, Tensor]:
+    """Total influence on several spans of nodes, each as one node.
+
+    What the span's own words did to one another is inside it and no cause of the span: otherwise a
+    cause of its first word would count again for every word that follows from this one.
+
+    Args:
+        inside: 1 for the nodes of each span, ``(n_spans, n_nodes)``.
+        own: Output features that lie within a span as a whole, bool ``(n_spans, n_output)``.
+        nodes, features: As for `passed_back`.
+
+    Returns:
+        Shares ``(n_spans, n_prompt)`` and ``(n_spans, n_output)`` as for `passed_back`.
+    """
+    weights = inside * nodes.strength[..., None, :]
+    prompt, output = weights @ nodes.prompt, (weights @ nodes.output).masked_fill(own, 0)
+    whole = prompt.sum(-1, keepdim=True) + output.sum(-1, keepdim=True)
+    of_prompt, of_output = total_influence(features)
+    whole = whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    return (prompt + output @ of_prompt) / whole, output @ of_output / whole
+
+
 class Chain(NamedTuple):
     """A path from a feature to a node.
 

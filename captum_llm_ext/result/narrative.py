@@ -35,10 +35,10 @@ _MEASURED = {
 
 
 _INSTEAD = {
-    "deleted": "none does",
-    "model": "what the model itself would have written in its place does",
-    "corpus": "other texts in its place do",
-    "texts": "the given texts in its place do",
+    "deleted": "no prompt",
+    "model": "what the model itself would have written in its place",
+    "corpus": "other texts in its place",
+    "texts": "the given texts in its place",
 }
 
 
@@ -176,17 +176,26 @@ def _of_the_whole(result: "ResultNumbers", read: Reading) -> list[str]:
     if whole is None or not math.isfinite(whole.gain):
         return []
     amount = f"{abs(whole.gain):,.1f}{plus_minus(whole.empty_error, 1)} {unit or ''}".strip()
-    is_more, instead = whole.gain > 0, _INSTEAD.get(absence(result), "nothing in its place does")
+    gives = "gives the answer {}" if whole.gain > 0 else "takes {} from the answer"
+    text = f"The prompt as a whole {gives.format(amount)}"
     if is_in_nats(result):
-        likelier = "likelier" if is_more else "less likely"
-        gives = f"makes the answer, as it was written, {amount} {likelier}"
-    else:
-        gives = f"gives the answer, as it was written, {amount} {'more' if is_more else 'less'}"
-    text = f"The prompt as a whole {gives} than {instead}"
+        text += f": {_times(result, whole.gain / len(result.output_tokens))} with "
+        text += _INSTEAD.get(absence(result), "nothing in its place")
     if whole.kind == SHAPLEY:
-        return [f"{text}; its parts share these."]
+        return [f"{text}. Its parts share this amount."]
     alone = "loses without that part alone" if whole.kind == LEFT_OUT else "gains by it alone"
-    return [f"{text}; each part’s number tells what it {alone}."]
+    return [f"{text}. Each part’s number tells what it {alone}."]
+
+
+def _times(result: "ResultNumbers", gain: float) -> str:
+    """How many times as probable the answer's tokens are, by the mean of their gains."""
+    is_one = len(result.output_tokens) == 1
+    mean, than = "" if is_one else "on average ", "" if gain > 0 else " lower than"
+    if result.provenance.get("attr_target") == "log_prob":
+        who = "it" if is_one else "each token"
+        return f"{who} is {mean}{factor(gain)} {'as' if gain > 0 else 'than'}"
+    size = factor(abs(gain)).removesuffix(" as probable")
+    return f"{'its' if is_one else 'each token’s'} odds are {mean}{size}{than} those"
 
 
 def _in_the_answer(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from captum_llm_ext.result.numbers import ResultNumbers
 
 _QUOTED = 40  # characters of a part's text in its name; chosen, not measured
+_NAMED = ("passage", "part", "example")  # levels whose parts have names of their own
 _NAME = 24  # characters up to which a text serves as a name; chosen, not measured
 TOKEN, WORD = "token", "word"
 CERTAIN = 1.96  # standard errors of a difference: 95 %
@@ -251,21 +252,30 @@ def quoted(text: str, most: int = _QUOTED) -> str:
     return f"“{one_line(shorten(line, most))}”"
 
 
-def part_names(level: str, texts: Sequence[str]) -> list[str]:
-    """Names of a level's parts: their texts if short, otherwise ``paragraph 4 “Lake …”``."""
+def part_names(level: str, texts: Sequence[str], within: Sequence[str] | None = None) -> list[str]:
+    """Names of a level's parts: their texts if short, otherwise ``paragraph 4 “Lake …”``.
+
+    Args:
+        level: The level.
+        texts: The texts of its parts.
+        within: Names of the larger parts that contain them: ``lakes.txt: sentence 4 “Lake …”``.
+    """
     lines = [one_line(" ".join(text.split())) for text in texts]
     if level in (TOKEN, WORD) or all(len(text) <= _NAME for text in lines):
         return numbered_where_alike(
             [text or repr(raw) for text, raw in zip(lines, texts, strict=True)]
         )
-    return [f"{level} {i} {quoted(text)}" for i, text in enumerate(texts, start=1)]
+    names = [f"{level} {i} {quoted(text)}" for i, text in enumerate(texts, start=1)]
+    return names if within is None else [f"{w}: {n}" for w, n in zip(within, names, strict=True)]
 
 
 def _prompt_parts(result: "ResultNumbers", level: str) -> Parts:
     n_output = len(result.output_features or ())
     texts, part_of = prompt_level(result, level)
     if level != finest_level(result):
-        return Parts(level, part_names(level, texts), texts, [*part_of, *[-1] * n_output])
+        firsts = [part_of.index(part) for part in range(len(texts))]
+        names = part_names(level, texts, _wholes(result, level, firsts))
+        return Parts(level, names, texts, [*part_of, *[-1] * n_output])
     # Columns of one feature, such as captum's groups, are one cause.
     columns: dict[int, list[int]] = {}
     for column, feature in enumerate(result.column_features[: len(texts)]):
@@ -276,8 +286,21 @@ def _prompt_parts(result: "ResultNumbers", level: str) -> Parts:
     names = [joined_name([result.names.prompt[c] for c in own]) for own in columns.values()]
     joined = [joined_name([texts[c] for c in own]) for own in columns.values()]
     if not all(len(name.strip()) <= _NAME for name in names):
-        names = part_names(level, joined)
+        names = part_names(
+            level, joined, _wholes(result, level, [own[0] for own in columns.values()])
+        )
     return Parts(level, names, joined, owners)
+
+
+def _wholes(result: "ResultNumbers", level: str, columns: Sequence[int]) -> list[str] | None:
+    """The named passages or parts of the prompt that contain some columns; None if it has none."""
+    for coarse in prompt_levels(result):
+        names = [one_line(name.strip()) for name in coarse["parts"]]
+        if coarse["name"] == level:
+            break
+        if coarse["name"] in _NAMED and all(len(name) <= _NAME for name in names):
+            return [names[coarse["part_of"][column]] for column in columns]
+    return None
 
 
 def _rows(result: "ResultNumbers", unit: str) -> list[Row]:

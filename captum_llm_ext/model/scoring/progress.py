@@ -202,8 +202,13 @@ class _Lines:
         done = f"({self._done}"
         if self._total:  # otherwise unknown
             done = f"{100 * self._done // self._total} % ({self._done} of {self._total}"
-        text = f"{self._name}: {done}, {rate:.3g} {self._unit}s a second){rest}{self._note}"
+        text = f"{self._name}: {done}, {_rounded(rate)} {self._unit}s a second){rest}{self._note}"
         print(text, file=sys.stderr, flush=True)
+
+
+def _rounded(rate: float) -> str:
+    """Without an exponent: ``"1,290"``, ``"2.5"``, ``"0.31"``."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:

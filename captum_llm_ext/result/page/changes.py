@@ -1,9 +1,9 @@
 """Counterfactuals in words: what was replaced in the prompt, and what the model then generates."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from captum_llm_ext.base.amounts import probability
 from captum_llm_ext.base.terminal import spelled
 
 _LONGEST = 80  # displayed characters of a changed text; chosen, not measured
@@ -46,7 +46,7 @@ def _sentence(one: Mapping[str, Any]) -> str:
     changes = " and ".join(
         f"{_quoted(new)} in place of {_quoted(old)}" for old, new in one["replacements"]
     )
-    before, now, new = (_percent(value) for value in one["values"])
+    before, now, new = (probability(value) for value in one["values"])
     share = float(one["share_of_draws"])
     often = "" if share >= 1 else f" ({100 * share:.0f} % of the texts tried there do it)"
     many = len(one["features"]) > 1
@@ -58,11 +58,6 @@ def _sentence(one: Mapping[str, Any]) -> str:
         f"With {changes or 'other text'}{often}, {_quoted(one['new_token'])} ({new}) is likelier "
         f"than {_quoted(one['name'])} ({now}, was {before}){least}."
     )
-
-
-def _percent(log_prob: float) -> str:
-    share = math.exp(min(log_prob, 0.0))
-    return "<0.01 %" if share < 1e-4 else f"{float(f'{100 * share:.2g}'):g} %"
 
 
 def _quoted(text: str) -> str:

@@ -25,10 +25,10 @@ _NAMES = {
 }
 # Names of entries within dictionaries, such as on generation.
 _PARTS = {
-    "eos_token_id": "until token",
-    "max_new_tokens": "tokens at most",
-    "n_before": "positions before the text",
-    "jumps": "values jump where numbers within move by",
+    "eos_token_id": "until the token with number {}",
+    "max_new_tokens": "at most {} tokens",
+    "n_before": "positions before the text {}",
+    "jumps": "values jump where numbers within move by {}",
 }
 _UNTOLD_ZERO = ("n_before", "jumps")
 # Of yes and no: what each says; nothing where it goes without saying.
@@ -89,9 +89,8 @@ def _part(name: str, value: Any) -> str:
     if name in _CLAIMS and str(value) in ("True", "False"):
         return _CLAIMS[name][str(value) == "False"]
     text = "" if name in _UNTOLD_ZERO and not value else _spelled(value)
-    return text and (
-        text if name == "dtype" else f"{_PARTS.get(name, name.replace('_', ' '))} {text}"
-    )
+    known = _PARTS.get(name, f"{name.replace('_', ' ')} {{}}")
+    return text and (text if name == "dtype" else known.format(text))
 
 
 def _listed(values: list[Any]) -> str:

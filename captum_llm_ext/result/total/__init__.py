@@ -108,6 +108,7 @@ def total(
         _tokens=rows,
         _features=nodes,
         _feature_of=view.feature_of,
+        _within=partial(view.within, n_tokens=len(result.output_tokens)),
         _spread=partial(_spread, result, source, graph, n_resamples, seed),
     )
 

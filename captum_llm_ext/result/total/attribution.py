@@ -1,7 +1,7 @@
 """`TotalAttribution`: shares of the prompt in every token, and their causal chains."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +12,12 @@ from torch import Tensor
 from captum_llm_ext.base.amounts import percent
 from captum_llm_ext.base.arguments import position_of
 from captum_llm_ext.base.terminal import columns, one_line, shortened
-from captum_llm_ext.result.influence import Influence, flow_towards, strongest_chains
+from captum_llm_ext.result.influence import (
+    Influence,
+    flow_towards,
+    of_spans,
+    strongest_chains,
+)
 from captum_llm_ext.result.total.spread import Spread
 
 if TYPE_CHECKING:
@@ -128,6 +133,7 @@ class TotalAttribution:
     _tokens: Influence = field(repr=False)
     _features: Influence = field(repr=False)
     _feature_of: list[int | None] = field(repr=False)
+    _within: Callable[[Sequence[range]], tuple[Tensor, Tensor]] = field(repr=False)
     _spread: Callable[[], Spread] = field(repr=False)
 
     @cached_property
@@ -216,7 +222,10 @@ class TotalAttribution:
         ]
 
     def span(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Shares in several target tokens together, weighted by their `strength`.
+        """Shares in several target tokens together, as one node.
+
+        What words of the span did to one another is inside it: of the whole answer, the shares are
+        those of what the prompt led to directly.
 
         Args:
             start, stop: The span, as in a slice; by default the whole answer.
@@ -224,9 +233,10 @@ class TotalAttribution:
         Returns:
             Shares of the prompt ``(P,)`` and of the output ``(G,)``.
         """
-        weights = self.strength[start:stop]
-        weights = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        return weights @ self.shares[start:stop], weights @ self.output_shares[start:stop]
+        span = range(*slice(start, stop).indices(len(self.output_tokens)))
+        inside, own = self._within([span])
+        prompt, output = of_spans(inside, own, self._tokens, self._features)
+        return prompt[0], output[0]
 
     def span_se(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """Standard errors of `span`: 0 if exact, NaN if unknown."""

@@ -97,6 +97,21 @@ class View:
                 summed[..., feature, :] += tokens[..., t, :]
         return summed
 
+    def within(self, spans: Sequence[range], n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Which tokens are in each span, and which output features lie in it as a whole.
+
+        Returns:
+            float64 ``(n_spans, n_tokens)`` and bool ``(n_spans, n_output)``.
+        """
+        inside = torch.zeros(len(spans), n_tokens, dtype=torch.float64, device="cpu")
+        for row, span in zip(inside, spans, strict=True):
+            row[span.start : span.stop] = 1
+        own = torch.ones(len(spans), self.n_output, dtype=torch.bool, device="cpu")
+        for t, feature in enumerate(self.feature_of):
+            if feature is not None:
+                own[:, feature] &= inside[:, t] > 0
+        return inside, own
+
     def noise(self, rounding: Tensor) -> Tensor:
         """Rounding error of the value of each output feature."""
         summed = rounding.new_zeros(self.n_output)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from captum_llm_ext.result.influence import passed_back
+from captum_llm_ext.result.influence import Influence, of_spans
 from captum_llm_ext.result.total.graph import Graph
 
 # Draws of attributions for the spread of shares; an error from 50 draws is off by a tenth, and each
@@ -57,11 +57,8 @@ class Spread:
         view, n_tokens = self.graph.view, len(self.attributions)
         found: list[_Moments] = []
         for spans, part_of in requests:
-            inside = torch.zeros(len(spans), n_tokens, dtype=torch.float64, device="cpu")
-            for row, span in zip(inside, spans, strict=True):
-                row[span.start : span.stop] = 1
             parts = range(view.n_output) if part_of is None else part_of
-            found.append(_Moments(inside, list(parts), view.n_prompt))
+            found.append(_Moments(*view.within(spans, n_tokens), list(parts), view.n_prompt))
         if not bool((self.errors != 0).any()):
             return [torch.zeros_like(own.first) for own in found]
         if self.moved is None:
@@ -90,35 +87,32 @@ class Spread:
             if rest is not None:
                 others = others + torch.stack([normal(*rest.shape) for _ in steps]) * rest
             rows, nodes = self.graph.influence(others)
-            prompt, output = passed_back(rows, nodes)
             for own in found:
-                own.add(rows.strength, prompt, output)
+                own.add(rows, nodes)
 
 
 class _Moments:
     """The first two moments of shares in some spans, by parts.
 
     Args:
-        inside: Which tokens are in each span, ``(n_spans, T)``.
+        inside, own: Which tokens and features are in each span, see `of_spans`.
         parts: Per output feature its part.
         n_prompt: Number of prompt parts.
     """
 
-    def __init__(self, inside: Tensor, parts: Sequence[int], n_prompt: int) -> None:
-        self.inside, self._n_prompt = inside, n_prompt
+    def __init__(self, inside: Tensor, own: Tensor, parts: Sequence[int], n_prompt: int) -> None:
+        self.inside, self._own, self._n_prompt = inside, own, n_prompt
         self._parts = torch.tensor(parts, dtype=torch.int64, device="cpu")
         width = n_prompt + max([*parts, -1]) + 1
         self.first = torch.zeros(len(inside), width, dtype=torch.float64, device="cpu")
         self._second = torch.zeros_like(self.first)
 
-    def add(self, strength: Tensor, prompt: Tensor, output: Tensor) -> None:
-        """Adds shares in tokens, weighted by strength: a row per draw."""
-        weights = self.inside * strength[:, None, :]
-        tiny = torch.finfo(weights.dtype).tiny
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(tiny)
-        shares = self.first.new_zeros(len(strength), *self.first.shape)
-        shares[..., : self._n_prompt] = weights @ prompt
-        shares[..., self._n_prompt :].index_add_(-1, self._parts, weights @ output)
+    def add(self, rows: Influence, nodes: Influence) -> None:
+        """Adds the shares of a chunk of draws, of influence on tokens and on output features."""
+        prompt, output = of_spans(self.inside, self._own, rows, nodes)
+        shares = self.first.new_zeros(len(prompt), *self.first.shape)
+        shares[..., : self._n_prompt] = prompt
+        shares[..., self._n_prompt :].index_add_(-1, self._parts, output)
         self.first += shares.sum(0)
         self._second += shares.square().sum(0)
 

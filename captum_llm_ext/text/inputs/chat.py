@@ -101,7 +101,6 @@ class ChatInput(TextSegmentInput):
             text,
             tokenizer,
             (turns, *inner) if inner else turns,
-            names=None if inner else turns.names,
             add_special_tokens=False,
             **arguments,
         )

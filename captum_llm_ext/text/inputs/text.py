@@ -130,6 +130,8 @@ class TextSegmentInput(InterpretableInput, Prompt):
                 f"the prompt {shorten(text)!r} has no token of its own to attribute to."
             )
         self.spans = ownership.spans
+        if names is None and isinstance(units[-1], Parts):
+            names = units[-1].names
         span_names = _span_names(text, ownership, encoding, tokenizer, names)
         feature_of, self.names = tie(span_names, groups)
         self.values = self.names
@@ -257,7 +259,7 @@ class TextSegmentInput(InterpretableInput, Prompt):
         )
         inner = units[1:] if named else units
         if not inner:
-            arguments = {"names": chosen.names, "labels": chosen.names} | arguments
+            arguments = {"labels": chosen.names} | arguments
             return TextSegmentInput(text, tokenizer, chosen, **arguments)
         return TextSegmentInput(text, tokenizer, (chosen, *inner), **arguments)
 

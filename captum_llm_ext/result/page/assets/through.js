@@ -19,7 +19,7 @@ function graph() {
     if (!stored.features) data.output.forEach((piece, t) => { if (piece.feature !== null) nodes[piece.feature] = tokens[t]; });
     const errors = new Map();
     for (const { level, spans, se } of stored.errors || []) spans.forEach(([from, to], i) => errors.set([level, from, to].join(), se[i]));
-    graphs.set(stored, { tokens, nodes, errors, strength: stored.strength, tokenTotals: [], featureTotals: [], best: [] });
+    graphs.set(stored, { tokens, nodes, errors, strength: stored.strength, featureTotals: [], best: [] });
   }
   return graphs.get(stored);
 }
@@ -43,7 +43,22 @@ function totalSharesOf(own, feature) { /* causes precede their effects: totals o
   return own.featureTotals[feature];
 }
 
-/* Shares of several tokens, weighted by the strength of their causes. */
+/* The direct causes of several tokens as one node, and the strength of each token's in all of them.
+   What words of the span did to one another is inside it. */
+function spanCauses(own, from, to) {
+  const inside = new Set(data.output.slice(from, to).map((piece) => piece.feature));
+  data.output.forEach((piece, t) => { if (t < from || t >= to) inside.delete(piece.feature); });
+  const rows = range(to - from).map((i) => {
+    const { columns, shares, features, others } = own.tokens[from + i];
+    const kept = range(features.length).filter((k) => !inside.has(features[k]));
+    return { columns, shares, features: kept.map((k) => features[k]), others: kept.map((k) => others[k]), weight: own.strength[from + i] };
+  });
+  const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+  const all = sum(rows.map((row) => (row.weight > 0 ? row.weight * (sum(row.shares) + sum(row.others)) : 0)));
+  return all > 0 ? rows.filter((row) => row.weight > 0).map((row) => ({ ...row, weight: row.weight / all })) : [];
+}
+
+/* Total shares of several tokens as one node. */
 function sharesOf(from, to) {
   const own = graph(), parts = answer.partOf || range(nOutput);
   const series = (width) => ({ value: new Float64Array(width), error: new Float64Array(width), count: 1, isShare: true });
@@ -55,12 +70,10 @@ function sharesOf(from, to) {
       side.error[column < width ? column : column - width] = known(errors[1][k]);
     });
   } else found.prompt.hasUnknownError = found.output.hasUnknownError = true; /* a span that is not a part of the answer at this level */
-  const all = total(own.strength, from, to);
-  for (let t = from; t < to && all > 0; t++) {
-    if (!(own.strength[t] > 0)) continue;
-    const end = (own.tokenTotals[t] ||= totalShares(own, own.tokens[t])), weight = own.strength[t] / all;
-    end.prompt.forEach((share, j) => { found.prompt.value[j] += weight * share; });
-    end.output.forEach((share, j) => { found.output.value[parts[j]] += weight * share; });
+  for (const row of spanCauses(own, from, to)) {
+    const end = totalShares(own, row);
+    end.prompt.forEach((share, j) => { found.prompt.value[j] += row.weight * share; });
+    end.output.forEach((share, j) => { found.output.value[parts[j]] += row.weight * share; });
   }
   return found;
 }
@@ -85,9 +98,9 @@ function bestOf(own, feature) {
 
 /* The share of all chains through these parts of the answer in this order, by any of their features:
    `route` has the column that they begin with, or null, and the parts. */
-function routeShare(own, view, route, partOf) {
+function routeShare(own, rows, route, partOf) {
   const place = new Map(route.parts.map((part, i) => [part, i])), last = route.parts.length;
-  const at = (feature) => (place.has(partOf(feature)) ? place.get(partOf(feature)) : partOf(feature) === null ? last : -2);
+  const at = (feature) => (place.has(partOf(feature)) ? place.get(partOf(feature)) : -2);
   const mass = new Map();
   const into = (row, here) => {
     let sum = 0;
@@ -102,29 +115,23 @@ function routeShare(own, view, route, partOf) {
     const here = at(j);
     if (here >= 0) mass.set(j, begins(node) ? Number(here === 0 && route.column === null) : into(node, here));
   });
-  const all = total(own.strength, view.from, view.to);
-  let sum = 0;
-  for (let t = view.from; t < view.to; t++) sum += (own.strength[t] / all) * into(own.tokens[t], last);
-  return sum;
+  return rows.reduce((sum, row) => sum + row.weight * into(row, last), 0);
 }
 
 /* The strongest routes to the selection, by parts of the answer at the current level. */
 function routesTo(view) {
   const own = graph();
   if (!own || view.kind !== "rows" || isWhole(view)) return [];
-  const inside = new Set(data.output.slice(view.from, view.to).map((piece) => piece.feature));
-  for (const j of [...inside]) if (j !== null && data.output.some((piece, t) => piece.feature === j && (t < view.from || t >= view.to))) inside.delete(j);
-  const partOf = (feature) => (inside.has(feature) ? null : answer.partOf ? answer.partOf[feature] : feature);
-  const routes = new Map();
-  for (let t = view.from; t < view.to; t++) {
-    if (!(own.strength[t] > 0)) continue;
-    for (const { column, features } of strongest(own, own.tokens[t])) {
-      const parts = features.map(partOf).filter((part, i, all) => part !== null && part !== all[i - 1]);
+  const partOf = (feature) => (answer.partOf ? answer.partOf[feature] : feature);
+  const routes = new Map(), rows = spanCauses(own, view.from, view.to);
+  for (const row of rows) {
+    for (const { column, features } of strongest(own, row)) {
+      const parts = features.map(partOf).filter((part, i, all) => part !== all[i - 1]);
       const key = [column, ...parts].join();
       if (!routes.has(key)) routes.set(key, { column, parts });
     }
   }
-  return [...routes.values()].map((route) => ({ ...route, share: routeShare(own, view, route, partOf) }))
+  return [...routes.values()].map((route) => ({ ...route, share: routeShare(own, rows, route, partOf) }))
     .sort((a, b) => b.share - a.share).slice(0, MOST_CHAINS);
 }
 
