@@ -451,7 +451,9 @@ def test_first_token_of_a_label_is_the_tokenizers(label, named, first):
     class By:
         """Cuts words after three letters."""
 
-        details = {}
+        @property
+        def details(self):
+            return {}
 
         def likeliest(self, messages):
             return [(name, -1.0) for name in [*named, " else"]]
