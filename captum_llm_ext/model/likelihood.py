@@ -12,7 +12,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.draws import drawn_again
 from captum_llm_ext.model.forward.rows import TokenRow
-from captum_llm_ext.model.listing import Listing
+from captum_llm_ext.model.listing import Listing, longest_continuation
 from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.model.probe import Findings, findings
 from captum_llm_ext.model.scoring.scorer import Scorer
@@ -22,8 +22,6 @@ from captum_llm_ext.text.baselines import Listed, Proposer
 # Rows per pass. These texts are few and short compared with the coalitions scored later. Chosen,
 # not measured.
 _ROWS_AT_ONCE = 16
-_TO_THE_END = 3  # maximum number of tokens of a word after its first; chosen, not measured
-_TOKENS_PER_WORD = 3  # additional tokens per further word; chosen, not measured
 # A probe of the model is valid for rows up to this many tokens longer. Chosen, not measured.
 _BEYOND = 48
 
@@ -192,7 +190,7 @@ class Likelihood:
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """See `Proposer.greedy`."""
-        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_words]
+        limits = [longest_continuation(n) for n in n_words]
         starts = [self._ids(beginning) for beginning in beginnings]
         written: list[list[int]] = [[] for _ in starts]
         texts = [""] * len(starts)

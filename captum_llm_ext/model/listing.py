@@ -15,6 +15,8 @@ from captum_llm_ext.text.baselines import Listed
 # Number of likeliest tokens that are examined, besides the requested ones: at the beginning of a
 # chat, and after a first word, the likeliest 1,024 of some models contain no words.
 _LOOKED_AT = 4096
+_TO_THE_END = 3  # maximum number of tokens of a word after its first; chosen, not measured
+_TOKENS_PER_WORD = 3  # additional tokens per further word; chosen, not measured
 # Texts whose ids are cached, the latest ones: about 10 MB for texts of some hundred words. A search
 # over a prompt of 60 words encodes some hundred different texts. Chosen, not measured.
 _MOST_ENCODED = 4096
@@ -126,6 +128,11 @@ class Listing:
         if token not in self._pieces:
             self._pieces[token] = tokens.pieces(self._tokenizer, [token], [before])[0]
         return self._pieces[token]
+
+
+def longest_continuation(n_words: int) -> int:
+    """Maximum number of tokens of a continuation: see `Proposer.greedy`."""
+    return _TO_THE_END + _TOKENS_PER_WORD * n_words
 
 
 def _elsewhere(

@@ -129,6 +129,11 @@ class ModelBaselines:
         filling = self._filling(slot)
         return slot.text if filling is None else filling.draw(generator)
 
+    @property
+    def has_proposer(self) -> bool:
+        """Whether another model than the explained one proposes texts."""
+        return self._proposer is not None
+
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """A copy with a model, if it has no proposer."""
         if self._proposer is _LEFT_BEHIND:
