@@ -1,7 +1,8 @@
-"""A local model behind OpenAI's chat completions API, for measurements against its exact values.
+"""A local model behind OpenAI's APIs, for measurements against its exact values.
 
-What was said is read as plain text, which small models continue better than they answer, or by the
-chat template.
+Of chats, what was said is read as plain text, which small models continue better than they answer,
+or by the chat template. Completions take token ids or text, and tell `prompt_logprobs` as vLLM
+does.
 """
 
 import json
@@ -43,7 +44,9 @@ class Served:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with served._lock, torch.no_grad():
-                    raw = json.dumps(served.answer(body)).encode()
+                    is_chat = self.path.endswith("/chat/completions")
+                    found = served.answer(body) if is_chat else served.complete(body)
+                    raw = json.dumps(found).encode()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(raw)))
                 self.end_headers()
@@ -110,21 +113,8 @@ class Served:
         n_out = 0
         for i in range(body.get("n", 1)):
             seed = int.from_bytes(digest, "big") + body.get("seed", 0) + i
-            generator = torch.Generator().manual_seed(seed)
-            written: list[int] = []
-            steps: list[dict[str, Any]] = []
-            for _ in range(body["max_tokens"]):
-                told = self.log_probs(ids + written)
-                if temperature == 0:
-                    token = int(told.argmax())
-                else:
-                    shares = self._cumulated((*ids, *written), told, temperature)
-                    drawn = torch.rand(1, generator=generator, dtype=torch.float64)
-                    token = min(int(torch.searchsorted(shares, drawn)), len(shares) - 1)
-                written.append(token)
-                steps.append(self._step(told, token, top))
-                if token == self._tokenizer.eos_token_id:
-                    break
+            written, told = self._written(ids, body["max_tokens"], temperature, seed)
+            steps = [self._step(*pair, top) for pair in zip(told, written, strict=True)]
             n_out += len(written)
             text = self._tokenizer.decode(written, skip_special_tokens=True)
             message = {"role": "assistant", "content": text}
@@ -132,6 +122,90 @@ class Served:
             choices.append(choice | ({"logprobs": {"content": steps}} if top else {}))
         usage = {"prompt_tokens": len(ids), "completion_tokens": n_out}
         return {"choices": choices, "model": "local", "usage": usage}
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The completions endpoint's response, to one prompt or several."""
+        given = body["prompt"]
+        several = isinstance(given, list) and given and isinstance(given[0], list)
+        prompts = given if several else [given]
+        n, n_in, n_out = int(body.get("n", 1)), 0, 0
+        choices: list[dict[str, Any]] = []
+        for prompt in prompts:
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            n_in += len(ids)
+            for i in range(n):
+                choices.append(self._completed(ids, body, i) | {"index": len(choices)})
+                n_out += len(choices[-1]["token_ids"])
+        usage = {"prompt_tokens": n_in, "completion_tokens": n_out}
+        return {"choices": choices, "model": "local", "usage": usage}
+
+    def _completed(self, ids: list[int], body: dict[str, Any], nth: int) -> dict[str, Any]:
+        digest = blake2b(repr(ids).encode(), digest_size=7).digest()
+        seed = int.from_bytes(digest, "big") + body.get("seed", 0) + nth
+        written, steps = self._written(
+            ids, int(body["max_tokens"]), float(body["temperature"]), seed
+        )
+        has_stopped = written[-1:] == [self._tokenizer.eos_token_id]
+        choice: dict[str, Any] = {
+            "text": self._tokenizer.decode(written, skip_special_tokens=True),
+            "token_ids": written,
+            "finish_reason": "stop" if has_stopped else "length",
+        }
+        top = body.get("logprobs")
+        if top is not None:
+            by_id = bool(body.get("return_tokens_as_token_ids"))
+            tops = [told.topk(max(int(top), 1)) for told in steps]
+            choice["logprobs"] = {
+                "tokens": [self._name(token, by_id) for token in written],
+                "token_logprobs": [
+                    float(told[token]) for told, token in zip(steps, written, strict=True)
+                ],
+                "top_logprobs": [
+                    {
+                        self._name(i, by_id): v
+                        for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+                    }
+                    for best in tops
+                ],
+            }
+        if body.get("prompt_logprobs") is not None:
+            choice["prompt_logprobs"] = self._of_prompt(ids, int(body["prompt_logprobs"]))
+        return choice
+
+    def _of_prompt(self, ids: list[int], top: int) -> list[dict[str, Any] | None]:
+        logits = self._model(input_ids=torch.tensor([ids])).logits[0]
+        found: list[dict[str, Any] | None] = [None]
+        for row, token in zip(logits, ids[1:], strict=False):
+            told = row.double().log_softmax(-1)
+            likeliest = told.topk(top).indices.tolist() if top else []
+            found.append(
+                {str(i): {"logprob": float(told[i])} for i in dict.fromkeys([token, *likeliest])}
+            )
+        return found
+
+    def _written(
+        self, ids: list[int], n: int, temperature: float, seed: int
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Generated tokens, and the distribution that each is from."""
+        generator = torch.Generator().manual_seed(seed)
+        written: list[int] = []
+        steps: list[torch.Tensor] = []
+        for _ in range(n):
+            told = self.log_probs(ids + written)
+            if temperature == 0:
+                token = int(told.argmax())
+            else:
+                shares = self._cumulated((*ids, *written), told, temperature)
+                drawn = torch.rand(1, generator=generator, dtype=torch.float64)
+                token = min(int(torch.searchsorted(shares, drawn)), len(shares) - 1)
+            written.append(token)
+            steps.append(told)
+            if token == self._tokenizer.eos_token_id:
+                break
+        return written, steps
+
+    def _name(self, token: int, by_id: bool) -> str:
+        return f"token_id:{token}" if by_id else self._tokenizer.decode([token])
 
     def _cumulated(
         self, key: tuple[int, ...], told: torch.Tensor, temperature: float

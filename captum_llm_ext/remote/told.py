@@ -13,7 +13,6 @@ from captum_llm_ext.remote.providers import log_prob
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.search import OTHERWISE
 from captum_llm_ext.remote.transport import UnusableAnswerError
-from captum_llm_ext.text import tokens
 
 Ids = tuple[int, ...]
 Entry = Mapping[int, float]
@@ -45,7 +44,7 @@ class TopOfPrompts:
     def distributions(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Distributions`: unreported tokens have minus infinity."""
         [entries] = self.of([tuple(ids)])
-        special = tokens.special_ids(self._tokenizer)
+        special = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         for place in at:
             entry = {t: v for t, v in entries[place].items() if t not in special}
             # As if no special token could come: the others share its probability.
