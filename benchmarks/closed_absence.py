@@ -5,8 +5,8 @@
 A local model is asked over HTTP as a served one is, about prompts of `real_causes` that it answers
 right, of all kinds alike, leave-one-out of words. In the process itself `ModelBaselines` use the
 whole distribution; over the API what is told of it: log-probabilities of prompts as ids with the
-20 or 5 likeliest tokens, or those of the next token alone, by text or in an assistant's turn. Each
-prompt is kept as it is measured, and `--resume` goes on after those.
+20 or 5 likeliest tokens, or those of the next token alone, by text. Each prompt is kept as it is
+measured, and `--resume` goes on after those.
 """
 
 import json
@@ -27,7 +27,6 @@ from served import Served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_llm_ext import (
-    ChatProvider,
     CompletionsProvider,
     GenerationAttribution,
     ModelBaselines,
@@ -37,7 +36,7 @@ from captum_llm_ext import (
 
 PATH = Path(__file__).parent / "results" / "closed_absence.json"
 PLACEHOLDER = RemoteLLMAttribution.placeholder_model
-_COMMAND = "PYTHONPATH=benchmarks python benchmarks/closed_absence.py MODEL_FOLDER 24"
+_COMMAND = "PYTHONPATH=benchmarks python benchmarks/closed_absence.py MODEL_FOLDER 12"
 LOCAL = "local"
 
 
@@ -57,20 +56,11 @@ def by_text(served: Served, tokenizer: Any, top: int) -> Any:
     )
 
 
-def by_chat(served: Served, tokenizer: Any, top: int) -> Any:
-    """By those in an assistant's turn; no tokenizer."""
-    provider = ChatProvider("local", api_url=served.url)
-    return RemoteGenerationAttribution(
-        FeatureAblation(PLACEHOLDER), None, provider, top_logprobs=top
-    )
-
-
 WAYS: dict[str, tuple[Callable[..., Any], int]] = {
     "prompts, 20 told": (by_ids, 20),
     "prompts, 5 told": (by_ids, 5),
     "next token of texts, 20 told": (by_text, 20),
     "next token of texts, 5 told": (by_text, 5),
-    "next token of chats, 20 told": (by_chat, 20),
 }
 # Deletion in its place, for comparison.
 DELETED = "prompts, deletion"
@@ -135,9 +125,9 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Measures, and writes the JSON."""
     folder, *rest = [given for given in sys.argv[1:] if not given.startswith("--")]
-    n = int(rest[0]) if rest else 24
+    n = int(rest[0]) if rest else 12
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     measured: list[dict[str, Any]] = []
     if "--resume" in sys.argv:
         measured = json.loads(PATH.read_text())["prompts"]
@@ -162,7 +152,7 @@ def main() -> None:
             shown = {way: (own["strongest"], own["n_requests"]) for way, own in ways.items()}
             print(prompt.cause, json.dumps(shown), flush=True)
             content = {
-                "environment": environment(seed=0) | {"command": _COMMAND},
+                "environment": environment(seed=0, dtype="bfloat16") | {"command": _COMMAND},
                 "model": Path(folder).name,
                 "summary": summary(measured),
                 "prompts": measured,

@@ -10,11 +10,30 @@ import threading
 from copy import deepcopy
 from hashlib import blake2b
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _KEPT = 100  # distributions over the vocabulary
+_MOST = 20  # likeliest tokens that are told
+
+
+class _Told(NamedTuple):
+    """What is told of one position: token ids with their log-probabilities.
+
+    Attributes:
+        own: The token that stands there.
+        top: The likeliest ones.
+    """
+
+    own: tuple[int, float]
+    top: list[tuple[int, float]]
+
+
+def _told(log_probs: torch.Tensor, token: int) -> _Told:
+    best = log_probs.topk(_MOST)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return _Told((token, float(log_probs[token])), list(pairs))
 
 
 class Served:
@@ -33,6 +52,9 @@ class Served:
         self._known: dict[tuple[int, ...], torch.Tensor] = {}
         self._told: dict[tuple[int, ...], torch.Tensor] = {}
         self._shares: dict[tuple[Any, ...], torch.Tensor] = {}
+        # By prompt, and by what was asked for: what was told once costs nothing again.
+        self._scored: dict[tuple[int, ...], list[_Told]] = {}
+        self._completions: dict[tuple[Any, ...], list[_Told]] = {}
         served = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -127,61 +149,72 @@ class Served:
         """The completions endpoint's response, to one prompt or several."""
         given = body["prompt"]
         several = isinstance(given, list) and given and isinstance(given[0], list)
-        prompts = given if several else [given]
-        n, n_in, n_out = int(body.get("n", 1)), 0, 0
+        prompts = [
+            self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            for prompt in (given if several else [given])
+        ]
+        wanted = body.get("prompt_logprobs")
+        of_prompts = [[]] * len(prompts) if wanted is None else self._of_prompts(prompts)
+        n = int(body.get("n", 1))
         choices: list[dict[str, Any]] = []
-        for prompt in prompts:
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            n_in += len(ids)
-            for i in range(n):
-                choices.append(self._completed(ids, body, i) | {"index": len(choices)})
-                n_out += len(choices[-1]["token_ids"])
-        usage = {"prompt_tokens": n_in, "completion_tokens": n_out}
+        for ids, told in zip(prompts, of_prompts, strict=True):
+            own = [self._completed(ids, body, i) for i in range(n)]
+            if wanted is not None:
+                entries = [
+                    {str(t): {"logprob": v} for t, v in [at.own, *at.top[: int(wanted)]]}
+                    for at in told
+                ]
+                own = [choice | {"prompt_logprobs": [None, *entries]} for choice in own]
+            choices += own
+        choices = [choice | {"index": i} for i, choice in enumerate(choices)]
+        n_out = sum(len(choice["token_ids"]) for choice in choices)
+        usage = {"prompt_tokens": sum(map(len, prompts)) * n, "completion_tokens": n_out}
         return {"choices": choices, "model": "local", "usage": usage}
 
     def _completed(self, ids: list[int], body: dict[str, Any], nth: int) -> dict[str, Any]:
         digest = blake2b(repr(ids).encode(), digest_size=7).digest()
         seed = int.from_bytes(digest, "big") + body.get("seed", 0) + nth
-        written, steps = self._written(
-            ids, int(body["max_tokens"]), float(body["temperature"]), seed
-        )
-        has_stopped = written[-1:] == [self._tokenizer.eos_token_id]
+        asked = tuple(ids), int(body["max_tokens"]), float(body["temperature"])
+        # Of prompts that are scored, what is written after them is not read.
+        if body.get("prompt_logprobs") is not None and body.get("logprobs") is None:
+            steps = [_Told((0, 0.0), [])]
+        elif (*asked, seed) in self._completions:
+            steps = self._completions[*asked, seed]
+        else:
+            written, told = self._written(ids, asked[1], asked[2], seed)
+            steps = [_told(row, token) for row, token in zip(told, written, strict=True)]
+            self._completions[*asked, seed] = steps
+        tokens = [at.own[0] for at in steps]
+        has_stopped = tokens[-1:] == [self._tokenizer.eos_token_id]
         choice: dict[str, Any] = {
-            "text": self._tokenizer.decode(written, skip_special_tokens=True),
-            "token_ids": written,
+            "text": self._tokenizer.decode(tokens, skip_special_tokens=True),
+            "token_ids": tokens,
             "finish_reason": "stop" if has_stopped else "length",
         }
-        top = body.get("logprobs")
-        if top is not None:
-            by_id = bool(body.get("return_tokens_as_token_ids"))
-            tops = [told.topk(max(int(top), 1)) for told in steps]
-            choice["logprobs"] = {
-                "tokens": [self._name(token, by_id) for token in written],
-                "token_logprobs": [
-                    float(told[token]) for told, token in zip(steps, written, strict=True)
-                ],
-                "top_logprobs": [
-                    {
-                        self._name(i, by_id): v
-                        for v, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-                    }
-                    for best in tops
-                ],
+        if body.get("logprobs") is None:
+            return choice
+        by_id, top = bool(body.get("return_tokens_as_token_ids")), max(int(body["logprobs"]), 1)
+        tops = [{self._name(t, by_id): v for t, v in at.top[:top]} for at in steps]
+        return choice | {
+            "logprobs": {
+                "tokens": [self._name(token, by_id) for token in tokens],
+                "token_logprobs": [at.own[1] for at in steps],
+                "top_logprobs": tops,
             }
-        if body.get("prompt_logprobs") is not None:
-            choice["prompt_logprobs"] = self._of_prompt(ids, int(body["prompt_logprobs"]))
-        return choice
+        }
 
-    def _of_prompt(self, ids: list[int], top: int) -> list[dict[str, Any] | None]:
-        logits = self._model(input_ids=torch.tensor([ids])).logits[0]
-        found: list[dict[str, Any] | None] = [None]
-        for row, token in zip(logits, ids[1:], strict=False):
-            told = row.double().log_softmax(-1)
-            likeliest = told.topk(top).indices.tolist() if top else []
-            found.append(
-                {str(i): {"logprob": float(told[i])} for i in dict.fromkeys([token, *likeliest])}
-            )
-        return found
+    def _of_prompts(self, prompts: list[list[int]]) -> list[list["_Told"]]:
+        """What is told of every token after the first, of prompts read together."""
+        todo = [ids for ids in prompts if tuple(ids) not in self._scored]
+        if todo:
+            longest = max(map(len, todo))
+            rows = [[*ids, *[0] * (longest - len(ids))] for ids in todo]
+            logits = self._model(input_ids=torch.tensor(rows)).logits
+            for ids, row in zip(todo, logits, strict=True):
+                told = row[: len(ids) - 1].double().log_softmax(-1)
+                pairs = zip(told, ids[1:], strict=True)
+                self._scored[tuple(ids)] = [_told(at, token) for at, token in pairs]
+        return [self._scored[tuple(ids)] for ids in prompts]
 
     def _written(
         self, ids: list[int], n: int, temperature: float, seed: int
