@@ -107,7 +107,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     same prefix followed by that token (always in `FeatureAblation`, except for the empty coalition,
     and when all coalitions are enumerated), and if the provider reports the token among the
     likeliest. If more than `most_requests` are needed, a warning says so before any is sent.
-    ``provenance["n_requests"]`` counts prompts sent; one call may hold several.
+    ``provenance["n_requests"]`` counts prompts sent; one call may hold several. Absent words can be
+    drawn from the served model's own distribution (``baselines=ModelBaselines()``), if likeliest
+    tokens are reported; the default is deletion, since the search takes requests of its own.
 
     Args:
         attr_method: As for `GenerationAttribution`, over captum's placeholder model:
