@@ -298,6 +298,15 @@ def test_texts_alone_name_the_local_candidates(demo, server, method):
     assert found.provenance["rung"] == "stepwise top-k"
 
 
+def test_prompts_sent_as_text_draw_one_place_at_a_time(demo, server):
+    provider = CompletionsProvider(server.url, "tiny", prompts="text")
+    found = by_ids(server, provider=provider, top_logprobs=20).attribute(words(demo[1]), TARGET)
+    wanted = local(demo)
+    assert_same_candidates(candidates(found)[1:], candidates(wanted)[1:], atol=0.02)
+    assert found.seq_attr.argmax() == wanted.seq_attr.argmax()
+    assert found.provenance["search"]["n_requests"] > 14
+
+
 def test_text_searches_are_limited_and_resume_from_the_cache(demo, server, tmp_path):
     cache = tmp_path / "answers.sqlite"
     free = by_text(server, cache=tmp_path / "other.sqlite")
@@ -339,9 +348,10 @@ def test_words_of_a_chat_are_drawn_after_the_messages_before_them(demo, server):
 
 def test_labels_and_frequencies_draw_by_likeliest_tokens(demo, server):
     provider = CompletionsProvider(server.url, "tiny")
-    label = by_text(server, provider=provider, attr_target="label").attribute(words(None), TARGET)
+    settings = {"provider": provider, "top_logprobs": 20}
+    label = by_text(server, attr_target="label", **settings).attribute(words(None), TARGET)
     assert label.seq_attr.abs().argmax() == PROMPT.split().index("lawyer.")
-    often = by_text(server, provider=provider, attr_target="frequency", n_answers=30)
+    often = by_text(server, attr_target="frequency", n_answers=30, **settings)
     result = often.attribute(words(None), TARGET, gen_args={"max_new_tokens": 1})
     assert_same_candidates(candidates(result), candidates(label))
 
@@ -364,7 +374,9 @@ def test_providers_of_texts_alone_are_refused_with_what_works(server, kind):
     else:
         provider = texts_alone(server)
     attribution = by_text(server, provider=provider, attr_target="frequency", n_answers=4)
-    with pytest.raises(ValueError, match=r"likeliest tokens after a text.*CorpusBaselines.*delete"):
+    with pytest.raises(
+        ValueError, match=r"does not report them as needed.*CorpusBaselines.*delete"
+    ):
         attribution.attribute(words(None), TARGET, gen_args={"max_new_tokens": 1})
     assert len(server.prompts) < 15
 

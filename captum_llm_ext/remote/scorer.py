@@ -294,7 +294,7 @@ class RemoteScorer:
         todo = {k: ids for k, ids in zip(keys, prompts, strict=True) if k not in self._known}
         if todo:
             longest = max(todo.values(), key=len)
-            self._ensure_handshake({b"": Request(longest, len(longest) - 2, (0,), 0)})
+            self._ensure_handshake({b"": Request(longest, max(len(longest) - 2, 0), (0,), 0)})
         self._bar.announce(len(todo))
 
         def take(job: tuple[bytes, tuple[int, ...]], numbers: Sequence[float]) -> None:

@@ -217,10 +217,10 @@ class StepProposer:
         except ApiError as error:
             if error.status not in UNKNOWN_ARGUMENT:
                 raise
-            raise UnusableAnswerError(
-                f"`ModelBaselines` need the likeliest tokens after a text: {error} For absent "
-                f"features, {OTHERWISE}.",
-                error.status,
+            # Other kinds of requests would not help: what is explained is reported.
+            raise ValueError(
+                "`ModelBaselines` draw from the likeliest tokens after a text, and this provider "
+                f"does not report them as needed: {error} For absent features, {OTHERWISE}."
             ) from error
         self._is_checked = True
 

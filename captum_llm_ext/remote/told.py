@@ -43,6 +43,8 @@ class TopOfPrompts:
 
     def distributions(self, ids: Sequence[int], at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """See `Distributions`: unreported tokens have minus infinity."""
+        if not at:
+            return
         [entries] = self.of([tuple(ids)])
         special = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         for place in at:
