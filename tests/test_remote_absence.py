@@ -396,6 +396,35 @@ def test_providers_of_target_values_alone_are_refused_with_what_works(demo, serv
         attribution.attribute(words(demo[1]), TARGET)
 
 
+class Tokens:
+    """A provider of the user's own: log-probabilities of the tokens sent, and of some others."""
+
+    model_name = "tiny"
+
+    def __init__(self, server):
+        self._server = CompletionsProvider(server.url, "tiny", top_logprobs=20)
+
+    def get_token_logprobs(self, prompts):
+        return self._server.get_token_logprobs(prompts)
+
+
+class Generating(Tokens):
+    def generate_tokens(self, prompt, **gen_args):
+        return self._server.generate_tokens(prompt, **gen_args)
+
+
+def test_other_tokens_of_any_provider_are_candidates(demo, server):
+    found = by_ids(server, provider=Generating(server)).attribute(words(demo[1]), TARGET)
+    served = by_ids(server, top_logprobs=20).attribute(words(demo[1]), TARGET)
+    assert_same_candidates(candidates(found), candidates(served))
+
+
+def test_a_provider_that_generates_nothing_is_refused(demo, server):
+    attribution = by_ids(server, provider=Tokens(server), top_logprobs=20)
+    with pytest.raises(RuntimeError, match=r"has no `generate_tokens`.*CorpusBaselines"):
+        attribution.attribute(words(demo[1]), TARGET)
+
+
 def test_a_local_proposer_needs_no_reported_tokens(demo, server):
     inp = words(demo[1], baselines=ModelBaselines(demo))
     found = by_ids(server, top_logprobs=20).attribute(inp, TARGET)

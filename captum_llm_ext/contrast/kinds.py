@@ -14,7 +14,7 @@ from captum_llm_ext.model import RowScorer, TokenRow
 # Number of words that represent a kind: on natural prompts whose cause is known, 64 to 256 name
 # equally many causes; with fewer, other answers of the kind are missing, with more, any word
 # counts.
-WORDS = 128
+_WORDS = 128
 _LOOKED_AT = 1024  # likeliest tokens examined; chosen, not measured
 # Later tokens follow from those before them, whatever the prompt. Chosen, not measured.
 _TOKENS = 8
@@ -44,14 +44,14 @@ class AnswerKinds:
     follows the answer's first word is included, averaged over the prompt's own words of that kind:
     these must have the same grammatical function.
 
-    If only the likeliest tokens of each position are known, other prompts may have others of the
+    If only few of the likeliest tokens of each position are known, other prompts may have others of the
     kind among them: then it is the share of the kind in the probability of the known tokens.
 
     Args:
         context: The prompt and the answer.
         model: Scores the words.
-        known: If there are fewer than `WORDS` of them: the log-probabilities of the known tokens at
-            the positions of rows, which include the row's own.
+        known: The log-probabilities of the known tokens at positions of rows, which include the
+            row's own. Used if `model` knows fewer than 128 of them.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AnswerKinds:
 
     def _sums(self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor) -> list[float]:
         """The log-probability of the kinds after each row."""
-        if self._known is not None:
+        if self._known is not None and self._likeliest.shape[1] < _WORDS:
             return [self._share(entries) for entries in self._known(rows, target)]
         own, others = self._model.values(rows, target, foils).split(len(target), dim=1)
         others = others.masked_fill((foils < 0).all(1), -torch.inf)
@@ -127,6 +127,12 @@ class AnswerKinds:
         return next((t for t in self._kinds[0] if not self._context.is_space(t)), None)
 
     @cached_property
+    def _likeliest(self) -> Tensor:
+        """The likeliest tokens at each position of the answer, as far as the model knows."""
+        [ids] = self._context.likeliest(self._model, _LOOKED_AT)[1]
+        return ids
+
+    @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
         """Positions of the answer that have a kind, and the other tokens of it, padded with -1."""
         context = self._context
@@ -136,9 +142,11 @@ class AnswerKinds:
         ]
         if not word_starts or context.full.extras is not None:
             return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        [ids] = context.likeliest(self._model, _LOOKED_AT)[1]
+        ids = self._likeliest
         kinds = {
-            t: [token for token in ids[t].tolist() if token >= 0 and context.fits(token, t)][:WORDS]
+            t: [token for token in ids[t].tolist() if token >= 0 and context.fits(token, t)][
+                :_WORDS
+            ]
             for t in word_starts
         }
         # Where digits are tokens, white space before a number is one as well, without others.

@@ -43,8 +43,8 @@ class TokenProvider(Protocol):
 
         Returns:
             Per prompt one entry per token: log-probabilities in nats, given all tokens before, of
-            the token itself and of any number of others. None if unreported, such as for the first
-            token.
+            the token itself and of any number of others, from which `ModelBaselines` draw. None if
+            unreported, such as for the first token.
         """
         ...
 

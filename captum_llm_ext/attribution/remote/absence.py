@@ -5,7 +5,7 @@ from typing import Any
 
 from captum_llm_ext.attribution.game import Run
 from captum_llm_ext.contrast import FoilContext
-from captum_llm_ext.contrast.kinds import WORDS, AnswerKinds
+from captum_llm_ext.contrast.kinds import AnswerKinds
 from captum_llm_ext.remote.estimate import Counter
 from captum_llm_ext.remote.scorer import RemoteScorer
 from captum_llm_ext.remote.told import TopOfPrompts, TopScorer
@@ -36,7 +36,7 @@ def condition_on_answer(run: Run, context: FoilContext, tokenizer: Any, most: in
         run.context.condition_on_answer(scorer.count_trials, context.target_text)
     elif isinstance(scorer, RemoteScorer) and scorer.takes_ids:
         by = TopScorer(TopOfPrompts(scorer, tokenizer, most), scorer)
-        kinds = AnswerKinds(context, by, by.known if most < WORDS else None)
+        kinds = AnswerKinds(context, by, by.known)
         run.context.condition_on_answer(kinds, context.target_text)
     else:
         run.context.condition_on_answer(_all_alike, context.target_text)
