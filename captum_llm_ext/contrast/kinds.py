@@ -44,8 +44,8 @@ class AnswerKinds:
     follows the answer's first word is included, averaged over the prompt's own words of that kind:
     these must have the same grammatical function.
 
-    If only few of the likeliest tokens of each position are known, other prompts may have others of the
-    kind among them: then it is the share of the kind in the probability of the known tokens.
+    If only few of the likeliest tokens of each position are known, other prompts may have others of
+    the kind among them: then it is the share of the kind in the probability of the known tokens.
 
     Args:
         context: The prompt and the answer.
