@@ -37,7 +37,7 @@ class PromptProposer:
     def __init__(self, scorer: RemoteScorer, tokenizer: Any, most: int) -> None:
         self._scorer, self._tokenizer = scorer, tokenizer
         self._listing = Listing(tokenizer)
-        self._special = set(getattr(tokenizer, "all_special_ids", None) or ())
+        self._special: set[int] = set(getattr(tokenizer, "all_special_ids", None) or ())
         self.top = TopOfPrompts(scorer, tokenizer, most)
 
     def likeliest(

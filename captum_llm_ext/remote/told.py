@@ -46,7 +46,7 @@ class TopOfPrompts:
         if not at:
             return
         [entries] = self.of([tuple(ids)])
-        special = set(getattr(self._tokenizer, "all_special_ids", None) or ())
+        special: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         for place in at:
             entry = {t: v for t, v in entries[place].items() if t not in special}
             # As if no special token could come: the others share its probability.
