@@ -134,6 +134,8 @@ def main() -> None:
     # Both halves in turn, each in turn of its kinds.
     in_turn = [prompt for pair in zip(*HALVES.values(), strict=False) for prompt in pair]
     known = {one["prompt"] for one in measured}
+    # Of the code that is loaded: a run takes long.
+    about = environment(seed=0, dtype="bfloat16") | {"command": _COMMAND}
     with Served(model, tokenizer) as served:
         for prompt in in_turn:
             if len(measured) >= n:
@@ -152,7 +154,7 @@ def main() -> None:
             shown = {way: (own["strongest"], own["n_requests"]) for way, own in ways.items()}
             print(prompt.cause, json.dumps(shown), flush=True)
             content = {
-                "environment": environment(seed=0, dtype="bfloat16") | {"command": _COMMAND},
+                "environment": about,
                 "model": Path(folder).name,
                 "summary": summary(measured),
                 "prompts": measured,
