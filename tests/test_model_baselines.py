@@ -975,8 +975,8 @@ def test_gradient_baselines_replace_words_independently(demo):
     assert result.token_attr[0].abs().argmax() == PROMPT.split().index("lawyer.")
 
 
-def test_remote_model_is_refused(demo):
-    with pytest.raises(ValueError, match="distributions, which an API does not return"):
+def test_remote_model_that_reports_no_other_tokens_is_refused(demo):
+    with pytest.raises(ValueError, match="reports no tokens other than those sent"):
         RemoteLikelihood(None, demo[1]).likeliest("a", [(0, 1)], 1, lambda *_: True)
 
 

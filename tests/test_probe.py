@@ -19,8 +19,8 @@ from captum_llm_ext import GenerationAttribution, GenerationGradientAttribution,
 from captum_llm_ext.model import Likelihood, Scorer, TokenRow
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.rounding import rounded_otherwise
+from captum_llm_ext.model.probe import cache as looking
 from captum_llm_ext.model.probe import findings
-from captum_llm_ext.model.probe import known as looking
 
 TEXT = "Dave lives in Palm Coast, FL and is a lawyer."
 

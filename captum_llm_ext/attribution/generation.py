@@ -397,8 +397,6 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         generation: Generation | None,
     ) -> dict[str, Any]:
         """What a run's values depend on, to recognise checkpoints of a different run."""
-        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
-        absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
         if generation is not None:
             wanted = dict(generation.settings)
         else:
@@ -407,7 +405,7 @@ class GenerationAttribution(WhatIf, LLMAttribution):
         return {
             **self.identity(),
             "prompt": digest([run.full.ids, run.prompt.columns, run.full.extras]),
-            "baselines": digest(absent.ids),
+            "baselines": self._baselines_key(run),
             "target": wanted,
             "seed": run.seed,
             "num_trials": effort.num_trials,
@@ -417,6 +415,12 @@ class GenerationAttribution(WhatIf, LLMAttribution):
             # Older checkpoints have no such entry.
             **({"grows": True} if effort.budget.grows else {}),
         }
+
+    def _baselines_key(self, run: Run) -> str:
+        """Distinguishes the baselines of a run: a digest of one draw."""
+        nothing = torch.zeros(1, run.prompt.n_features, dtype=torch.bool, device="cpu")
+        absent = run.prompt.render(nothing, torch.Generator().manual_seed(0))[0]
+        return digest(absent.ids)
 
     def _result(
         self,

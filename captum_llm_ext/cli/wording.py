@@ -61,6 +61,11 @@ _PHRASES = (
         r"give a list with one entry per feature",
         "--baselines takes delete, model, a token such as <pad>, corpus:FILE or index:FILE",
     ),
+    (
+        r", lists \(`baselines=\[\[\.\.\.\], \.\.\.\]`\), a model of this process that proposes "
+        r"texts \(`ModelBaselines\(\(model, tokenizer\)\)`\)(?=, or delete)",
+        "",
+    ),
     (r",? or `feature_mask`", ""),
     (r"(?<=`tol`), `stop`(?= and )", ""),
     (r"(?<=`tol`) and `stop` need\b", " needs"),

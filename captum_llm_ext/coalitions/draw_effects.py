@@ -109,9 +109,10 @@ class _Design:
     @classmethod
     def of(cls, plan: Plan, drawn: DrawnTexts) -> "_Design | None":
         """The design of a plan; None if nothing was drawn at random, or it is too large."""
-        parts, features, is_text = [torch.ones(len(plan.masks), 1)], [-1], [False]
+        constant = torch.ones(len(plan.masks), 1, dtype=torch.float64, device="cpu")
+        parts, features, is_text = [constant], [-1], [False]
         for feature in range(plan.n_features):
-            parts.append(plan.masks[:, feature, None].float())
+            parts.append(plan.masks[:, feature, None].double())
             features.append(feature)
             is_text.append(False)
             for unit in (drawn.columns == feature).nonzero()[:, 0].tolist():
@@ -122,7 +123,7 @@ class _Design:
         if not any(is_text) or len(is_text) > _MOST_COLUMNS:
             return None
         return cls(
-            torch.cat(parts, 1).double(),
+            torch.cat(parts, 1),
             torch.tensor(features, dtype=torch.int64, device="cpu"),
             torch.tensor(is_text, dtype=torch.bool, device="cpu"),
         )
@@ -137,9 +138,9 @@ def _columns_of(texts: Tensor, probabilities: Tensor) -> Tensor:
     is_drawn = texts >= 0
     seen = texts[is_drawn].long().unique()
     if len(seen) < 2:
-        return torch.zeros(len(texts), 0)
+        return torch.zeros(len(texts), 0, dtype=torch.float64, device="cpu")
     found = (texts[:, None] == seen).double() - probabilities[seen]
-    return (found * is_drawn[:, None]).float()
+    return found * is_drawn[:, None]
 
 
 def _effects(design: _Design, values: Tensor, draws: Tensor, n_visible: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def _effects(design: _Design, values: Tensor, draws: Tensor, n_visible: Tensor) 
     errors[0] *= _LEAST_LEFT
     best = errors.argmin(0)
     every = torch.stack([nothing, *found])
-    return every[best, :, torch.arange(values.shape[1], device="cpu")].T
+    return every[best, :, torch.arange(values.shape[1], dtype=torch.int64, device="cpu")].T
 
 
 def _solved(
@@ -193,7 +194,9 @@ def _solved(
     ends = kept.cumsum(0)
     for width in sorted(set(widths)):
         n = int(ends[width - 1])
-        targets = torch.tensor([t for t, w in enumerate(widths) if w == width], device="cpu")
+        targets = torch.tensor(
+            [t for t, w in enumerate(widths) if w == width], dtype=torch.int64, device="cpu"
+        )
         part = torch.linalg.solve_triangular(factor[:n, :n].T, forward[:n, targets], upper=True)
         found[columns[:n, None], targets] = part
     return found

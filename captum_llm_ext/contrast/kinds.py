@@ -1,6 +1,7 @@
 """The kinds of words in an answer, and their probability after other prompts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -27,7 +28,12 @@ _NEAR_WORDS = 4  # likeliest words of the prompt's own; chosen, not measured
 # function. Chosen, not measured.
 _FOLLOWING = 1
 
+# Least share of a kind, for finite logarithms: chosen, not measured.
+_LEAST = 1e-12
+
 Ids = tuple[int, ...]
+KnownTokens = Callable[[Sequence[TokenRow], Tensor], Sequence[Sequence[Mapping[int, float]]]]
+"""Per row and target token the log-probabilities of the known tokens in its place."""
 
 
 class AnswerKinds:
@@ -38,13 +44,20 @@ class AnswerKinds:
     follows the answer's first word is included, averaged over the prompt's own words of that kind:
     these must have the same grammatical function.
 
+    If only few of the likeliest tokens of each position are known, other prompts may have others of
+    the kind among them: then it is the share of the kind in the probability of the known tokens.
+
     Args:
         context: The prompt and the answer.
         model: Scores the words.
+        known: The log-probabilities of the known tokens at positions of rows, which include the
+            row's own. Used if `model` knows fewer than 128 of them.
     """
 
-    def __init__(self, context: FoilContext, model: RowScorer) -> None:
-        self._context, self._model = context, model
+    def __init__(
+        self, context: FoilContext, model: RowScorer, known: KnownTokens | None = None
+    ) -> None:
+        self._context, self._model, self._known = context, model, known
 
     def __call__(self, prompts: Sequence[Ids]) -> list[float]:
         """The log-probability of these kinds after each prompt; NaN if the text is too long."""
@@ -63,13 +76,28 @@ class AnswerKinds:
         found: dict[Ids, float] = {}
         if rows:
             with self._model.progress():
-                values = self._model.values([*rows.values()], target, foils)
-            own, others = values.split(len(at), dim=1)
-            others = others.masked_fill((foils < 0).all(1), -torch.inf)
-            found = dict(zip(rows, own.logaddexp(others).sum(1).tolist(), strict=True))
+                sums = self._sums([*rows.values()], target, foils)
+            found = dict(zip(rows, sums, strict=True))
             for ids, gain in self._followed([*found]).items():
                 found[ids] += gain
         return [found.get(ids, float("nan")) for ids in prompts]
+
+    def _sums(self, rows: Sequence[TokenRow], target: Tensor, foils: Tensor) -> list[float]:
+        """The log-probability of the kinds after each row."""
+        if self._known is not None and self._likeliest.shape[1] < _WORDS:
+            return [self._share(entries) for entries in self._known(rows, target)]
+        own, others = self._model.values(rows, target, foils).split(len(target), dim=1)
+        others = others.masked_fill((foils < 0).all(1), -torch.inf)
+        return own.logaddexp(others).sum(1).tolist()
+
+    def _share(self, entries: Sequence[Mapping[int, float]]) -> float:
+        context, total = self._context, 0.0
+        for t, entry in zip(self._kinds[0], entries, strict=True):
+            chances = {token: math.exp(value) for token, value in entry.items()}
+            own = (c for i, c in chances.items() if i == context.target[t] or context.fits(i, t))
+            share = sum(own) / max(sum(chances.values()), _LEAST)
+            total += math.log(max(share, _LEAST))
+        return total
 
     def _followed(self, prompts: Sequence[Ids]) -> dict[Ids, float]:
         """Loss in likelihood of what follows the answer's first word, for prompts that differ."""
@@ -99,6 +127,12 @@ class AnswerKinds:
         return next((t for t in self._kinds[0] if not self._context.is_space(t)), None)
 
     @cached_property
+    def _likeliest(self) -> Tensor:
+        """The likeliest tokens at each position of the answer, as far as the model knows."""
+        [ids] = self._context.likeliest(self._model, _LOOKED_AT)[1]
+        return ids
+
+    @cached_property
     def _kinds(self) -> tuple[list[int], Tensor]:
         """Positions of the answer that have a kind, and the other tokens of it, padded with -1."""
         context = self._context
@@ -108,7 +142,7 @@ class AnswerKinds:
         ]
         if not word_starts or context.full.extras is not None:
             return [], torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        [ids] = context.likeliest(self._model, _LOOKED_AT)[1]
+        ids = self._likeliest
         kinds = {
             t: [token for token in ids[t].tolist() if token >= 0 and context.fits(token, t)][
                 :_WORDS

@@ -1,10 +1,8 @@
 """The explained model as baselines use it: probabilities of texts, and proposals."""
 
 import sys
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from captum_llm_ext import _compat
 from captum_llm_ext.model.exclusive import exclusive_use
 from captum_llm_ext.model.forward.draws import repeated_draws
 from captum_llm_ext.model.forward.rows import TokenRow
+from captum_llm_ext.model.listing import Listing, longest_continuation
 from captum_llm_ext.model.masked import MaskedProposer
 from captum_llm_ext.model.probe import Findings, findings
 from captum_llm_ext.model.scoring.scorer import Scorer
@@ -23,16 +22,8 @@ from captum_llm_ext.text.baselines import Listed, Proposer
 # Rows per pass. These texts are few and short compared with the coalitions scored later. Chosen,
 # not measured.
 _ROWS_AT_ONCE = 16
-_TO_THE_END = 3  # maximum number of tokens of a word after its first; chosen, not measured
-_TOKENS_PER_WORD = 3  # additional tokens per further word; chosen, not measured
 # A probe of the model is valid for rows up to this many tokens longer. Chosen, not measured.
 _BEYOND = 48
-# Number of likeliest tokens that are examined, besides the requested ones: at the beginning of a
-# chat, and after a first word, the likeliest 1,024 of some models contain no words.
-_LOOKED_AT = 4096
-# Texts whose ids are cached, the latest ones: about 10 MB for texts of some hundred words. A search
-# over a prompt of 60 words encodes some hundred different texts. Chosen, not measured.
-_MOST_ENCODED = 4096
 
 
 class Likelihood:
@@ -48,8 +39,7 @@ class Likelihood:
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._device = _compat.input_device(model)
-        self._pieces: dict[int, str] = {}
-        self._encoded: dict[str, Sequence[int]] = {}
+        self._listing = Listing(tokenizer)
         self._seed: int | None = None
 
     def proposing(self, proposer: Any) -> Proposer:
@@ -110,71 +100,10 @@ class Likelihood:
         fits: Callable[[int, str], bool],
     ) -> list[Listed | None]:
         """See `Proposer.likeliest`."""
-        encoding = tokens.encode(self._tokenizer, text)
         ids = self._ids(text)
-        shift = len(ids) - len(encoding.ids)
         if self._most is None or len(ids) <= self._most:
             self._scorer.expect(ids)  # the next request continues its prefixes
-        anchors = list(accumulate((a if a is not None else -1 for a in encoding.anchors), max))
-        # The tokens whose first characters are in the place; preceding white space may be a token
-        # of its own.
-        originals = [
-            range(bisect_left(anchors, start) + shift, bisect_left(anchors, stop) + shift)
-            for start, stop in spans
-        ]
-        known = [own if own and own[0] > 0 else range(0) for own in originals]
-        first = {own[0]: number for number, own in enumerate(known) if own}
-        begins = torch.tensor(sorted({ids[at] for at in first}), dtype=torch.int64, device="cpu")
-        log_probs: dict[int, float] = {}
-        others: dict[int, list[tuple[str, float]]] = {}
-        chances: dict[int, Tensor] = {}
-        for at, distribution in self._distributions_at(
-            ids, sorted({at for own in known for at in own})
-        ):
-            log_probs[at] = float(distribution[ids[at]])
-            if (number := first.get(at)) is not None:
-                others[number] = self._best(
-                    distribution, ids[at - 1 : at + 1], n, partial(fits, number)
-                )
-                chances[ids[at]] = chances.get(ids[at], torch.zeros_like(distribution[begins]))
-                chances[ids[at]] += distribution[begins].exp()
-        elsewhere = _elsewhere(begins.tolist(), [ids[at] for at in first], chances)
-        return [
-            Listed(
-                sum(log_probs[at] for at in own),
-                self._piece(ids[own[0]], ids[own[0] - 1]).strip(),
-                log_probs[own[0]],
-                others[number],
-                elsewhere[ids[own[0]]],
-            )
-            if own
-            else None
-            for number, own in enumerate(known)
-        ]
-
-    def _best(
-        self, log_probs: Tensor, around: Sequence[int], n: int, fits: Callable[[str], bool]
-    ) -> list[tuple[str, float]]:
-        """The likeliest tokens at a position besides the original one.
-
-        Args:
-            log_probs: Log-probabilities of the vocabulary.
-            around: The previous token, and the original one.
-            n: Number of tokens.
-            fits: Whether a text is allowed.
-        """
-        before, own = around
-        spaced = self._piece(own, before)[:1].isspace()
-        found: list[tuple[str, float]] = []
-        best = log_probs.topk(min(_LOOKED_AT + n, len(log_probs)))
-        for log_prob, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if len(found) == n or log_prob == -torch.inf:
-                break
-            piece = self._piece(token, before)
-            shown = piece.strip()
-            if token != own and shown and piece[:1].isspace() == spaced and fits(shown):
-                found.append((shown, log_prob))
-        return found
+        return self._listing.likeliest(text, spans, n, fits, self._distributions_at)
 
     def _distributions_at(
         self, ids: Sequence[int], at: Sequence[int]
@@ -259,7 +188,7 @@ class Likelihood:
         is_enough: Callable[[int, str], bool],
     ) -> list[str]:
         """See `Proposer.greedy`."""
-        limits = [_TO_THE_END + _TOKENS_PER_WORD * n for n in n_words]
+        limits = [longest_continuation(n) for n in n_words]
         starts = [self._ids(beginning) for beginning in beginnings]
         written: list[list[int]] = [[] for _ in starts]
         texts = [""] * len(starts)
@@ -290,22 +219,8 @@ class Likelihood:
     def _scorer(self) -> Scorer:
         return Scorer(self._model)
 
-    def _piece(self, token: int, before: int) -> str:
-        """The text of a token after another one."""
-        if token not in self._pieces:
-            self._pieces[token] = tokens.pieces(self._tokenizer, [token], [before])[0]
-        return self._pieces[token]
-
     def _ids(self, text: str) -> Sequence[int]:
-        # Beginnings recur: first for the end of a word, then for what follows.
-        known = self._encoded.get(text)
-        if known is None:
-            ids = tokens.encode(self._tokenizer, text).ids
-            known = tokens.after_start(self._tokenizer, ids)
-            if len(self._encoded) >= _MOST_ENCODED:
-                del self._encoded[next(iter(self._encoded))]
-            self._encoded[text] = known
-        return known
+        return self._listing.ids(text)
 
     def _sums(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Log-probability of each row, ``(n_rows,)``."""
@@ -362,23 +277,6 @@ class Likelihood:
         """Ids that end or pad a text, which are not words."""
         ids: set[int] = set(getattr(self._tokenizer, "all_special_ids", None) or ())
         return [token for token in ids if token < size]
-
-
-def _elsewhere(
-    begins: Sequence[int], originals: Sequence[int], chances: Mapping[int, Tensor]
-) -> dict[int, float]:
-    """The mean probability of each token at the positions of other ones.
-
-    Args:
-        begins: The tokens.
-        originals: The original token of every position.
-        chances: By original token, the probabilities of `begins` summed over its positions.
-    """
-    total = sum(chances.values(), torch.zeros(len(begins), dtype=torch.float64, device="cpu"))
-    return {
-        token: float(total[i] - chances[token][i]) / max(len(originals) - originals.count(token), 1)
-        for i, token in enumerate(begins)
-    }
 
 
 def as_proposer(given: Any, tokenizer: Any) -> Proposer:

@@ -3,8 +3,9 @@
 `CompletionsProvider` is for servers with OpenAI's completions endpoint, by token ids,
 `EngineProvider` for an engine. `providers` adapts providers, `handshake` verifies their
 log-probabilities, `scorer` determines the requests, `workers`, `transport` and `connection` send
-them; `rung`, `stepwise`, `label` and `sampled` are for servers that report less. The attribution
-class is in `captum_llm_ext.attribution.remote`.
+them; `rung`, `stepwise`, `label` and `sampled` are for servers that report less. `proposals` and
+`step_proposals` propose texts for absent features, by prompts (`told`) or token by token. The
+attribution class is in `captum_llm_ext.attribution.remote`.
 """
 
 from captum_llm_ext.remote.chat_providers import AnthropicProvider, CallableProvider, ChatProvider

@@ -270,11 +270,14 @@ class CompletionsProvider(RemoteLLMProvider):
             return [one for one in found if one is not None]
         return []
 
-    def likeliest(self, prompt: str | Sequence[int]) -> list[dict[str, float]]:
+    def likeliest(
+        self, prompt: str | Sequence[int], most: int | None = None
+    ) -> list[dict[str, float]]:
         """The likeliest tokens that the server reports at each position of a prompt.
 
         Args:
             prompt: Text or token ids.
+            most: Number of tokens; if the server refuses it, as many as it accepts.
 
         Returns:
             One mapping per token of the prompt (and possibly of generated ones), from token names
@@ -285,7 +288,8 @@ class CompletionsProvider(RemoteLLMProvider):
         """
         sent = prompt if isinstance(prompt, str) else list(prompt)
         is_echo = self._way == "echo"
-        for k in _TOPS:
+        tries = _TOPS if most is None else (most, *(k for k in _TOPS if k < most))
+        for k in tries:
             how = {"echo": True, "logprobs": k} if is_echo else {"prompt_logprobs": k}
             try:
                 answer = self._http.post(

@@ -17,6 +17,7 @@ from captum_llm_ext.remote.handshake import rounding_step
 from captum_llm_ext.remote.metered import MeteredEndpoint
 from captum_llm_ext.remote.rung import Rung, Scored
 from captum_llm_ext.remote.sampled import TWO
+from captum_llm_ext.remote.search import Search
 from captum_llm_ext.remote.step_checks import NOISY
 from captum_llm_ext.remote.workers import do_all
 from captum_llm_ext.text import tokens
@@ -54,6 +55,7 @@ class LadderScorer:
         self.n_evaluations = 0
         self.n_scored = [0]
         self.rung, self.endpoint = rung, endpoint
+        self.search = Search()
         self._tokenizer, self._n_threads = tokenizer, n_threads
         self._bar = ProgressBar("coalitions", "coalition", is_shown=show_progress)
         self._known: dict[bytes, Scored] = {}
@@ -260,6 +262,7 @@ class LadderScorer:
             "share_censored": n_censored / n_values if n_values else 0.0,
             "n_refusals": sum(one.n_refused for one in own),
             "n_answers": sum(one.n_samples for one in own),
+            "search": self.search.provenance(),
         }
         return reported | self.rung.details | self.endpoint.provenance()
 

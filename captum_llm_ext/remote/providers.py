@@ -43,8 +43,8 @@ class TokenProvider(Protocol):
 
         Returns:
             Per prompt one entry per token: log-probabilities in nats, given all tokens before, of
-            the token itself and of any number of others. None if unreported, such as for the first
-            token.
+            the token itself and of any number of others, from which `ModelBaselines` draw. None if
+            unreported, such as for the first token.
         """
         ...
 
@@ -139,7 +139,7 @@ class ProviderAdapter(Protocol):
         """See `CompletionsProvider.written`; empty for providers without it."""
         ...
 
-    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+    def likeliest(self, prompt: Sequence[int], most: int | None = None) -> list[dict[str, float]]:
         """See `CompletionsProvider.likeliest`; empty for providers without it."""
         ...
 
@@ -230,9 +230,10 @@ class _Adapter:
         own = getattr(self._provider, "written", None)
         return list(cast(Sequence[Written], own(prompt, n, **how))) if callable(own) else []
 
-    def _likeliest(self, prompt: str | Sequence[int]) -> list[dict[str, float]]:
+    def _likeliest(self, prompt: str | Sequence[int], most: int | None) -> list[dict[str, float]]:
         own = getattr(self._provider, "likeliest", None)
-        return list(cast(Sequence[Any], own(prompt))) if callable(own) else []
+        how = {} if most is None else {"most": most}
+        return list(cast(Sequence[Any], own(prompt, **how))) if callable(own) else []
 
     def _log_prob(self, request: Request, reported: Any) -> float | None:
         value = None if reported is None else log_prob(reported)
@@ -345,9 +346,9 @@ class TokenIdAdapter(_Adapter):
         """See `ProviderAdapter.written`."""
         return self._written(prompt, n, how)
 
-    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+    def likeliest(self, prompt: Sequence[int], most: int | None = None) -> list[dict[str, float]]:
         """See `ProviderAdapter.likeliest`."""
-        return self._likeliest(prompt)
+        return self._likeliest(prompt, most)
 
     def provenance(self) -> dict[str, Any]:
         """See `ProviderAdapter.provenance`."""
@@ -514,9 +515,9 @@ class TextAdapter(_Adapter):
             replace(one, ids=self._ids_of(text, one)) if one.ids is None else one for one in found
         ]
 
-    def likeliest(self, prompt: Sequence[int]) -> list[dict[str, float]]:
+    def likeliest(self, prompt: Sequence[int], most: int | None = None) -> list[dict[str, float]]:
         """See `ProviderAdapter.likeliest`."""
-        return self._likeliest(self._prompt_text(tuple(prompt))[1])
+        return self._likeliest(self._prompt_text(tuple(prompt))[1], most)
 
     def _ids_of(self, text: str, one: Written) -> tuple[int, ...] | None:
         joint = self._encoded(text + "".join(one.texts))

@@ -4,9 +4,8 @@ import math
 import time
 import warnings
 from array import array
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -27,6 +26,8 @@ from captum_llm_ext.remote.providers import (
     log_prob,
     place,
 )
+from captum_llm_ext.remote.request_keys import key, merged
+from captum_llm_ext.remote.search import Search
 from captum_llm_ext.remote.transport import UnusableAnswerError
 from captum_llm_ext.remote.workers import do_all
 
@@ -75,6 +76,7 @@ class RemoteScorer:
         self.attr_target: Any = attr_target
         self.n_evaluations = self.n_requests = self.n_missing = self._n_values = 0
         self.n_scored = [0]
+        self.search = Search()
         self._source, self._tokenizer = provider, tokenizer
         self._most_prompts = min(provider.most_prompts, max_rows or provider.most_prompts)
         self._missing, self._most_requests = missing, most_requests
@@ -99,6 +101,11 @@ class RemoteScorer:
     def takes_ids(self) -> bool:
         """Whether prompts are sent as ids."""
         return self._source.takes_ids
+
+    @property
+    def source(self) -> ProviderAdapter:
+        """The provider's adapter."""
+        return self._source
 
     @property
     def scores_continuations(self) -> bool:
@@ -194,8 +201,8 @@ class RemoteScorer:
             d: self._parts(row, spec, self.n_evaluations + i)
             for i, (d, row) in enumerate(new.items())
         }
-        whole = _merged(own[0] for own in parts.values())
-        apart = _merged(part for own in parts.values() for part in own[1:])
+        whole = merged(own[0] for own in parts.values())
+        apart = merged(part for own in parts.values() for part in own[1:])
         self._look_up([*whole, *apart])
         if apart:
             self._note_steps(whole)
@@ -234,26 +241,83 @@ class RemoteScorer:
         lower, upper = both.exp() if self.attr_target == "prob" else both
         return Bounds(rows, lower, upper)
 
-    def sums(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """Summed log-probability of each row's ids after its first one.
+    def sums(
+        self, rows: Sequence[tuple[int, ...]], n_before: Sequence[int] | None = None
+    ) -> Tensor:
+        """Summed log-probability of each row's last ids.
 
         Args:
             rows: Token ids; each row is requested once.
+            n_before: Per row the number of ids that do not count; by default 1.
 
         Returns:
             Shape ``(n_rows,)``, float64, in nats.
         """
-        by_ids: dict[tuple[int, ...], Request] = {
-            ids: Request(ids, 0, tuple(range(len(ids) - 1)), i) for i, ids in enumerate(rows)
-        }
-        requests = _merged(request for request in by_ids.values() if request.continuation_ids)
+        before = [1] * len(rows) if n_before is None else n_before
+        asked = [
+            Request(ids, n - 1, tuple(range(len(ids) - n)), i)
+            for i, (ids, n) in enumerate(zip(rows, before, strict=True))
+        ]
+        requests = merged(request for request in asked if request.continuation_ids)
         self._look_up([*requests])
         self._bar.announce(self._n_unknown(requests))
         self._request(requests)
         instead = self._missing or 0.0
         sums = {k: self._known[k].nan_to_num(nan=instead).sum() for k in requests}
         nothing = torch.zeros((), dtype=torch.float64, device="cpu")
-        return torch.stack([sums.get(key(by_ids[ids]), nothing) for ids in rows])
+        return torch.stack([sums.get(key(request), nothing) for request in asked])
+
+    def further(
+        self,
+        kind: str,
+        prompts: Sequence[tuple[int, ...]],
+        ask: Callable[[tuple[int, ...]], Sequence[float]],
+    ) -> list[list[float]]:
+        """What requests of another kind return, as numbers; each is sent once.
+
+        The handshake comes first. Like values, the numbers are stored in a checkpoint.
+
+        Args:
+            kind: Distinguishes kinds of requests.
+            prompts: Token ids.
+            ask: Sends a request; called from several threads.
+        """
+        keys = [
+            blake2b(array("q", ids).tobytes(), digest_size=16, key=kind.encode()).digest()
+            for ids in prompts
+        ]
+        self._look_up(keys)
+        todo = {k: ids for k, ids in zip(keys, prompts, strict=True) if k not in self._known}
+        if todo:
+            longest = max(todo.values(), key=len)
+            self._ensure_handshake({b"": Request(longest, max(len(longest) - 2, 0), (0,), 0)})
+        self._bar.announce(len(todo))
+
+        def take(job: tuple[bytes, tuple[int, ...]], numbers: Sequence[float]) -> None:
+            self.n_requests += 1
+            self._bar.advance()
+            found = torch.tensor(list(numbers), dtype=torch.float64, device="cpu")
+            self._known[job[0]] = found
+            if self._journal is not None:
+                self._journal.add([job[0]], found[None])
+
+        do_all(
+            [*todo.items()],
+            lambda job: ask(job[1]),
+            take,
+            n_threads=self._source.n_threads,
+            interrupt=self._source.interrupt,
+        )
+        return [self._known[k].tolist() for k in keys]
+
+    @contextmanager
+    def searching(self) -> Generator[None]:
+        """Counts the requests within as those of the search for replacements."""
+        before = self.n_requests
+        try:
+            yield
+        finally:
+            self.search.n_requests += self.n_requests - before
 
     def _parts(self, row: TokenRow, spec: ValueSpec, number: int) -> list[Request]:
         """The requests for a row: all its tokens first, then tokens that it does not contain."""
@@ -491,7 +555,8 @@ class RemoteScorer:
         """Provenance of the requests."""
         counts = {"n_requests": self.n_requests, "n_missing": self.n_missing}
         findings = None if self._findings is None else self._findings.to_dict()
-        return self._source.provenance() | counts | {"handshake": findings}
+        about = {"handshake": findings, "search": self.search.provenance()}
+        return self._source.provenance() | counts | about
 
     def progress(self) -> AbstractContextManager[None]:
         """Shows one bar over all requests within, over any number of calls."""
@@ -538,26 +603,3 @@ def _as_tensor(values: Sequence[float | None]) -> Tensor:
     """Log-probabilities, NaN if missing."""
     reported = [float("nan") if v is None or is_ruled_out(v) else v for v in values]
     return torch.tensor(reported, dtype=torch.float64, device="cpu")
-
-
-def key(request: Request) -> bytes:
-    """Equal for equal requests, 16 bytes.
-
-    For a request of a single token, the digest of its ids in sequence.
-    """
-    asks_for = b"" if len(request.continuation_ids) == 1 else array("q", (request.first,)).tobytes()
-    content = blake2b(array("q", request.ids).tobytes(), digest_size=16, key=asks_for)
-    return content.digest()
-
-
-def _merged(requests: Iterable[Request]) -> dict[bytes, Request]:
-    """Requests by key; equal ones are merged to request what any of them needs."""
-    found: dict[bytes, Request] = {}
-    for request in requests:
-        k = key(request)
-        known = found.get(k)
-        if known is not None and known.wanted != request.wanted:
-            both = tuple(sorted({*known.wanted, *request.wanted}))
-            request = replace(known, wanted=both)
-        found[k] = known if known is not None and known.wanted == request.wanted else request
-    return found

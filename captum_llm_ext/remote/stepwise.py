@@ -28,10 +28,11 @@ _N_WRITTEN, _N_DRAWN = 3, 32
 # (median, 0.7 to 12). On 65 prompts of four sentences ranks of causes were alike from 1 to 3, and
 # no better by a regression over coalitions (Gaussian, with the bounds as censoring), by the tail of
 # the reported values, or by the values of another model.
-_BELOW_BOUND = 2.0
+BELOW_BOUND = 2.0
 # Imputed value of a token without any report. Chosen, not measured: the bounds of 20 likeliest
 # tokens are -5 to -6.
 _UNTOLD = -8.0
+_SAME_TEMPERATURE = "does not change what is told"
 _N_ASKED = 4  # tries for a distribution; chosen, not measured
 # The maximum that servers accept; and how often another bias is tried.
 _MOST_BIAS, N_TRIES = 100.0, 3
@@ -55,6 +56,10 @@ class TopK:
         endpoint: The endpoint.
         top: Number of likeliest tokens requested.
         n_tokens: Maximum number of tokens of a generated answer.
+
+    Attributes:
+        endpoint, top: As given.
+        checks: Outcomes of the handshake.
     """
 
     name = "stepwise top-k"
@@ -63,7 +68,7 @@ class TopK:
     n_answers = 1
 
     def __init__(self, endpoint: MeteredEndpoint, top: int, n_tokens: int) -> None:
-        self._endpoint, self._top, self._n_top = endpoint, top, top
+        self.endpoint, self.top, self._n_top = endpoint, top, top
         self._n_tokens, self._rounding_step, self._n_asked = n_tokens, 0.0, 0
         self.noise = 0.0
         self.checks: dict[str, str] = {}
@@ -81,20 +86,25 @@ class TopK:
         """See `Rung.details`."""
         return {"handshake": dict(self.checks)}
 
+    @property
+    def is_of_any_temperature(self) -> bool:
+        """Whether what is reported does not depend on the requested temperature."""
+        return self.checks.get("temperature") == _SAME_TEMPERATURE
+
     def handshake(self, messages: Sequence[Message]) -> None:
         """See `Rung.handshake`: values of generated tokens, and prefills."""
         steps = self.look(messages)
         check_spelled(self._step(messages, "", _N_WRITTEN, 0.0))  # as before, from the cache
         refused: list[str] = []
-        ways = self._endpoint.provider.prefills if len(steps) > 1 else ()
+        ways = self.endpoint.provider.prefills if len(steps) > 1 else ()
         for way in ways:
-            self._endpoint.way = way
+            self.endpoint.way = way
             problem = self._goes_on(messages, steps)
             if problem is None:
                 self.checks["prefill"] = way
                 return
             refused.append(f"{way}: {problem}")
-        self._endpoint.way = "none"
+        self.endpoint.way = "none"
         nothing = "it has no way to" if len(steps) > 1 else "the model wrote one token alone"
         raise HandshakeError(
             "the provider does not continue a prefilled answer "
@@ -113,20 +123,20 @@ class TopK:
             HandshakeError: If a test fails; the message names what is wrong.
         """
         answer = self._step(messages, "", _N_WRITTEN, 0.0)
-        self.checks["written tokens"] = check_written(answer, _N_WRITTEN, self._top)
-        self._n_top = min(self._top, *(len(step.top) for step in answer.steps))
-        if self._n_top < self._top:
-            self.checks["likeliest tokens"] = f"{self._n_top} told of {self._top} asked for"
+        self.checks["written tokens"] = check_written(answer, _N_WRITTEN, self.top)
+        self._n_top = min(self.top, *(len(step.top) for step in answer.steps))
+        if self._n_top < self.top:
+            self.checks["likeliest tokens"] = f"{self._n_top} told of {self.top} asked for"
         self._note_stop(answer)
-        n_kept = self._endpoint.usage.n_cached
+        n_kept = self.endpoint.usage.n_cached
         drawn = self._drawn(messages)
-        is_kept = self._endpoint.usage.n_cached > n_kept
+        is_kept = self.endpoint.usage.n_cached > n_kept
         warm = _likeliest(drawn[0]) if drawn else []
         first = answer.steps[0]
         hot = dict(warm).get(first.text)
         changes = hot is None or not is_same(hot, first.value, NOISY)
         self.checks["temperature"] = (
-            "changes what is told; 1 is asked for" if changes else "does not change what is told"
+            "changes what is told; 1 is asked for" if changes else _SAME_TEMPERATURE
         )
         self._repeats(messages, warm, is_kept)
         names = [one.steps[0].text for one in drawn if one.steps]
@@ -146,7 +156,7 @@ class TopK:
             HandshakeError: If not.
         """
         first = self._first(messages)
-        again = difference(reported, _likeliest(self._endpoint.uncached(first)[0]))
+        again = difference(reported, _likeliest(self.endpoint.uncached(first)[0]))
         if again > NOISY and is_kept:
             raise HandshakeError(
                 f"the answers that are kept differ by {again:.2g} nats from what the provider "
@@ -159,12 +169,12 @@ class TopK:
             )
         self.checks["asked again"] = f"the same within {again:.1g} nats"
         in_batch = 0.0
-        if self._endpoint.n_threads > 1 and not is_kept:  # otherwise an earlier run has tested it
+        if self.endpoint.n_threads > 1 and not is_kept:  # otherwise an earlier run has tested it
             *before, last = messages
             shorter = {**last, "content": last["content"][: len(last["content"]) // 2] or "?"}
             others = replace(first, messages=[*before, shorter])
             in_batch = difference(
-                reported, _likeliest(self._endpoint.concurrent([first, others])[0])
+                reported, _likeliest(self.endpoint.concurrent([first, others])[0])
             )
             if in_batch > NOISY:
                 raise HandshakeError(
@@ -174,17 +184,17 @@ class TopK:
                 )
             self.checks["asked beside others"] = f"the same within {in_batch:.1g} nats"
         self.noise = max(self.noise, again, in_batch)
-        self._n_asked = self._endpoint.usage.n_requests
+        self._n_asked = self.endpoint.usage.n_requests
 
     def _first(self, messages: Sequence[Message]) -> ChatRequest:
-        return ChatRequest(messages, n_tokens=1, temperature=1.0, top=self._top)
+        return ChatRequest(messages, n_tokens=1, temperature=1.0, top=self.top)
 
     def drift(self, messages: Sequence[Message], target: list[str]) -> float | None:
         """See `Rung.drift`: of the first token, if more was requested since."""
-        if self._endpoint.usage.n_requests == self._n_asked:
+        if self.endpoint.usage.n_requests == self._n_asked:
             return None
         try:
-            again = _likeliest(self._endpoint.uncached(self._first(messages))[0])
+            again = _likeliest(self.endpoint.uncached(self._first(messages))[0])
         except BudgetError:
             return None
         apart = difference(self.likeliest(messages), again)
@@ -194,7 +204,7 @@ class TopK:
 
     def _drawn(self, messages: Sequence[Message]) -> list[ChatAnswer]:
         """First tokens sampled at temperature 1, as many as one request returns."""
-        return self._endpoint.answers(self._first(messages), range(_N_DRAWN), at_once=True)
+        return self.endpoint.answers(self._first(messages), range(_N_DRAWN), at_once=True)
 
     def _note_stop(self, answer: ChatAnswer) -> None:
         """Records whether the end token of answers is reported."""
@@ -235,8 +245,8 @@ class TopK:
         temperature: float,
         bias: dict[int, float] | None = None,
     ) -> ChatAnswer:
-        how: dict[str, Any] = {"prefill": prefill, "top": self._top, "bias": bias}
-        return self._endpoint.answer(
+        how: dict[str, Any] = {"prefill": prefill, "top": self.top, "bias": bias}
+        return self.endpoint.answer(
             ChatRequest(messages, n_tokens=n, temperature=temperature, **how)
         )
 
@@ -258,7 +268,7 @@ class TopK:
         left = text
         while left:
             prefix = "".join(found)
-            step = self._reported_of(messages, prefix)
+            step = self.reported_of(messages, prefix)
             known = [] if step is None else [name for name, _ in step.top]
             fitting = [name for name in known if name and left.startswith(name)]
             name = max(fitting, key=len) if fitting else self.first_token(left, prefix)
@@ -282,7 +292,7 @@ class TopK:
 
     def likeliest(self, messages: Sequence[Message]) -> list[tuple[str, float]]:
         """The likeliest first tokens of an answer."""
-        step = self._reported_of(messages, "")
+        step = self.reported_of(messages, "")
         return [] if step is None else step.likeliest or step.top
 
     def values_of(
@@ -307,7 +317,7 @@ class TopK:
         self, messages: Sequence[Message], prefix: str, token: str
     ) -> tuple[float, float, float]:
         """A token's log-probability after the beginning of an answer, and its bounds."""
-        step = self._reported_of(messages, prefix)
+        step = self.reported_of(messages, prefix)
         if step is None:
             return _UNTOLD, -math.inf, 0.0
         value = _by_name(step.top).get(token, -math.inf)
@@ -315,9 +325,9 @@ class TopK:
             return self._rounded(value)
         told, likeliest = ([value for _, value in p] for p in (step.top, step.likeliest))
         bound = bound_of_unreported(told, likeliest, self._rounding_step)
-        return bound - _BELOW_BOUND, -math.inf, bound
+        return bound - BELOW_BOUND, -math.inf, bound
 
-    def _reported_of(self, messages: Sequence[Message], prefix: str) -> Step | None:
+    def reported_of(self, messages: Sequence[Message], prefix: str) -> Step | None:
         """The reported distribution at a position; None if the provider reports nothing.
 
         If a sample ends the answer, some servers report no token: another sample may.
@@ -326,7 +336,7 @@ class TopK:
 
     def _first_step(self, question: ChatRequest) -> Step | None:
         for i in range(_N_ASKED):
-            steps = self._endpoint.answers(question, range(i, i + 1))[0].steps
+            steps = self.endpoint.answers(question, range(i, i + 1))[0].steps
             if steps and steps[0].top:
                 return steps[0]
         return None
@@ -401,7 +411,7 @@ class Forced(TopK):
             self._mode = "by id"
             self.checks["logprob_token_ids"] = "told"
             return
-        if not getattr(self._endpoint.provider, "takes_bias", False) or not probes:
+        if not getattr(self.endpoint.provider, "takes_bias", False) or not probes:
             raise HandshakeError(
                 "the provider reports no given ids and takes no `logit_bias`, or no token's id is "
                 'known: `rung="top-k"` would work, with bounds.'
@@ -431,7 +441,7 @@ class Forced(TopK):
         self, messages: Sequence[Message], probes: Sequence[tuple[str, float, int]]
     ) -> bool:
         """Whether tokens of known values are reported if their ids are given."""
-        if not getattr(self._endpoint.provider, "takes_ids", False) or len(probes) < _N_GIVEN:
+        if not getattr(self.endpoint.provider, "takes_ids", False) or len(probes) < _N_GIVEN:
             return False
         try:
             found = self._of_ids(messages, "", [number for _, _, number in probes])
@@ -477,7 +487,7 @@ class Forced(TopK):
         number = self._id(token, prefix)
         if math.isfinite(bound[1]) or number is None or self._mode == "likeliest":
             return bound
-        step = self._reported_of(messages, prefix)
+        step = self.reported_of(messages, prefix)
         best = max((value for _, value in step.top), default=0.0) if step else 0.0
         bias = min(best - bound[2] + _LOOKED_FOR, _MOST_BIAS)
         for _ in range(N_TRIES):

@@ -428,8 +428,11 @@ class ResultNumbers(LLMAttributionResult):
         """Whether the numbers come from gradients rather than coalitions."""
         return bool(self.provenance.get("gradients"))
 
-    def _evidence(self, values: Tensor | None = None) -> Evidence:
-        """The coalitions with these values, by default those of the result."""
+    def _evidence(self, values: Tensor | None = None, *, as_scored: bool = False) -> Evidence:
+        """The coalitions with these values, by default those of the result.
+
+        Effects of drawn texts are removed, unless the values are needed `as_scored`.
+        """
         if self._is_of_gradients:
             raise ValueError(
                 "gradients use no coalitions to estimate this from: attribute with "
@@ -442,7 +445,7 @@ class ResultNumbers(LLMAttributionResult):
             )
         values = self.values if values is None else values
         found = Evidence(self.design, self.masks, self.draws, values, self.design.scope)
-        return found.without_draw_effects(self.drawn_texts)
+        return found if as_scored else found.without_draw_effects(self.drawn_texts)
 
 
 def _column_names(names: Sequence[str], pieces: Sequence[Piece], n: int) -> list[str]:

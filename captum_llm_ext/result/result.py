@@ -103,7 +103,8 @@ class GenerationAttributionResult(ExportedResult):
                 output fixed by ``output_unit=None``), or the coalitions or values are unsuitable.
         """
         rows = self._rows(start, len(self.output_tokens) if stop is None else stop)
-        evidence = self._evidence(self._converted("log_prob"))
+        # The fit is to logits, which values without the effects of texts may not have.
+        evidence = self._evidence(self._converted("log_prob"), as_scored=True)
         found = evidence.contextcite(range(rows.start, rows.stop), alpha)
         values, errors = (
             torch.cat([part[0] for part in self._split(part)])

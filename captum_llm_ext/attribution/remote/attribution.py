@@ -14,6 +14,7 @@ from torch import Tensor
 
 from captum_llm_ext.attribution.game import Game, Inspect, Run
 from captum_llm_ext.attribution.generation import GenerationAttribution
+from captum_llm_ext.attribution.remote.absence import asks_provider, condition_on_answer
 from captum_llm_ext.attribution.remote.arguments import (
     RemoteTarget,
     check_method,
@@ -38,10 +39,11 @@ from captum_llm_ext.methods import Smile
 from captum_llm_ext.model import Generation, Processes, RowScorer, TokenRow
 from captum_llm_ext.model.scoring.progress import Shown
 from captum_llm_ext.remote.chat_endpoint import ChatEndpoint
-from captum_llm_ext.remote.estimate import LENGTHS, Counter, Estimate, n_new
+from captum_llm_ext.remote.estimate import LENGTHS, Counter, CountingProposer, Estimate, n_new
 from captum_llm_ext.remote.ladder import LadderScorer
 from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import Cache, as_limits
+from captum_llm_ext.remote.proposals import PromptProposer
 from captum_llm_ext.remote.providers import (
     OnMismatch,
     ProviderAdapter,
@@ -105,7 +107,9 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
     same prefix followed by that token (always in `FeatureAblation`, except for the empty coalition,
     and when all coalitions are enumerated), and if the provider reports the token among the
     likeliest. If more than `most_requests` are needed, a warning says so before any is sent.
-    ``provenance["n_requests"]`` counts prompts sent; one call may hold several.
+    ``provenance["n_requests"]`` counts prompts sent; one call may hold several. Absent words can be
+    drawn from the served model's own distribution (``baselines=ModelBaselines()``), if likeliest
+    tokens are reported; the default is deletion, since the search takes requests of its own.
 
     Args:
         attr_method: As for `GenerationAttribution`, over captum's placeholder model:
@@ -363,10 +367,11 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         vocabulary = tokenizer if isinstance(tokenizer, PlainTokenizer) else None
         vocabulary = vocabulary or OpenVocabulary(tokenizer)
         counting = copy.copy(self)
-        counter = Counter()
+        names = self._choice.names
+        counter = Counter(by_ids=names == ["forced"] and self._source().takes_ids)
         counting.tokenizer, counting._counter = cast(Any, vocabulary), counter
         counting.attr_target = cast(Any, "frequency")
-        counting._may_be_forced = "forced" in self._choice.names
+        counting._may_be_forced = "forced" in names
         ids = [vocabulary.token(target or "answer")]
         arguments = {k: v for k, v in arguments.items() if k not in ("checkpoint", "tol", "stop")}
         super(RemoteGenerationAttribution, counting).attribute(
@@ -511,16 +516,34 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
         return scorer
 
     def _condition_on_answer(self, run: Run, context: FoilContext) -> None:
-        """Does nothing: an API reports nothing on kinds of words."""
+        condition_on_answer(run, context, self.tokenizer, self._rung_settings.top_logprobs)
 
-    _what_else_may_be_absent = "Give `baselines=CorpusBaselines(texts)`, of the same kind of text."
+    _what_else_may_be_absent = (
+        "Give `baselines=CorpusBaselines(texts)`, of the same kind of text, or `ModelBaselines()`, "
+        "drawn from what the provider reports, for some requests per word (see `estimate`)."
+    )
 
     def with_absence(self, prompt: Prompt) -> Prompt:
-        """The prompt, by default with deletion: APIs do not report conditional distributions."""
+        """The prompt, by default with deletion: searching other texts takes paid requests."""
         return prompt
 
     def _language_model(self, scorer: RowScorer) -> LanguageModel:
-        return RemoteLikelihood(cast(RemoteScorer, scorer), self.tokenizer)
+        if isinstance(scorer, Counter):
+            return RemoteLikelihood(scorer, self.tokenizer, CountingProposer(scorer))
+        if self._chosen is not None:
+            return RemoteLikelihood(self._chosen.scorer, self.tokenizer, self._chosen.proposer)
+        served = cast(RemoteScorer, scorer)
+        if served.takes_ids:
+            most = self._rung_settings.top_logprobs
+            proposer = PromptProposer(served, self.tokenizer, most)
+        else:
+            proposer = self._choice.step_proposer(served.search)
+        return RemoteLikelihood(served, self.tokenizer, proposer)
+
+    def _baselines_key(self, run: Run) -> str:
+        # A draw would be searched before the checkpoint is open, and be paid for again on resuming.
+        own = run.prompt.own_baseline
+        return repr(own) if asks_provider(own) else super()._baselines_key(run)
 
     def generation(self, gen_args: Mapping[str, Any] | None) -> Generation:
         """See `GenerationAttribution.generation`; the provider's defaults are unknown."""

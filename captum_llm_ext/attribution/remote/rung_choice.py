@@ -22,6 +22,7 @@ from captum_llm_ext.remote.estimate import (
 from captum_llm_ext.remote.handshake import handshake, is_verified
 from captum_llm_ext.remote.label import Label
 from captum_llm_ext.remote.ladder import LadderScorer, as_messages
+from captum_llm_ext.remote.likelihood import RemoteLikelihood
 from captum_llm_ext.remote.metered import (
     CHARACTERS_PER_TOKEN,
     BudgetError,
@@ -32,7 +33,9 @@ from captum_llm_ext.remote.metered import (
 from captum_llm_ext.remote.providers import ProviderAdapter, TokenProvider
 from captum_llm_ext.remote.rung import Rung
 from captum_llm_ext.remote.sampled import Frequency, Similarity
+from captum_llm_ext.remote.search import Search
 from captum_llm_ext.remote.similarities import SIMILAR, Similar
+from captum_llm_ext.remote.step_proposals import StepProposer
 from captum_llm_ext.remote.stepwise import N_TRIES, Forced, TopK, reports_any_token
 from captum_llm_ext.remote.transport import UNKNOWN_ARGUMENT, ApiError, GarbageError
 from captum_llm_ext.text import tokens
@@ -45,6 +48,9 @@ _LOG_PROBS: tuple[RungName, ...] = ("forced", "stepwise", "top-k")
 # Answers per coalition: at first, and at most while the first cause is not separated from the
 # others. Chosen, not measured.
 _N_ANSWERS = {"frequency": (50, 200), "similarity": (16, 64)}
+# Tokens generated per request of a search for replacements: to the end of a word, or one. Chosen,
+# not measured.
+_WRITTEN_IN_SEARCH = 2
 # Refusals that no other kind of request would avoid: of the model, or of the prompt.
 _HOLDS_FOR_ALL = re.compile(
     r"\bmodel\b.{0,80}\b(?:does not exist|not found)|\bno such model|model_not_found"
@@ -86,6 +92,7 @@ class ChosenRung:
         scorer: Scores rows on this rung.
         tokenizer: Spells the rows.
         full, empty: The prompt with all and with no features present, as messages.
+        proposer: The model as a proposer of texts for absent features.
         refused: Higher rungs, and why they do not work.
     """
 
@@ -94,6 +101,7 @@ class ChosenRung:
     tokenizer: Any
     full: list[dict[str, str]]
     empty: list[dict[str, str]]
+    proposer: StepProposer
     refused: Mapping[str, str]
 
 
@@ -246,9 +254,22 @@ class RungChoice:
             show_progress=False,
             as_probability=self.attr_target == "prob",
         )
-        full, empty = (as_messages(vocabulary, rendered(prompt, on)) for on in (True, False))
+        full = as_messages(vocabulary, rendered(prompt, True))
         rung.handshake(full)
-        return ChosenRung(rung, scorer, vocabulary, full, empty, dict(refused))
+        top_k = rung if isinstance(rung, TopK) else self._top_k(endpoint)
+        proposer = StepProposer(top_k, scorer.search)
+        # What is absent may be drawn from what the provider reports.
+        prompt = prompt.with_model(RemoteLikelihood(scorer, tokenizer, proposer))
+        empty = as_messages(vocabulary, rendered(prompt, False))
+        return ChosenRung(rung, scorer, vocabulary, full, empty, proposer, dict(refused))
+
+    def step_proposer(self, search: Search) -> StepProposer | None:
+        """The model as a proposer by text; None if it cannot be sent texts to continue."""
+        chat = chat_endpoint(self.provider)
+        return None if chat is None else StepProposer(self._top_k(self._endpoint(chat)), search)
+
+    def _top_k(self, endpoint: MeteredEndpoint) -> TopK:
+        return TopK(endpoint, self.settings.top_logprobs, 1)
 
     def instead(self, error: ApiError, inp: InterpretableInput, feature_mask: Tensor | None) -> str:
         """What would work with a provider that has refused, found by trying.
@@ -352,9 +373,10 @@ class RungChoice:
         else:
             n_answers = self.settings.n_answers or _N_ANSWERS[name][1]
             n_calls, n_in, n_out = n * n_answers, read * n_answers, n * n_answers * n_most
-        return Estimate(
-            n, n_calls, round(n_in), round(n_out), self.settings.limits.usd(n_in, n_out), name
-        )
+        n_calls, n_in = n_calls + counter.n_search, n_in + counter.n_read_in_search
+        n_out += counter.n_search * _WRITTEN_IN_SEARCH
+        usd = self.settings.limits.usd(n_in, n_out)
+        return Estimate(n, n_calls, round(n_in), round(n_out), usd, name, n_search=counter.n_search)
 
     def _endpoint(self, chat: ChatEndpoint, cache: Cache | None = None) -> MeteredEndpoint:
         own = self.settings

@@ -72,8 +72,8 @@ class Deletion:
 class Default(Deletion):
     """The default absence if the user gives no baselines.
 
-    `GenerationAttribution` replaces it by `ModelBaselines`; without a local model that can propose
-    texts (gradients, an API) it is deletion.
+    `GenerationAttribution` replaces it by `ModelBaselines`. It is deletion for gradients, and for
+    an API, where the search for replacements takes paid requests.
     """
 
     def __repr__(self) -> str:

@@ -68,8 +68,8 @@ class ModelBaselines:
     words that decide between alternatives do.
 
     This applies to the 8 words and phrases before the answer: those further away hardly affect its
-    kinds. It does not apply to features of many words, generated text (what follows it was
-    generated because of it), and prompts of models behind an API.
+    kinds. It does not apply to features of many words and generated text (what follows it was
+    generated because of it).
 
     *Copied words*: a word that answer and prompt share, with whatever ending, is drawn in no other
     place. For "milk and cheese, but forgot the", the draw "milk and eggs, but forgot the" would
@@ -96,6 +96,14 @@ class ModelBaselines:
     some tokens per candidate, and for the last places also the text up to the answer. It is done
     once per text and answer.
 
+    *Behind an API* candidates are the likeliest tokens that the provider reports; how much of the
+    probability they cover is in ``provenance["search"]``. If it takes ids and reports them for
+    prompts (vLLM), one request tells all places, and a further one completes a candidate or scores
+    a trial; kinds of the answer's words are recognised among the reported tokens. If it reports
+    those of next tokens only, each place takes one or more requests, and the answer conditions
+    draws only by copied words. The search then stays below `RemoteGenerationAttribution.estimate`,
+    which names it (`n_search`).
+
     Args:
         proposer: The proposing model, if not the explained one: ``(model, tokenizer)``, causal or
             masked, with any tokenizer; a transformers pipeline; or a model with the explained
@@ -104,8 +112,8 @@ class ModelBaselines:
         n_candidates: Number of candidates per place, besides the original.
 
     Raises:
-        ValueError: If `n_candidates` is below 1; on use, if there is no model, or a masked model's
-            tokenizer has no mask token.
+        ValueError: If `n_candidates` is below 1; on use, if there is no model, a masked model's
+            tokenizer has no mask token, or an API reports no likeliest tokens.
         TypeError: On use, if the proposer is not a causal or masked language model.
     """
 
@@ -128,6 +136,11 @@ class ModelBaselines:
         """One replacement for the feature, including its white space and punctuation."""
         filling = self._filling(slot)
         return slot.text if filling is None else filling.draw(generator)
+
+    @property
+    def has_proposer(self) -> bool:
+        """Whether another model than the explained one proposes texts."""
+        return self._proposer is not None
 
     def with_model(self, model: LanguageModel) -> "ModelBaselines":
         """A copy with a model, if it has no proposer."""
