@@ -451,6 +451,7 @@ def test_first_token_of_a_label_is_the_tokenizers(label, named, first):
     class By:
         """Cuts words after three letters."""
 
+        @property
         def details(self):
             return {}
 

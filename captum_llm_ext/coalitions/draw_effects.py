@@ -187,8 +187,9 @@ def _solved(
     """
     kept = torch.ones_like(is_text) if of_texts < torch.inf else ~is_text
     columns = kept.nonzero()[:, 0]
-    penalties = torch.where(is_text[columns], of_texts, of_features)
-    factor = torch.linalg.cholesky(gram[columns][:, columns] + penalties.double().diag())
+    penalties = torch.full((len(columns),), of_features, dtype=torch.float64, device="cpu")
+    penalties[is_text[columns]] = of_texts
+    factor = torch.linalg.cholesky(gram[columns][:, columns] + penalties.diag())
     forward = torch.linalg.solve_triangular(factor, moments[columns], upper=False)
     found = torch.zeros_like(moments)
     ends = kept.cumsum(0)

@@ -162,7 +162,7 @@ class CountingProposer:
             n = 1 if self._counter.by_ids else _n_tokens(text)
             self._counter.search(n, n * _n_tokens(before + text))
         is_own = [self._text.startswith(before) for before in beginnings]
-        return torch.tensor(is_own, device="cpu").double() * -_NEVER + _NEVER
+        return torch.tensor(is_own, dtype=torch.float64, device="cpu") * -_NEVER + _NEVER
 
     def greedy(
         self,

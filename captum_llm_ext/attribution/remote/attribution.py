@@ -520,7 +520,7 @@ class RemoteGenerationAttribution(GenerationAttribution, RemoteLLMAttribution):
 
     _what_else_may_be_absent = (
         "Give `baselines=CorpusBaselines(texts)`, of the same kind of text, or `ModelBaselines()`, "
-        "drawn from what the provider reports, for some requests per word (see `estimate`)."
+        "drawn from what the provider reports, for some requests per word."
     )
 
     def with_absence(self, prompt: Prompt) -> Prompt:
